@@ -1,0 +1,27 @@
+"""Errors a user can mend: each names what is wrong, where, and the fix. The command line prints just the message."""
+
+from __future__ import annotations
+
+
+class RerankRayError(Exception):
+    """Base of every error that a user's input, config or environment can cause."""
+
+
+class ConfigError(RerankRayError):
+    """A config file, override or argument that can't be run as it stands."""
+
+
+class InputError(RerankRayError):
+    """An input file that can't be read or breaks the contract."""
+
+
+class RowError(RerankRayError):
+    """One row that breaks the contract; jobs turn it into an output row with `error`."""
+
+
+class ModelError(RerankRayError):
+    """A model that can't be found, loaded, or asked for what a method needs."""
+
+
+class RunError(RerankRayError):
+    """A run that can't be started, resumed or accounted for."""

@@ -1,0 +1,409 @@
+"""The Parquet contract, version 1: Arrow schemas, conversion to and from records, and validation.
+
+Every table has one row per query. File-level faults (a truncated file, a column of another type, a repeated query id)
+are found by `inspect_input` before anything expensive starts; faults inside one row raise `RowError` from
+`candidate_list_from_row`, which jobs turn into an output row with `error`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rerank_ray import storage
+from rerank_ray.errors import InputError, RowError
+from rerank_ray.records import Candidate, CandidateList, Labels, Query, Ranking, Usage
+
+VERSION = 1
+ROWS_PER_GROUP = 32
+ROWS_PER_FILE = 4096
+
+_CANDIDATE = pa.struct(
+    [
+        pa.field("doc_id", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("score", pa.float32()),
+        pa.field("label", pa.float32()),
+    ]
+)
+_USAGE = pa.struct(
+    [
+        pa.field("calls", pa.int32()),
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("cached_tokens", pa.int64()),
+        pa.field("output_tokens", pa.int64()),
+    ]
+)
+_CANDIDATE_COLUMNS = [
+    pa.field("query_id", pa.string()),
+    pa.field("query", pa.string()),
+    pa.field("instruction", pa.string()),
+    pa.field("candidates", pa.list_(_CANDIDATE)),
+]
+
+
+def _versioned(name: str, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={"rerank_ray.schema": name, "rerank_ray.version": str(VERSION)})
+
+
+CANDIDATES = _versioned("candidates", _CANDIDATE_COLUMNS)
+LABELS = _versioned(
+    "labels",
+    [
+        *_CANDIDATE_COLUMNS,
+        pa.field("teacher", pa.string()),
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("uncertainty", pa.list_(pa.float32())),
+        pa.field("rationales", pa.list_(pa.string())),
+        pa.field("defects", pa.list_(pa.string())),
+        pa.field("usage", _USAGE),
+        pa.field("error", pa.string()),
+    ],
+)
+RANKINGS = _versioned(
+    "rankings",
+    [
+        pa.field("query_id", pa.string()),
+        pa.field("doc_ids", pa.list_(pa.string())),
+        pa.field("scores", pa.list_(pa.float32())),
+        pa.field("exit_layer", pa.int16()),
+        pa.field("model", pa.string()),
+        pa.field("error", pa.string()),
+    ],
+)
+
+
+# Rows to records
+
+
+def candidate_list_from_row(row: dict) -> CandidateList:
+    """Build a candidate list from a row of the `candidates` columns, checking everything the contract promises.
+
+    Raises:
+        RowError: naming the query and the field that breaks the contract.
+    """
+    query_id = row["query_id"]
+    where = f"query {query_id!r}"
+    if not query_id:
+        raise RowError(f"'query_id' is {'null' if query_id is None else 'empty'}: every row needs one")
+    if not row["query"] or not row["query"].strip():
+        raise RowError(f"{where}: 'query' is {'null' if row['query'] is None else 'empty'}")
+    if not row["candidates"]:
+        raise RowError(f"{where}: 'candidates' is {'null' if row['candidates'] is None else 'empty'}: nothing to rank")
+    candidates = tuple(_candidate(c, i, where) for i, c in enumerate(row["candidates"]))
+    seen: dict[str, int] = {}
+    for i, c in enumerate(candidates):
+        if c.doc_id in seen:
+            raise RowError(f"{where}: doc_id {c.doc_id!r} is both candidate {seen[c.doc_id]} and candidate {i}")
+        seen[c.doc_id] = i
+    query = Query(query_id=query_id, text=row["query"], instruction=row["instruction"])
+    return CandidateList(query=query, candidates=candidates)
+
+
+def _candidate(item: dict | None, index: int, where: str) -> Candidate:
+    if item is None:
+        raise RowError(f"{where}: candidate {index} is null")
+    if not item["doc_id"]:
+        raise RowError(f"{where}: candidate {index} has no 'doc_id'")
+    here = f"{where}: candidate {index} ({item['doc_id']!r})"
+    if item["text"] is None:
+        raise RowError(f"{here}: 'text' is null: hydrate the document ids with their texts first")
+    for field in ("score", "label"):
+        if item[field] is not None and math.isnan(item[field]):
+            raise RowError(f"{here}: '{field}' is NaN: leave it null when there is none")
+    return Candidate(**item)
+
+
+def labels_from_row(row: dict) -> Labels:
+    """Build labels from a row of the `labels` columns; rows with `error` keep their candidates unchecked.
+
+    Raises:
+        RowError: the candidate columns break the contract, or the scores do not align with the candidates.
+    """
+    if row["error"] is not None:
+        raise RowError(f"query {row['query_id']!r} was not labelled: {row['error']}")
+    candidate_list = candidate_list_from_row(row)
+    where = f"query {row['query_id']!r}"
+    for field in ("scores", "uncertainty", "rationales"):
+        if row[field] is not None and len(row[field]) != len(candidate_list):
+            raise RowError(f"{where}: '{field}' has {len(row[field])} entries for {len(candidate_list)} candidates")
+    if row["scores"] is None:
+        raise RowError(f"{where}: 'scores' is null although 'error' is null")
+    return Labels(
+        candidate_list=candidate_list,
+        teacher=row["teacher"],
+        scores=tuple(math.nan if s is None else s for s in row["scores"]),
+        uncertainty=_tuple_or_none(row["uncertainty"]),
+        rationales=_tuple_or_none(row["rationales"]),
+        defects=tuple(row["defects"] or ()),
+        usage=Usage(**row["usage"]) if row["usage"] else Usage(),
+    )
+
+
+def ranking_from_row(row: dict) -> Ranking:
+    """Build a ranking from a row of the `rankings` columns."""
+    doc_ids = tuple(row["doc_ids"] or ())
+    scores = _tuple_or_none(row["scores"])
+    if scores is not None and len(scores) != len(doc_ids):
+        raise RowError(f"query {row['query_id']!r}: 'scores' has {len(scores)} entries for {len(doc_ids)} doc ids")
+    return Ranking(
+        query_id=row["query_id"],
+        doc_ids=doc_ids,
+        scores=scores,
+        exit_layer=row["exit_layer"],
+        model=row["model"],
+        error=row["error"],
+    )
+
+
+def _tuple_or_none(values: Sequence | None) -> tuple | None:
+    return None if values is None else tuple(values)
+
+
+# Records to rows
+
+
+def candidate_row(candidate_list: CandidateList) -> dict:
+    query = candidate_list.query
+    return {
+        "query_id": query.query_id,
+        "query": query.text,
+        "instruction": query.instruction,
+        "candidates": [
+            {"doc_id": c.doc_id, "title": c.title, "text": c.text, "score": c.score, "label": c.label}
+            for c in candidate_list.candidates
+        ],
+    }
+
+
+def label_columns(labels: Labels) -> dict:
+    """The columns that `labels` adds to the candidate columns."""
+    usage = labels.usage
+    return {
+        "teacher": labels.teacher,
+        "scores": labels.scores,
+        "uncertainty": labels.uncertainty,
+        "rationales": labels.rationales,
+        "defects": labels.defects,
+        "usage": {
+            "calls": usage.calls,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "output_tokens": usage.output_tokens,
+        },
+        "error": labels.error,
+    }
+
+
+def ranking_row(ranking: Ranking) -> dict:
+    return {
+        "query_id": ranking.query_id,
+        "doc_ids": ranking.doc_ids,
+        "scores": ranking.scores,
+        "exit_layer": ranking.exit_layer,
+        "model": ranking.model,
+        "error": ranking.error,
+    }
+
+
+# Files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSummary:
+    """A checked Parquet input: its files, its row count, and a fingerprint that changes when the files do."""
+
+    files: tuple[str, ...]
+    rows: int
+    fingerprint: str
+
+
+def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
+    """Check a Parquet file or folder against a schema without reading its documents.
+
+    Opens every footer, compares column types, and reads the `query_id` column: ids are present and unique. One
+    64-bit hash per row is held in memory (8 bytes a query).
+
+    Raises:
+        InputError: naming the file, the column or row, and the fix.
+    """
+    fs, _ = storage.open_filesystem(uri)
+    paths = storage.list_files(uri, ".parquet")
+    if not paths:
+        found = "holds no .parquet file" if storage.exists(uri) else "does not exist"
+        raise InputError(f"{uri}: the input {found}; `rerank-ray ingest … --out {uri}` writes one")
+    digest = hashlib.sha256()
+    hashes: list[np.ndarray] = []
+    for path in paths:
+        with _open_parquet(fs, path) as file:
+            check_columns(file.schema_arrow, expected, path)
+            digest.update(f"{posixpath.basename(path)}:{fs.get_file_info(path).size}:".encode())
+            digest.update(_footer_digest(file))
+            hashes.append(_query_id_hashes(file, path))
+    every_hash = np.concatenate(hashes)
+    if len(np.unique(every_hash)) != len(every_hash):
+        _raise_first_duplicate(fs, paths)
+    return InputSummary(files=tuple(paths), rows=len(every_hash), fingerprint=digest.hexdigest()[:16])
+
+
+def _open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, filesystem=fs)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}): it is truncated or was not written "
+            "completely; delete it and write it again"
+        ) from error
+
+
+def check_columns(actual: pa.Schema, expected: pa.Schema, path: str) -> None:
+    """Compare a file's columns with a schema, reporting every difference at once; further columns are allowed."""
+    faults = []
+    for field in expected:
+        index = actual.get_field_index(field.name)
+        if index < 0:
+            faults.append(f"column '{field.name}' is missing")
+        elif not _same_type(actual.field(index).type, field.type):
+            faults.append(f"column '{field.name}' is {actual.field(index).type}, not {field.type}")
+    if faults:
+        name = expected.metadata[b"rerank_ray.schema"].decode()
+        raise InputError(f"{path}: does not follow the '{name}' schema (version {VERSION}): " + "; ".join(faults))
+
+
+def _same_type(a: pa.DataType, b: pa.DataType) -> bool:
+    """Equal up to the names that writers give to list items."""
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        return _same_type(a.value_type, b.value_type)
+    if pa.types.is_struct(a) and pa.types.is_struct(b):
+        return [f.name for f in a] == [f.name for f in b] and all(
+            _same_type(x.type, y.type) for x, y in zip(a, b, strict=True)
+        )
+    return a.equals(b)
+
+
+def _footer_digest(file: pq.ParquetFile) -> bytes:
+    digest = hashlib.sha256()
+    for group in range(file.metadata.num_row_groups):
+        columns = file.metadata.row_group(group)
+        for i in range(columns.num_columns):
+            column = columns.column(i)
+            stats = column.statistics
+            digest.update(f"{column.path_in_schema}:{column.num_values}:{column.total_compressed_size}".encode())
+            if stats is not None and stats.has_min_max:
+                digest.update(f"{stats.min}:{stats.max}".encode())
+    return digest.digest()
+
+
+def _query_id_hashes(file: pq.ParquetFile, path: str) -> np.ndarray:
+    hashes = np.empty(file.metadata.num_rows, dtype=np.uint64)
+    for row, query_id in _query_ids(file, path):
+        if not query_id:
+            fault = "null" if query_id is None else "empty"
+            raise InputError(
+                f"{path}: row {row}: 'query_id' is {fault}; ids are how a run resumes without losing or repeating "
+                "rows: give every row one"
+            )
+        hashes[row] = int.from_bytes(hashlib.blake2b(query_id.encode(), digest_size=8).digest(), "little")
+    return hashes
+
+
+def _query_ids(file: pq.ParquetFile, path: str) -> Iterator[tuple[int, str | None]]:
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=8192, columns=["query_id"]):
+            for query_id in batch.column(0).to_pylist():
+                yield row, query_id
+                row += 1
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: row {row}: can't be read ({error}); write the file again") from error
+
+
+def _raise_first_duplicate(fs: pa.fs.FileSystem, paths: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for path in paths:
+        with _open_parquet(fs, path) as file:
+            for row, query_id in _query_ids(file, path):
+                place = f"{path}: row {row}"
+                if query_id in seen:
+                    raise InputError(
+                        f"{place}: 'query_id' {query_id!r} is already used at {seen[query_id]}; a run would write one "
+                        "of the two: make the ids unique"
+                    )
+                seen[query_id] = place
+
+
+def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
+    """Stream the rows of a Parquet file or folder, in file order, as dicts of the given columns.
+
+    Raises:
+        InputError: a file is truncated or lacks a column.
+    """
+    fs, _ = storage.open_filesystem(uri)
+    for path in storage.list_files(uri, ".parquet"):
+        with _open_parquet(fs, path) as file:
+            missing = [c for c in columns if file.schema_arrow.get_field_index(c) < 0]
+            if missing:
+                raise InputError(f"{path}: column {missing[0]!r} is missing")
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns)):
+                yield from batch.to_pylist()
+
+
+def read_candidates(uri: str) -> Iterator[CandidateList]:
+    """Stream candidate lists; a row that breaks the contract raises `RowError`."""
+    return (candidate_list_from_row(row) for row in read_rows(uri, CANDIDATES.names))
+
+
+def write_rows(
+    rows: Iterable[dict],
+    uri: str,
+    schema: pa.Schema,
+    *,
+    rows_per_file: int = ROWS_PER_FILE,
+    on_rows: Callable[[int], None] | None = None,
+) -> int:
+    """Stream rows to `uri`/part-00000.parquet and on, in row groups of 32 rows; returns the number written."""
+    storage.make_directory(uri)
+    fs, folder = storage.open_filesystem(uri)
+    total, part, writer, buffer = 0, 0, None, []
+
+    def flush() -> None:
+        nonlocal writer, part
+        if not buffer:
+            return
+        if writer is None:
+            writer = pq.ParquetWriter(posixpath.join(folder, f"part-{part:05d}.parquet"), schema, filesystem=fs)
+            part += 1
+        writer.write_table(pa.Table.from_pylist(buffer, schema=schema))
+        if on_rows:
+            on_rows(len(buffer))
+        buffer.clear()
+
+    try:
+        for row in rows:
+            buffer.append(row)
+            total += 1
+            if len(buffer) == ROWS_PER_GROUP:
+                flush()
+            if total % rows_per_file == 0:
+                flush()
+                if writer is not None:
+                    writer.close()
+                    writer = None
+        flush()
+    finally:
+        if writer is not None:
+            writer.close()
+    return total
+
+
+def write_candidates(lists: Iterable[CandidateList], uri: str, *, rows_per_file: int = ROWS_PER_FILE) -> int:
+    """Write candidate lists to a folder of Parquet files with small row groups; returns the number of rows."""
+    return write_rows((candidate_row(c) for c in lists), uri, CANDIDATES, rows_per_file=rows_per_file)

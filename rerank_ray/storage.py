@@ -1,0 +1,102 @@
+"""Files behind URIs: any pyarrow filesystem (local paths, s3://, gs://, hdfs://)."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+
+def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
+    """Split a URI or local path into a pyarrow filesystem and the path inside it."""
+    text = os.fspath(uri)
+    if "://" in text:
+        return pafs.FileSystem.from_uri(text)
+    return pafs.LocalFileSystem(), os.path.abspath(text)
+
+
+def join(uri: str | os.PathLike[str], *parts: str) -> str:
+    return posixpath.join(os.fspath(uri), *parts)
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    fs, path = open_filesystem(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def is_directory(uri: str | os.PathLike[str]) -> bool:
+    fs, path = open_filesystem(uri)
+    return fs.get_file_info(path).type == pafs.FileType.Directory
+
+
+def make_directory(uri: str | os.PathLike[str]) -> None:
+    fs, path = open_filesystem(uri)
+    fs.create_dir(path, recursive=True)
+
+
+def read_text(uri: str | os.PathLike[str]) -> str:
+    fs, path = open_filesystem(uri)
+    with fs.open_input_stream(path) as stream:
+        return stream.read().decode("utf-8")
+
+
+def write_text(uri: str | os.PathLike[str], text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never half of it."""
+    fs, path = open_filesystem(uri)
+    fs.create_dir(posixpath.dirname(path), recursive=True)
+    # A local rename is atomic; object stores have no rename, but there a put becomes visible only when complete.
+    target = path + ".tmp" if isinstance(fs, pafs.LocalFileSystem) else path
+    with fs.open_output_stream(target) as stream:
+        stream.write(text.encode("utf-8"))
+    if target != path:
+        fs.move(target, path)
+
+
+def delete_directory(uri: str | os.PathLike[str]) -> None:
+    fs, path = open_filesystem(uri)
+    if fs.get_file_info(path).type == pafs.FileType.Directory:
+        fs.delete_dir(path)
+
+
+def delete_file(uri: str | os.PathLike[str]) -> None:
+    fs, path = open_filesystem(uri)
+    if fs.get_file_info(path).type == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def list_files(uri: str | os.PathLike[str], suffix: str) -> list[str]:
+    """Files under a folder (or the one file itself) that end in `suffix`, sorted, as paths inside the filesystem."""
+    fs, path = open_filesystem(uri)
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        return [path]
+    if info.type == pafs.FileType.NotFound:
+        return []
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    return sorted(f.path for f in found if f.type == pafs.FileType.File and f.path.endswith(suffix))
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) of a UTF-8 text file, `.gz` included, without their line ends.
+
+    A byte that is not UTF-8 becomes U+FFFD, which JSON and TSV readers then report with the line.
+    """
+    fs, inner = open_filesystem(path)
+    with fs.open_input_stream(inner, compression="detect") as stream:
+        number, rest = 0, b""
+        while chunk := stream.read(1 << 20):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                number += 1
+                yield number, line.rstrip(b"\r").decode("utf-8", errors="replace")
+        if rest:
+            yield number + 1, rest.rstrip(b"\r").decode("utf-8", errors="replace")
+
+
+def local_path(uri: str | os.PathLike[str]) -> Path | None:
+    """The local path behind a URI, or None when it lies on another filesystem."""
+    fs, path = open_filesystem(uri)
+    return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
