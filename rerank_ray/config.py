@@ -1,0 +1,199 @@
+"""YAML files and `--set a.b=c` overrides into pydantic models, with every error of a file reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rerank_ray import storage
+from rerank_ray.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every config model: unknown keys are errors, values are fixed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(model: type[S], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate it.
+
+    Raises:
+        ConfigError: listing every fault with its path in the file.
+    """
+    return validate(model, apply_overrides(read_yaml(path), overrides), source=os.fspath(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict:
+    """Read a YAML mapping; repeated keys are errors because YAML would silently keep the last one."""
+    source = os.fspath(path)
+    if not storage.exists(path):
+        raise ConfigError(f"{source}: no such config file")
+    if storage.is_directory(path):
+        raise ConfigError(f"{source}: is a folder, not a config file")
+    try:
+        content = yaml.load(storage.read_text(path), Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source}: a config is a YAML mapping of keys to values, not {type(content).__name__}")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+
+def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def apply_overrides(content: dict, overrides: Sequence[str]) -> dict:
+    """Return `content` with each `a.b=c` applied; list items are addressed by number (`steps.0.depth=50`)."""
+    result = _copy(content)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, for example --set seed=1")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+        _set(result, dotted.split("."), value, override)
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copy(v) for v in value]
+    return value
+
+
+def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        if isinstance(target, list):
+            target = target[_index(key, target, override)]
+        else:
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"--set {override}: {key!r} holds a single value, so nothing can be set inside it")
+    if isinstance(target, list):
+        target[_index(last, target, override)] = value
+    else:
+        target[last] = value
+
+
+def _index(key: str, items: list, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"--set {override}: {key!r} is not an item number below {len(items)}")
+    return int(key)
+
+
+def validate(model: type[S], content: dict, source: str) -> S:
+    """Validate a mapping; `source` names it in errors."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        faults = [_describe(fault, model) for fault in error.errors()]
+        count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
+        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+
+
+def _describe(fault: dict, model: type[BaseModel]) -> str:
+    keys, parent = _walk(model, fault["loc"])
+    path = ".".join(keys) or "(top level)"
+    if fault["type"] == "extra_forbidden":
+        known = sorted(parent.model_fields) if parent else []
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: required, and missing"
+    if fault["type"] == "union_tag_not_found":
+        return f"{path}: needs {fault['ctx']['discriminator']}: to say which kind it is"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    return f"{path}: {message}" + (f" (given: {given!r})" if not isinstance(given, dict | list) else "")
+
+
+def _walk(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseModel] | None]:
+    """Follow an error location, leaving out the union tags that pydantic inserts; also return the model it ends in."""
+    keys: list[str] = []
+    annotation: Any = model
+    parent: type[BaseModel] | None = None
+    for step in loc:
+        candidates = _models_in(annotation)
+        tagged = [m for m in candidates if step in _tags(m)]
+        if tagged and not any(step in m.model_fields for m in candidates):
+            annotation = tagged[0]
+            continue
+        keys.append(str(step))
+        owner = next((m for m in candidates if step in m.model_fields), None)
+        if owner is not None:
+            parent, annotation = owner, owner.model_fields[step].annotation
+        elif isinstance(step, str):
+            parent = candidates[0] if len(candidates) == 1 else parent
+    return keys, parent
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """The values of the model's one-value Literal fields: what a discriminated union tells it by."""
+    literals = [typing.get_args(f.annotation) for f in model.model_fields.values() if _is_literal(f.annotation)]
+    return {values[0] for values in literals if len(values) == 1}
+
+
+def _is_literal(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The config models an annotation can hold, through unions, lists, dicts and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Annotated, typing.Union, types.UnionType, list, tuple, dict):
+        return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+    return []
+
+
+def dump(settings: Settings) -> str:
+    """The resolved config as YAML, defaults included: what `config.yaml` of a run holds."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """One line per key whose value differs between two resolved configs."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, path + ".")
+        elif a != b:
+            lines.append(f"{path}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,280 @@
+"""Evaluate rankings from any place they come from: run folders, Parquet files, TREC runs.
+
+Documents' texts are never read: of Parquet files only ids and scores are decoded.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from rerank_ray import storage
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.formats.qrels import read_qrels
+from rerank_ray.formats.trec import read_run
+from rerank_ray.metrics.evaluation import Metric, SystemResult, evaluate_rankings, parse_metric
+from rerank_ray.metrics.significance import Comparison, compare_systems
+from rerank_ray.records import Candidate, CandidateList, Query, Scores, ranking_of
+from rerank_ray.report.tables import print_table
+
+DEFAULT_METRICS = ("ndcg@10", "mrr@10", "map", "recall@100")
+_ROWS_PER_BATCH = 1024
+_NAMED = re.compile(r"([^/\\=:]+)=(.+)")
+
+
+class SourceKind(StrEnum):
+    """Where a ranking comes from, which settles its order."""
+
+    RANKINGS = "rankings"
+    """Parquet of the `rankings` schema: doc ids as stored."""
+    LABELS = "labels"
+    """Parquet of the `labels` schema: candidates by descending teacher score, unscored ones last."""
+    CANDIDATES = "candidates"
+    """Parquet of the `candidates` schema: first-stage order."""
+    RUN_FILE = "run file"
+    """TREC run: by its rank column."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRankings:
+    """The rankings of one source: query id -> doc ids, best first; `errors` holds the queries whose row has `error`."""
+
+    name: str
+    path: str
+    kind: SourceKind
+    rankings: dict[str, tuple[str, ...]]
+    errors: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemReport:
+    """One source's result; `rows_with_error` of its queries failed, and score 0 where the qrels name them."""
+
+    path: str
+    kind: SourceKind
+    rows_with_error: int
+    result: SystemResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """What `rerank-ray evaluate` found: the systems by name, and every pair of them compared on every metric."""
+
+    qrels: str
+    metrics: tuple[Metric, ...]
+    systems: dict[str, SystemReport]
+    comparisons: tuple[Comparison, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON types, per-query values included."""
+        return {
+            "qrels": self.qrels,
+            "metrics": {m.name: m.definition for m in self.metrics},
+            "systems": {
+                name: {
+                    "path": s.path,
+                    "kind": str(s.kind),
+                    "means": s.result.means,
+                    "counts": _counts(s),
+                    "per_query": s.result.per_query,
+                }
+                for name, s in self.systems.items()
+            },
+            "significance": [asdict(c) for c in self.comparisons],
+        }
+
+
+def _counts(system: SystemReport) -> dict[str, int]:
+    result = system.result
+    return {
+        "queries": result.queries,
+        "queries_without_ranking": result.queries_without_ranking,
+        "rows_with_error": system.rows_with_error,
+        "queries_without_relevant": result.queries_without_relevant,
+        "rankings_without_qrels": result.rankings_without_qrels,
+    }
+
+
+def evaluate_sources(
+    sources: Sequence[str],
+    *,
+    qrels: str,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Evaluate sources (`PATH` or `NAME=PATH`, see `load_rankings`) against a qrels file, TREC or BEIR.
+
+    Known gains in Parquet (`label`) are not used: they cover only what was retrieved, so recall and the ideal ranking
+    would be wrong.
+
+    Raises:
+        ConfigError: an unknown metric, or two sources of one name.
+        InputError: a file that can't be read, or no query of a source in the qrels.
+    """
+    parsed = tuple({m.name: m for m in map(parse_metric, metrics)}.values())
+    judgments = read_qrels(qrels, BadLines())
+    loaded: dict[str, LoadedRankings] = {}
+    for source in sources:
+        item = load_rankings(source)
+        if item.name in loaded:
+            raise ConfigError(
+                f"{item.path} and {loaded[item.name].path} are both called {item.name!r}: name them, `NAME=PATH`"
+            )
+        loaded[item.name] = item
+    for item in loaded.values():
+        _check_overlap(item, judgments, qrels)
+    results = evaluate_rankings(judgments, {name: item.rankings for name, item in loaded.items()}, parsed)
+    return EvaluationReport(
+        qrels=qrels,
+        metrics=parsed,
+        systems={
+            name: SystemReport(path=item.path, kind=item.kind, rows_with_error=len(item.errors), result=results[name])
+            for name, item in loaded.items()
+        },
+        comparisons=tuple(c for m in parsed for c in compare_systems(results, m.name, resamples=resamples, seed=seed)),
+    )
+
+
+def _check_overlap(item: LoadedRankings, judgments: dict[str, dict[str, float]], qrels: str) -> None:
+    ids = [*item.rankings, *item.errors]
+    if not any(query_id in judgments for query_id in ids):
+        examples = f"it has {ids[0]!r}, they have {next(iter(judgments), None)!r}" if ids else "it has no rows"
+        raise InputError(f"{item.path}: none of its queries is in {qrels} ({examples}): these are another set's qrels")
+
+
+def print_report(report: EvaluationReport, console: Console) -> None:
+    """Print means, the counts that are not zero for every system, and the corrected p-values of each pair."""
+    counted = {k for s in report.systems.values() for k, v in _counts(s).items() if v}
+    table = {
+        name: {**system.result.means, **{k: v for k, v in _counts(system).items() if k in counted}}
+        for name, system in report.systems.items()
+    }
+    print_table(table, console, title=f"Against {report.qrels}")
+    if report.comparisons:
+        pairs = {
+            f"{c.first} − {c.second}, {c.metric}": {
+                "difference": f"{c.difference:+.4f}",
+                "p randomisation": f"{c.p_randomisation_holm:.4f}",
+                "p t-test": f"{c.p_t_holm:.4f}",
+            }
+            for c in report.comparisons
+        }
+        print_table(pairs, console, title="Differences, p-values after Holm's correction", head="pair")
+
+
+# Sources
+
+
+def load_rankings(source: str) -> LoadedRankings:
+    """Load rankings from `PATH` or `NAME=PATH`; the name is else the folder's, or the file's without its suffix.
+
+    PATH is a run folder (`run.json` and `data/*.parquet`), a Parquet file or folder, or a TREC run file (`.gz` too).
+
+    Raises:
+        InputError: the path is missing, holds no rankings, or a row breaks the Parquet contract.
+    """
+    name, path = _split_name(source)
+    if not storage.exists(path):
+        raise InputError(f"{path}: no such file or folder: give a run folder, a Parquet file or a TREC run")
+    is_folder = storage.is_directory(path)
+    if not is_folder and not path.endswith(".parquet"):
+        entries = read_run(path, BadLines())
+        rankings = {query_id: tuple(e.doc_id for e in run) for query_id, run in entries.items()}
+        return LoadedRankings(name=name, path=path, kind=SourceKind.RUN_FILE, rankings=rankings, errors={})
+    is_run = is_folder and storage.exists(storage.join(path, "run.json"))
+    data = storage.join(path, "data") if is_run else path
+    files = storage.list_files(data, ".parquet")
+    if not files:
+        raise InputError(f"{data}: holds no .parquet file: the run wrote no rows, or is not one that ranks")
+    fs, _ = storage.open_filesystem(data)
+    rankings, errors, kind = {}, {}, None
+    for file_path in files:
+        with _open(file_path, fs) as file:
+            kind, previous = _kind_of(file, file_path), kind
+            if previous not in (None, kind):
+                raise InputError(
+                    f"{file_path}: follows the '{kind}' schema, its neighbours '{previous}': separate them"
+                )
+            for row in _rows(file, file_path, kind):
+                query_id = row["query_id"]
+                if query_id in rankings or query_id in errors:
+                    raise InputError(f"{file_path}: query {query_id!r} appears twice: make the ids unique")
+                if row.get("error") is not None:
+                    errors[query_id] = row["error"]
+                else:
+                    rankings[query_id] = _doc_ids(row, kind, file_path)
+    return LoadedRankings(name=name, path=path, kind=kind, rankings=rankings, errors=errors)
+
+
+def _split_name(source: str) -> tuple[str, str]:
+    named = _NAMED.fullmatch(source)
+    if named and not storage.exists(source):
+        return named[1], named[2]
+    stem = posixpath.basename(source.rstrip("/")).removesuffix(".gz")
+    return re.sub(r"\.(parquet|trec|run|txt)$", "", stem) or source, source
+
+
+def _open(path: str, fs: pa.fs.FileSystem) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, filesystem=fs)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _kind_of(file: pq.ParquetFile, path: str) -> SourceKind:
+    names = set(file.schema_arrow.names)
+    if {"query_id", "doc_ids", "error"} <= names:
+        return SourceKind.RANKINGS
+    if {"query_id", "candidates", "scores", "error"} <= names:
+        return SourceKind.LABELS
+    if {"query_id", "candidates"} <= names:
+        return SourceKind.CANDIDATES
+    raise InputError(f"{path}: neither candidates, labels nor rankings: its columns are {', '.join(sorted(names))}")
+
+
+def _rows(file: pq.ParquetFile, path: str, kind: SourceKind) -> Iterator[dict]:
+    """Stream rows with just the leaves that settle the order; of the candidates only their ids."""
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    # The group inside a list is called 'element' by the Parquet specification and 'item' by older writers.
+    ids = [leaf for leaf in leaves if re.fullmatch(r"candidates\.\w+\.\w+\.doc_id", leaf)]
+    if kind is not SourceKind.RANKINGS and not ids:
+        raise InputError(f"{path}: 'candidates' is not a list of structs with a 'doc_id'")
+    columns = {
+        SourceKind.RANKINGS: ["query_id", "doc_ids", "error"],
+        SourceKind.LABELS: ["query_id", *ids, "scores", "error"],
+        SourceKind.CANDIDATES: ["query_id", *ids],
+    }[kind]
+    try:
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}); write the file again") from error
+
+
+def _doc_ids(row: dict, kind: SourceKind, path: str) -> tuple[str, ...]:
+    where = f"{path}: query {row['query_id']!r}"
+    if kind is SourceKind.RANKINGS:
+        return tuple(row["doc_ids"] or ())
+    ids = tuple(c["doc_id"] for c in row["candidates"] or ())
+    if kind is SourceKind.CANDIDATES:
+        return ids
+    if row["scores"] is None:
+        raise InputError(f"{where}: 'scores' is null although 'error' is null")
+    if len(row["scores"]) != len(ids):
+        raise InputError(f"{where}: 'scores' has {len(row['scores'])} entries for {len(ids)} candidates")
+    candidate_list = CandidateList(
+        query=Query(query_id=row["query_id"], text=""), candidates=tuple(Candidate(doc_id=d, text="") for d in ids)
+    )
+    scores = tuple(math.nan if s is None else s for s in row["scores"])
+    return ranking_of(candidate_list, Scores(scores=scores), model="").doc_ids

@@ -1,0 +1,1 @@
+"""Outside file formats, one a file: readers yield records, writers take them."""

@@ -1,0 +1,309 @@
+"""Outside formats to candidate Parquet: BEIR folders (with BM25), hits files, and TREC runs.
+
+Each function streams candidate lists into `out` and writes `out/ingest.json` last: a folder without it is an
+unfinished ingest, which the next one replaces.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rerank_ray import __version__, schema, storage
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.formats import beir, hits, trec
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.formats.qrels import read_qrels
+from rerank_ray.records import Candidate, CandidateList, Query, with_gains
+from rerank_ray.retrieval import bm25
+from rerank_ray.retrieval.hydrate import fetch, hydrate
+
+SUMMARY_FILE = "ingest.json"
+_PART = re.compile(r"part-\d{5}\.parquet")
+
+Qrels = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestSummary:
+    """What an ingest read and wrote; `ingest.json` holds the same fields.
+
+    `queries = rows + len(queries_without_candidates)`: a row needs candidates, so a query without any has none.
+    """
+
+    kind: str
+    out: str
+    sources: tuple[str, ...]
+    parameters: dict[str, str | int | float | None]
+    queries: int
+    rows: int
+    candidates: int
+    queries_without_candidates: tuple[str, ...]
+    labelled_pairs: int
+    bad_lines: int
+    bad_lines_listed: tuple[str, ...]
+    rerank_ray_version: str
+    schema_version: int
+
+
+def ingest_beir(
+    folder: str,
+    split: str | None,
+    depth: int,
+    out: str,
+    *,
+    k1: float = bm25.K1,
+    b: float = bm25.B,
+    stopwords: str | None = "en",
+    instruction: str | None = None,
+    skip_bad_lines: bool = False,
+    overwrite: bool = False,
+) -> IngestSummary:
+    """Retrieve `depth` candidates a query from a BEIR folder with BM25, and label them with the split's qrels.
+
+    Only queries with judgments in the split are ingested; `split=None` takes every query and labels nothing. The
+    collection is read twice: once into the index (token ids and doc ids in memory), once for the retrieved texts.
+
+    Raises:
+        InputError: a file is missing or has a bad line, a judged query has no text, no query has any candidate, or
+            `out` holds an ingest already.
+        ConfigError: depth, k1 or b out of range, or an unknown stop word list.
+    """
+    _check_depth(depth)
+    bm25.check_parameters(k1, b)
+    _check_out(out, overwrite)
+    bad = BadLines(skip=skip_bad_lines)
+    corpus_path, queries_path = beir.find_file(folder, "corpus.jsonl"), beir.find_file(folder, "queries.jsonl")
+    sources = [corpus_path, queries_path]
+    queries = list(beir.read_queries(queries_path, bad))
+    qrels: Qrels = {}
+    if split is not None:
+        sources.append(beir.find_file(folder, f"qrels/{split}.tsv"))
+        qrels = beir.read_qrels(sources[-1], bad)
+        _report_unknown(sources[-1], qrels, {q.query_id for q in queries}, queries_path, bad)
+        queries = [q for q in queries if q.query_id in qrels]
+
+    corpus = ((d.doc_id, d.contents) for d in beir.read_corpus(corpus_path, bad))
+    index = bm25.BM25Index.build(corpus, k1=k1, b=b, stopwords=stopwords)
+    retrieved = [index.top(q.text, depth) for q in queries]
+    needed = {index.doc_ids[p] for positions, _ in retrieved for p in positions}
+    # The index's pass has reported the corpus' bad lines already.
+    documents = fetch(needed, beir.read_corpus(corpus_path, BadLines(skip=True), needed))
+
+    def candidate_lists() -> Iterator[tuple[Query, tuple[Candidate, ...]]]:
+        for query, (positions, scores) in zip(queries, retrieved, strict=True):
+            yield (
+                query,
+                tuple(
+                    replace(documents[index.doc_ids[p]], score=float(s)) for p, s in zip(positions, scores, strict=True)
+                ),
+            )
+
+    return _write(
+        candidate_lists(),
+        out,
+        kind="beir",
+        sources=sources,
+        qrels=qrels,
+        bad=bad,
+        instruction=instruction,
+        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": stopwords},
+    )
+
+
+def ingest_hits(
+    files: Sequence[str],
+    qrels: str | None = None,
+    *,
+    out: str,
+    depth: int | None = None,
+    instruction: str | None = None,
+    skip_bad_lines: bool = False,
+    overwrite: bool = False,
+) -> IngestSummary:
+    """Convert RankGPT or RankLLM hits files (JSON or JSONL, `.gz` included), one after the other.
+
+    A file that is one JSON array is read whole; JSONL is streamed. `depth` keeps the first candidates of each list.
+
+    Raises:
+        InputError: a bad entry, a query id in two files, no entries at all, or `out` holds an ingest already.
+    """
+    _check_depth(depth)
+    _check_out(out, overwrite)
+    bad = BadLines(skip=skip_bad_lines)
+    gains = read_qrels(qrels, bad) if qrels else {}
+
+    def candidate_lists() -> Iterator[tuple[Query, tuple[Candidate, ...]]]:
+        file_of: dict[str, str] = {}
+        for path in files:
+            for candidate_list in hits.read_hits(path, bad):
+                query = candidate_list.query
+                if query.query_id in file_of:
+                    raise InputError(
+                        f"{path}: query {query.query_id!r} is also in {file_of[query.query_id]}: a query has one "
+                        "candidate list; ingest the files into two folders or drop one of the entries"
+                    )
+                file_of[query.query_id] = path
+                yield query, candidate_list.candidates[:depth]
+
+    return _write(
+        candidate_lists(),
+        out,
+        kind="hits",
+        sources=[*files, *([qrels] if qrels else [])],
+        qrels=gains,
+        bad=bad,
+        instruction=instruction,
+        parameters={"depth": depth},
+    )
+
+
+def ingest_trec(
+    run: str,
+    queries: str,
+    corpus: str,
+    qrels: str | None = None,
+    *,
+    out: str,
+    depth: int | None = None,
+    instruction: str | None = None,
+    skip_bad_lines: bool = False,
+    overwrite: bool = False,
+) -> IngestSummary:
+    """Join a TREC run with its topics and its collection (TSV or JSONL each), in the order of the topics.
+
+    The run, and the texts of the documents it names down to `depth`, are held in memory; the collection is streamed.
+
+    Raises:
+        InputError: a bad line, a query or document of the run that topics or collection lack, no query with
+            candidates, or `out` holds an ingest already.
+    """
+    _check_depth(depth)
+    _check_out(out, overwrite)
+    bad = BadLines(skip=skip_bad_lines)
+    gains = read_qrels(qrels, bad) if qrels else {}
+    topics = list(trec.read_topics(queries, bad))
+    entries = {query_id: found[:depth] for query_id, found in trec.read_run(run, bad).items()}
+    _report_unknown(run, entries, {q.query_id for q in topics}, queries, bad)
+    needed = {e.doc_id for query in topics for e in entries.get(query.query_id, ())}
+    documents = fetch(needed, trec.read_collection(corpus, bad, needed))
+    lists = (
+        (query, tuple(hydrate(entries.get(query.query_id, ()), documents, run_path=run, bad=bad))) for query in topics
+    )
+    return _write(
+        lists,
+        out,
+        kind="trec",
+        sources=[run, queries, corpus, *([qrels] if qrels else [])],
+        qrels=gains,
+        bad=bad,
+        instruction=instruction,
+        parameters={"depth": depth},
+    )
+
+
+def _check_depth(depth: int | None) -> None:
+    if depth is not None and depth < 1:
+        raise ConfigError(f"depth={depth}: keep at least one candidate a query")
+
+
+def _report_unknown(path: str, query_ids: Iterable[str], known: set[str], queries_path: str, bad: BadLines) -> None:
+    for query_id in query_ids:
+        if query_id not in known:
+            fix = "add the query or remove its lines"
+            bad.report(path, f"query {query_id!r}", f"its text is not in {queries_path}", fix)
+
+
+def _write(
+    lists: Iterable[tuple[Query, tuple[Candidate, ...]]],
+    out: str,
+    *,
+    kind: str,
+    sources: Sequence[str],
+    qrels: Qrels,
+    bad: BadLines,
+    instruction: str | None,
+    parameters: dict[str, str | int | float | None],
+) -> IngestSummary:
+    without: list[str] = []
+    candidates = labelled = 0
+
+    def rows() -> Iterator[CandidateList]:
+        nonlocal candidates, labelled
+        for query, found in lists:
+            if not found:
+                without.append(query.query_id)
+                continue
+            row = CandidateList(query=replace(query, instruction=instruction), candidates=found)
+            row = with_gains(row, qrels.get(query.query_id, {}))
+            candidates += len(found)
+            labelled += sum(c.label is not None for c in row.candidates)
+            yield row
+
+    _clear_out(out)
+    written = schema.write_candidates(rows(), out)
+    if not written:
+        raise InputError(
+            f"{', '.join(sources)}: nothing was ingested: {len(without)} queries, none of them with a candidate "
+            f"({bad.count} bad lines): check that the files belong together"
+        )
+    summary = IngestSummary(
+        kind=kind,
+        out=str(out),
+        sources=tuple(str(s) for s in sources),
+        parameters={**parameters, "instruction": instruction},
+        queries=written + len(without),
+        rows=written,
+        candidates=candidates,
+        queries_without_candidates=tuple(without),
+        labelled_pairs=labelled,
+        bad_lines=bad.count,
+        bad_lines_listed=tuple(str(line) for line in bad.listed),
+        rerank_ray_version=__version__,
+        schema_version=schema.VERSION,
+    )
+    text = json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
+    storage.write_text(storage.join(out, SUMMARY_FILE), text)
+    return summary
+
+
+def _check_out(out: str, overwrite: bool) -> None:
+    """Refuse a folder with a finished ingest (unless it may be overwritten) or with Parquet files of something else."""
+    if storage.exists(out) and not storage.is_directory(out):
+        raise InputError(f"{out}: is a file: name a folder for the Parquet files")
+    fs, folder = storage.open_filesystem(out)
+    parts = storage.list_files(out, ".parquet")
+    for path in parts:
+        if not _is_part(fs, folder, path):
+            raise InputError(
+                f"{path}: a Parquet file that no ingest wrote; jobs would read it too: name another folder"
+            )
+    if parts and not overwrite and storage.exists(storage.join(out, SUMMARY_FILE)):
+        raise InputError(
+            f"{out}: already holds an ingest ({SUMMARY_FILE} is there): --overwrite replaces it, or name another folder"
+        )
+
+
+def _is_part(fs: pa.fs.FileSystem, folder: str, path: str) -> bool:
+    """Whether a file may be an ingest's, whole or torn: by its place and name, and by its schema if it has one."""
+    if posixpath.dirname(path) != folder.rstrip("/") or not _PART.fullmatch(posixpath.basename(path)):
+        return False
+    try:
+        metadata = pq.read_schema(path, filesystem=fs).metadata or {}
+    except (pa.ArrowException, OSError):
+        return True
+    return metadata.get(b"rerank_ray.schema") == b"candidates"
+
+
+def _clear_out(out: str) -> None:
+    """Delete an earlier ingest, its summary first, so that a crash from here on leaves an unfinished one."""
+    fs, _ = storage.open_filesystem(out)
+    storage.delete_file(storage.join(out, SUMMARY_FILE))
+    for path in storage.list_files(out, ".parquet"):
+        fs.delete_file(path)

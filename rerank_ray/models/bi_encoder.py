@@ -1,0 +1,98 @@
+"""Sentence encoders: query and document embedded apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
+from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Answer, Embed, Result
+from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.records import Usage
+from rerank_ray.settings import BiEncoderSettings
+
+_POOLING_FILE = "1_Pooling/config.json"
+_POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+
+
+class BiEncoder:
+    """Answers `Embed` with unit-length embeddings."""
+
+    answers = frozenset({Embed})
+    exit_layer = None
+
+    def __init__(self, settings: BiEncoderSettings) -> None:
+        resolved = resolve(settings)
+        self.name = f"bi_encoder:{resolved.identity}"
+        self.pooling = settings.pooling or _saved_pooling(resolved) or "mean"
+        self.prefix = {"query": settings.query_prefix, "document": settings.document_prefix}
+        self.tokenizer = load(AutoTokenizer, resolved, settings)
+        self.device = engine.pick_device(settings.device)
+        dtype = engine.pick_dtype(settings.dtype, self.device)
+        self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
+        self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+
+    def run(self, calls: Sequence[Embed]) -> list[Result]:
+        texts = [self.prefix[c.role] + c.text for c in calls]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        vectors = self.runner.run([len(i) for i in ids], lambda batch: self._forward([ids[i] for i in batch]))
+        return [
+            Answer(value=vector, usage=Usage(calls=1, prompt_tokens=len(i)))
+            for vector, i in zip(vectors, ids, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[list[int]]) -> list[tuple[float, ...]]:
+        ids, lengths = engine.right_pad(sequences, self.tokenizer.pad_token_id or 0)
+        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        mask = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
+        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        if self.pooling == "mean":
+            pooled = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
+        elif self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            pooled = hidden[torch.arange(len(sequences), device=self.device), lengths - 1]
+        return [tuple(v) for v in torch.nn.functional.normalize(pooled, dim=-1).tolist()]
+
+
+def _saved_pooling(resolved: ResolvedModel) -> str | None:
+    """The pooling that sentence-transformers' files name, if the checkpoint has them.
+
+    Raises:
+        ModelError: a pooling this backend does not compute.
+    """
+    if resolved.folder is None:
+        return _hub_pooling(resolved)
+    path = resolved.folder / _POOLING_FILE
+    return _read_pooling(path.read_text(), str(path)) if path.exists() else None
+
+
+def _hub_pooling(resolved: ResolvedModel) -> str | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        resolved.source, _POOLING_FILE, revision=resolved.revision, _raise_exceptions_for_missing_entries=False
+    )
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return _read_pooling(file.read(), path)
+
+
+def _read_pooling(text: str, path: str) -> str:
+    content = json.loads(text)
+    if "pooling_mode" in content:
+        modes = [content["pooling_mode"]]
+    else:
+        modes = [k for k, v in content.items() if k.startswith("pooling_mode_") and v]
+    pooling = _POOLING_KEYS.get(modes[0], modes[0]) if len(modes) == 1 else None
+    if pooling not in _POOLING_KEYS.values():
+        raise ModelError(f"{path}: pooling {modes} is none of mean, cls, last; set pooling: to choose one")
+    return pooling

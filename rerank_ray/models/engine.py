@@ -1,0 +1,97 @@
+"""What every torch backend shares: device and precision, batches by token budget, and out-of-memory recovery."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from rerank_ray.errors import ModelError
+
+_CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one; a device that is named but absent is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device: {name}: not usable here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes it natively, float32 elsewhere."""
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+
+
+@functools.cache
+def computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and bool(
+        torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group sequence indices, longest first, so that no batch's `rows × longest` passes the budget.
+
+    Longest first puts the batch that needs most memory at the start and keeps padding to the small differences
+    between neighbours. A sequence longer than the budget gets a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+class BatchRunner:
+    """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
+
+    A batch that runs out of device memory is halved and done again, and the budget stays at what fitted; every other
+    error is raised.
+    """
+
+    def __init__(self, tokens_per_batch: int | None, device: torch.device) -> None:
+        default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
+        self.tokens_per_batch = tokens_per_batch or default
+
+    def run(self, lengths: Sequence[int], forward: Callable[[list[int]], Sequence]) -> list:
+        """Call `forward(indices)` for each batch; it returns one output per index."""
+        outputs: list = [None] * len(lengths)
+        waiting = list(range(len(lengths)))
+        while waiting:
+            shrunk = False
+            for batch in plan_batches([lengths[i] for i in waiting], self.tokens_per_batch):
+                indices = [waiting[i] for i in batch]
+                try:
+                    results = forward(indices)
+                except torch.OutOfMemoryError:
+                    if len(indices) == 1:
+                        raise
+                    self.tokens_per_batch = max(lengths[i] for i in indices) * (len(indices) // 2)
+                    shrunk = True
+                    break
+                for index, result in zip(indices, results, strict=True):
+                    outputs[index] = result
+            waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
+        return outputs
+
+
+def right_pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, L] padded on the right, and their lengths [B]."""
+    rows = [torch.tensor(s, dtype=torch.long) for s in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), torch.tensor([len(r) for r in rows])

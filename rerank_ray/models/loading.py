@@ -1,0 +1,29 @@
+"""`from_pretrained` with this project's safety rules and errors that name the model."""
+
+from __future__ import annotations
+
+import transformers
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.resolve import ResolvedModel
+from rerank_ray.settings import ModelSettings
+
+
+def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
+    """Call `auto_class.from_pretrained`; weights load from safetensors or GGUF unless `allow_pickle` says otherwise.
+
+    Raises:
+        ModelError: the model is not there (a hub id that does not exist, or no network), or can't be read.
+    """
+    if "dtype" in arguments and resolved.gguf_file is None and not settings.allow_pickle:
+        arguments["use_safetensors"] = True
+    if "dtype" in arguments and resolved.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # transformers from 5.2x on keeps GGUF weights packed unless told otherwise; dense bfloat16 products are faster.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        return auto_class.from_pretrained(
+            **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error

@@ -1,0 +1,96 @@
+"""Calls that ranking methods make and backends answer.
+
+Methods know nothing of devices, backends nothing of ranking: a call is all that passes between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rerank_ray.records import Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Text with slots for passages: `parts[0] + passages[0] + parts[1] + …`; only passages may be truncated.
+
+    `chat` prompts become the user's turn of the tokenizer's chat template, after `system` when there is one. What
+    calls of one query share stands in front, so that a backend may compute it once.
+    """
+
+    parts: tuple[str, ...]
+    passages: tuple[str, ...]
+    system: str | None = None
+    chat: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextToken:
+    """Logits of single-token `labels` at the position after the prompt; value: tuple of floats, one a label.
+
+    Logits are comparable within one answer only (they are log-probabilities up to a constant).
+    """
+
+    prompt: Prompt
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLikelihood:
+    """Natural-log probabilities of the continuation's tokens after the prompt; value: tuple of floats, one a token."""
+
+    prompt: Prompt
+    continuation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Relevance of a text to a query; value: one float, the model's raw score."""
+
+    query: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embed:
+    """Embedding of a text as `role` query or document; value: tuple of floats of unit length."""
+
+    text: str
+    role: str
+
+
+Call = NextToken | LogLikelihood | Pair | Embed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A call's value, as the call's class documents it, and what it cost."""
+
+    value: tuple[float, ...] | float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why one call has no answer; the others of its batch are unharmed."""
+
+    reason: str
+
+
+Result = Answer | Failure
+
+
+class Backend(Protocol):
+    """Answers calls of the kinds in `answers`, in any number and order; answers do not depend on each other."""
+
+    answers: frozenset[type]
+    name: str
+    """Kind, model and revision, as the `teacher` and `model` columns record them."""
+    exit_layer: int | None
+    """The layer a layer-wise model stops at, recorded with its rankings; None for other models."""
+
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        """Answer the calls, in their order."""
+        ...

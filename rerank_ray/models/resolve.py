@@ -1,0 +1,125 @@
+"""Model references to local files: hub ids with a revision, folders, and installed packages."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from rerank_ray.errors import ModelError
+from rerank_ray.settings import ModelSettings
+
+PACKAGE_SCHEME = "package://"
+_DIGEST_EDGE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """Where a model's files lie: `folder`, or a hub id with `revision`; `gguf_file` names a GGUF file inside."""
+
+    source: str
+    revision: str | None
+    gguf_file: str | None
+    identity: str
+    """Reference and revision; for local files a digest stands in for the revision."""
+
+    @property
+    def pretrained_arguments(self) -> dict:
+        """Arguments for every `from_pretrained`."""
+        arguments: dict = {"pretrained_model_name_or_path": self.source}
+        if self.revision is not None:
+            arguments["revision"] = self.revision
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None for a hub id."""
+        path = Path(self.source)
+        return path if path.is_dir() else None
+
+
+def resolve(settings: ModelSettings) -> ResolvedModel:
+    """Find what `path` and `revision` mean, without loading weights or reaching a network.
+
+    Raises:
+        ModelError: nothing is there, or it holds no weights that may be loaded.
+    """
+    reference, revision = settings.path, settings.revision
+    if reference.startswith(PACKAGE_SCHEME):
+        path, version = _in_package(reference)
+        _refuse_revision(reference, revision)
+        return _local(path, f"{reference}@{version}", settings)
+    path = Path(reference).expanduser()
+    if path.exists():
+        _refuse_revision(reference, revision)
+        return _local(path, f"{reference}@{_digest(path)}", settings)
+    if _looks_like_a_path(reference):
+        raise ModelError(f"{reference}: no such model folder or file")
+    if reference.endswith(".gguf"):
+        repository, _, name = reference.rpartition("/")
+        return ResolvedModel(
+            source=repository, revision=revision, gguf_file=name, identity=f"{reference}@{revision or 'main'}"
+        )
+    return ResolvedModel(
+        source=reference, revision=revision, gguf_file=None, identity=f"{reference}@{revision or 'main'}"
+    )
+
+
+def _looks_like_a_path(reference: str) -> bool:
+    """Hub ids are `name` or `org/name`; anything else can only be a path."""
+    return reference.startswith((".", "/", "~")) or (reference.count("/") > 1 and not reference.endswith(".gguf"))
+
+
+def _refuse_revision(reference: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(f"{reference}: 'revision' ({revision}) only applies to hub models; remove it")
+
+
+def _in_package(reference: str) -> tuple[Path, str]:
+    name, _, inner = reference.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        distribution = name.replace("_", "-")
+        raise ModelError(f"{reference}: Python package '{name}' is not installed; try `pip install {distribution}`")
+    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    if not path.exists():
+        raise ModelError(f"{reference}: package '{name}' holds no '{inner}'")
+    distributions = importlib.metadata.packages_distributions().get(name, [])
+    return path, importlib.metadata.version(distributions[0]) if distributions else "unknown"
+
+
+def _local(path: Path, identity: str, settings: ModelSettings) -> ResolvedModel:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path}: a model is a folder or a .gguf file")
+        return ResolvedModel(source=str(path.parent), revision=None, gguf_file=path.name, identity=identity)
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path}: holds no config.json: not a model folder in transformers' layout")
+    if not any(path.glob("*.safetensors")):
+        if not any(path.glob("*.bin")):
+            raise ModelError(f"{path}: holds no weights (*.safetensors)")
+        if not settings.allow_pickle:
+            raise ModelError(
+                f"{path}: holds only pickled weights (*.bin), which run code of whoever made them; convert them to "
+                "safetensors, or set allow_pickle: true if you trust their source"
+            )
+    return ResolvedModel(source=str(path), revision=None, gguf_file=None, identity=identity)
+
+
+def _digest(path: Path) -> str:
+    """A short digest of a model's files: names, sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_DIGEST_EDGE))
+            if size > _DIGEST_EDGE:
+                stream.seek(max(_DIGEST_EDGE, size - _DIGEST_EDGE))
+                digest.update(stream.read())
+    return digest.hexdigest()[:12]

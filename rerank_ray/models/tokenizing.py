@@ -1,0 +1,122 @@
+"""Prompts to token ids: chat templates applied once per frame, and truncation that only ever shortens passages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.protocol import Prompt
+
+_SLOT = "\ue000PASSAGE\ue001"
+
+
+class PromptTooLongError(Exception):
+    """The template and query alone leave no room for a passage."""
+
+
+class PromptEncoder:
+    """Encodes prompts for one tokenizer, at most `max_length` tokens each, continuation included."""
+
+    def __init__(self, tokenizer, max_length: int, chat: bool | None) -> None:
+        if chat and not tokenizer.chat_template:
+            raise ModelError("chat: true, but the tokenizer has no chat template; set chat: false")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self._framed = functools.lru_cache(maxsize=4096)(self._frame)
+
+    def encode(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[list[int] | PromptTooLongError]:
+        """Token ids of each prompt, at most `max_length − reserved` long; passages are cut at a token's end to fit."""
+        frames = [self._framed(p.parts, p.system, p.chat and self.chat) for p in prompts]
+        texts = [_fill(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
+        special = [not (p.chat and self.chat) for p in prompts]
+        encoded: list[list[int] | PromptTooLongError] = self._encode_texts(texts, special)
+        for i, prompt in enumerate(prompts):
+            limit = self.max_length - reserved[i]
+            if len(encoded[i]) > limit:
+                encoded[i] = self._truncated(frames[i], prompt, limit, special[i])
+        return encoded
+
+    def _frame(self, parts: tuple[str, ...], system: str | None, chat: bool) -> tuple[str, ...]:
+        """The text around the passages, with the chat template applied."""
+        if not chat:
+            return (f"{system}\n\n{parts[0]}", *parts[1:]) if system else parts
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": _SLOT.join(parts)})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        frame = tuple(text.split(_SLOT))
+        if len(frame) != len(parts):
+            raise ModelError("the tokenizer's chat template changes or repeats the user's text; set chat: false")
+        return frame
+
+    def _encode_texts(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
+        encoded: list[list[int]] = [[] for _ in texts]
+        for with_special in (True, False):
+            indices = [i for i, s in enumerate(special) if s is with_special]
+            if indices:
+                ids = self.tokenizer([texts[i] for i in indices], add_special_tokens=with_special)["input_ids"]
+                for i, row in zip(indices, ids, strict=True):
+                    encoded[i] = row
+        return encoded
+
+    def _truncated(
+        self, frame: tuple[str, ...], prompt: Prompt, limit: int, special: bool
+    ) -> list[int] | PromptTooLongError:
+        """Give every passage the same number of tokens, the largest that fits."""
+        bare = len(self._encode_texts([_fill(frame, [""] * len(prompt.passages))], [special])[0])
+        if limit - bare < len(prompt.passages):
+            return PromptTooLongError(
+                f"the prompt takes {bare} tokens without its passage and max_length leaves {limit}: raise max_length"
+            )
+        offsets = self.tokenizer(list(prompt.passages), add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        cap = _largest_cap([len(o) for o in offsets], limit - bare)
+        while cap > 0:
+            cut = [p if len(o) <= cap else p[: o[cap - 1][1]] for p, o in zip(prompt.passages, offsets, strict=True)]
+            ids = self._encode_texts([_fill(frame, cut)], [special])[0]
+            if len(ids) <= limit:
+                return ids
+            # Joining a cut passage to its frame can give a token or two more than the parts counted apart.
+            cap -= max(1, (len(ids) - limit) // len(cut))
+        return PromptTooLongError(f"no passage fits the {limit} tokens that max_length leaves: raise max_length")
+
+
+def _fill(frame: Sequence[str], passages: Sequence[str]) -> str:
+    pieces = [frame[0]]
+    for passage, part in zip(passages, frame[1:], strict=True):
+        pieces += [passage, part]
+    return "".join(pieces)
+
+
+def _largest_cap(lengths: Sequence[int], room: int) -> int:
+    """The largest c with Σ min(length, c) ≤ room."""
+    low, high = 0, max(lengths)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(min(n, middle) for n in lengths) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def label_ids(tokenizer, labels: Sequence[str]) -> list[int]:
+    """The token of each label word.
+
+    Raises:
+        ModelError: a label is not exactly one token, so its probability could not be read off one position.
+    """
+    ids = []
+    for label in labels:
+        tokens = tokenizer(label, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            pieces = tokenizer.convert_ids_to_tokens(tokens)
+            raise ModelError(
+                f"label {label!r} is {len(tokens)} tokens for this tokenizer ({pieces}): choose a label of one token"
+            )
+        ids.append(tokens[0])
+    if len(set(ids)) != len(ids):
+        raise ModelError(f"labels {list(labels)} are not different tokens")
+    return ids

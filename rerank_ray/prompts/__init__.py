@@ -1,0 +1,1 @@
+"""Prompt templates as YAML data, and how a query and its candidates are filled into them."""

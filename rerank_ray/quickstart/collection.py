@@ -1,0 +1,198 @@
+"""A small real retrieval collection from the documentation of the Python installation it runs on.
+
+Known-item search: the first sentence of a docstring is the query, the rest of that docstring the one document to find.
+Nothing is downloaded or imported, and no data file is shipped. The same installation and seed give the same
+collection; another version of Python or of a package gives a slightly different one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rerank_ray.errors import InputError
+from rerank_ray.quickstart.docstrings import PACKAGES, Docstring, read_docstrings, source_files, stable_hash
+
+_SHINGLE = 3
+_SKETCH = 48
+_BANDS = 8
+_SIMILAR = 0.4
+_TOKEN = re.compile(r"\w+")
+_NOT_A_SENTENCE = re.compile(
+    r"[{}<>=|\\]|::|->|--|https?:|\w\(\w*,|\.py\b|@|"
+    r"^(deprecated|todo|note|warning|alias|see|internal|private|created|copyright|return type|this is a)\b|"
+    r"\b(boilerplate|auto-?generated|overridden|overrides|docstring|deprecated|superclass|base class)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionSummary:
+    """What `build_collection` wrote, and what it left out on the way."""
+
+    documents: int
+    train_queries: int
+    test_queries: int
+    files: int
+    files_with_errors: int
+    """Source files that this Python can't parse (templates, other syntax versions)."""
+    docstrings: int
+    near_duplicates: int
+    """Documents dropped because another says nearly the same."""
+    packages: dict[str, int]
+    """Documents by top-level package."""
+
+
+def build_collection(
+    out: Path,
+    *,
+    documents: int = 6000,
+    train_queries: int = 200,
+    test_queries: int = 100,
+    seed: int = 0,
+    packages: Sequence[str] = PACKAGES,
+    files_per_package: int = 300,
+) -> CollectionSummary:
+    """Write a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv`, `qrels/test.tsv` (gain 1).
+
+    At most `documents` documents, chosen by hash, and as evenly over packages as these allow. Near-duplicate
+    documents are dropped, summaries that two docstrings share become no query, and the queries of one module are all
+    in train or all in test, so that what was seen in training says little about the test.
+
+    Raises:
+        InputError: the installation's documentation is too small for that many queries.
+    """
+    files = source_files(packages, files_per_package=files_per_package)
+    found: dict[str, tuple[str, Docstring]] = {}
+    failed = 0
+    for file in files:
+        try:
+            for docstring in read_docstrings(file):
+                found.setdefault(docstring.name, (file.package, docstring))
+        except (SyntaxError, ValueError, RecursionError):
+            failed += 1
+    shared = Counter(_normalised(d.summary) for _, d in found.values())
+    usable = [(package, d) for package, d in found.values() if is_document(d)]
+    usable.sort(key=lambda item: stable_hash(f"{seed}/{item[1].name}"))
+    kept = set(distinct([d.rest for _, d in usable]))
+    corpus = _evenly([item for i, item in enumerate(usable) if i in kept], documents)
+
+    queries: dict[str, list[Docstring]] = {"train": [], "test": []}
+    room = {"train": train_queries, "test": test_queries}
+    test_share = test_queries / max(1, train_queries + test_queries)
+    for _, docstring in corpus:
+        if shared[_normalised(docstring.summary)] > 1 or not is_query(docstring):
+            continue
+        split = "test" if stable_hash(f"{seed}/split/{docstring.module}") / 2**64 < test_share else "train"
+        if len(queries[split]) < room[split]:
+            queries[split].append(docstring)
+    for split, wanted in room.items():
+        if len(queries[split]) < wanted:
+            raise InputError(
+                f"the documentation of this Python installation gives {len(queries[split])} {split} queries, not "
+                f"{wanted}: ask for fewer, or read more files per package"
+            )
+    _write(Path(out), corpus, queries)
+    return CollectionSummary(
+        documents=len(corpus),
+        train_queries=len(queries["train"]),
+        test_queries=len(queries["test"]),
+        files=len(files),
+        files_with_errors=failed,
+        docstrings=len(found),
+        near_duplicates=len(usable) - len(kept),
+        packages=dict(Counter(package for package, _ in corpus)),
+    )
+
+
+def is_document(docstring: Docstring) -> bool:
+    """Enough running text to be found by: 25 words, 20 of them outside lists of arguments and examples, no template."""
+    rest = docstring.rest
+    return len(rest.split()) >= 25 and docstring.prose_words >= 20 and "{{" not in rest and "%(" not in rest
+
+
+def is_query(docstring: Docstring) -> bool:
+    """A sentence of 4 to 25 words that reads as a question to a search engine and does not stand in its document."""
+    words = docstring.summary.split()
+    if not 4 <= len(words) <= 25 or _NOT_A_SENTENCE.search(docstring.summary):
+        return False
+    plain = sum(word.strip(",.;()'\"").isalpha() and not any(c.isupper() for c in word[1:]) for word in words)
+    return plain >= 0.75 * len(words) and _normalised(docstring.summary) not in _normalised(docstring.rest)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(_TOKEN.findall(text.lower()))
+
+
+def distinct(texts: Sequence[str]) -> list[int]:
+    """Indices of the texts without those that nearly repeat an earlier one.
+
+    Each text is sketched by the 48 smallest hashes of its word triples (bottom-k MinHash, Broder 1997); texts that
+    share one of the 8 smallest are compared, and from an estimated Jaccard similarity of 0.4 on the later one goes.
+    """
+    kept: list[int] = []
+    sketches: dict[int, list[int]] = {}
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        sketch = _sketch(text)
+        neighbours = {j for h in sketch[:_BANDS] for j in buckets[h]}
+        if any(_similarity(sketch, sketches[j]) >= _SIMILAR for j in neighbours):
+            continue
+        kept.append(i)
+        sketches[i] = sketch
+        for h in sketch[:_BANDS]:
+            buckets[h].append(i)
+    return kept
+
+
+def _sketch(text: str) -> list[int]:
+    tokens = _TOKEN.findall(text.lower())
+    triples = zip(*(tokens[offset:] for offset in range(_SHINGLE)), strict=False)
+    return sorted({zlib.crc32(" ".join(t).encode("utf-8", "surrogatepass")) for t in triples})[:_SKETCH]
+
+
+def _similarity(a: Iterable[int], b: Iterable[int]) -> float:
+    """Jaccard similarity estimated from two sketches: the share of their union's smallest hashes that both hold."""
+    left, right = set(a), set(b)
+    union = sorted(left | right)[:_SKETCH]
+    return sum(h in left and h in right for h in union) / max(1, len(union))
+
+
+def _evenly(items: Sequence[tuple[str, Docstring]], limit: int) -> list[tuple[str, Docstring]]:
+    """The first `limit` items in their order, the largest packages cut to one common size first."""
+    sizes = sorted(Counter(package for package, _ in items).values())
+    left, cap = limit, 0
+    for i, size in enumerate(sizes):
+        cap = left // (len(sizes) - i)
+        left -= min(size, cap)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for package, docstring in items:
+        if taken[package] < cap:
+            taken[package] += 1
+            chosen.append((package, docstring))
+    return chosen[:limit]
+
+
+def _write(out: Path, corpus: Sequence[tuple[str, Docstring]], queries: dict[str, list[Docstring]]) -> None:
+    (out / "qrels").mkdir(parents=True, exist_ok=True)
+    documents = ({"_id": d.name, "title": "", "text": d.rest} for _, d in corpus)
+    (out / "corpus.jsonl").write_text(_json_lines(documents), encoding="utf-8")
+    lines = []
+    for split, docstrings in queries.items():
+        rows = ["query-id\tcorpus-id\tscore"]
+        for number, docstring in enumerate(docstrings, start=1):
+            query_id = f"{split}-{number:04d}"
+            lines.append({"_id": query_id, "text": docstring.summary})
+            rows.append(f"{query_id}\t{docstring.name}\t1")
+        (out / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (out / "queries.jsonl").write_text(_json_lines(lines), encoding="utf-8")
+
+
+def _json_lines(items: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(item, ensure_ascii=True) + "\n" for item in items)

@@ -1,0 +1,60 @@
+"""The table from a ranker's `method` to its class, and the whole of a ranker: a method on its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rerank_ray.errors import ConfigError
+from rerank_ray.models.backends import load_backend
+from rerank_ray.ranking import scheduler
+from rerank_ray.ranking.bi_encoder import BiEncoderRanker
+from rerank_ray.ranking.bm25 import BM25
+from rerank_ray.ranking.cross_encoder import CrossEncoderRanker
+from rerank_ray.ranking.first_stage import FirstStage
+from rerank_ray.ranking.imported import Imported
+from rerank_ray.ranking.query_likelihood import QueryLikelihood
+from rerank_ray.ranking.yes_no import YesNo
+from rerank_ray.records import CandidateList
+from rerank_ray.settings import RankerSettings
+
+METHODS = {
+    "yes_no": YesNo,
+    "query_likelihood": QueryLikelihood,
+    "cross_encoder": CrossEncoderRanker,
+    "bi_encoder": BiEncoderRanker,
+    "bm25": BM25,
+    "first_stage": FirstStage,
+    "imported": Imported,
+}
+
+
+class Ranker:
+    """Ranks candidate lists: a teacher when it labels, a student or baseline when it reranks."""
+
+    def __init__(self, settings: RankerSettings) -> None:
+        """Load the model, if the method has one.
+
+        Raises:
+            ConfigError: the model does not answer a call that the method makes.
+            ModelError: the model can't be loaded.
+        """
+        method = METHODS[settings.method]
+        model = getattr(settings, "model", None)
+        self._backend = None if model is None else load_backend(model)
+        missing = method.needs - (self._backend.answers if self._backend else frozenset())
+        if missing:
+            names = sorted(call.__name__ for call in missing)
+            raise ConfigError(f"method {settings.method} needs {names}, which {self._backend.name} does not answer")
+        self._method = method(settings, self._backend)
+
+    @property
+    def name(self) -> str:
+        """Method, model, revision and prompt hash: the `teacher` and `model` columns."""
+        return self._method.name
+
+    @property
+    def exit_layer(self) -> int | None:
+        return None if self._backend is None else self._backend.exit_layer
+
+    def rank(self, requests: Sequence[CandidateList]) -> list[scheduler.Outcome]:
+        return scheduler.run(self._method, self._backend, requests)

@@ -1,0 +1,77 @@
+"""Tables of systems by metrics, for the terminal (rich) and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Value = float | int | str | None
+Systems = Mapping[str, Mapping[str, Value]]
+
+
+def format_value(value: Value) -> str:
+    """Four decimals for measures, thousands separators for counts and for floats from 100 on, an en dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def columns_of(systems: Systems) -> list[str]:
+    """Every column that a system has, in order of first appearance."""
+    return list(dict.fromkeys(column for row in systems.values() for column in row))
+
+
+def best_of(systems: Systems, column: str) -> float | None:
+    """The highest number of a column of floats; None when the column holds counts or text, or fewer than two values."""
+    values = [row[column] for row in systems.values() if row.get(column) is not None]
+    return max(values) if len(values) > 1 and all(isinstance(v, float) for v in values) else None
+
+
+def metric_table(systems: Systems, *, title: str | None = None, head: str = "system") -> Table:
+    """A rich table with one row per system, in the order given; the best of each column of floats is bold."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(head, no_wrap=True)
+    columns = columns_of(systems)
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    best = {column: best_of(systems, column) for column in columns}
+    for name, row in systems.items():
+        # Text, not markup: a name such as `run[1]` is printed as it is.
+        cells = [
+            Text(format_value(row.get(c)), style="bold" if best[c] is not None and row.get(c) == best[c] else "")
+            for c in columns
+        ]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def print_table(systems: Systems, console: Console, *, title: str | None = None, head: str = "system") -> None:
+    console.print(metric_table(systems, title=title, head=head))
+
+
+def markdown_table(systems: Systems, *, head: str = "system") -> str:
+    """The same table in Markdown, without a line end at its end."""
+    columns = columns_of(systems)
+    best = {column: best_of(systems, column) for column in columns}
+
+    def cell(row: Mapping[str, Value], column: str) -> str:
+        text = _escape(format_value(row.get(column)))
+        return f"**{text}**" if best[column] is not None and row.get(column) == best[column] else text
+
+    lines = [
+        "| " + " | ".join(_escape(c) for c in (head, *columns)) + " |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {_escape(name)} | " + " | ".join(cell(row, c) for c in columns) + " |" for name, row in systems.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,136 @@
+"""BM25 over a collection that fits in memory as token ids: the first stage of `rerank-ray ingest beir`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import bm25s
+import numpy as np
+
+from rerank_ray.errors import ConfigError, InputError
+
+K1 = 0.9
+B = 0.4
+
+
+class BM25Index:
+    """A BM25 index with Lucene's formula, computed by bm25s (Lù, 2024, arXiv:2407.03618).
+
+    score(q, d) = Σ over the query's tokens t, repeats included, of
+    ln(1 + (N − df + 0.5) / (df + 0.5)) · tf / (tf + k1 · (1 − b + b · |d| / avg|d|))
+    (the "accurate" Lucene variant of Kamphuis et al., ECIR 2020: lengths are not rounded to a byte as Lucene does).
+
+    Tokens are lower-cased runs of two or more word characters, so text without blanks between words (Chinese, Japanese,
+    Thai) has to be segmented beforehand. Scores are float32.
+    """
+
+    def __init__(
+        self,
+        index: bm25s.BM25 | None,
+        doc_ids: list[str],
+        tokenize: Callable[[Iterable[str]], list[list[str]]],
+    ) -> None:
+        self._index = index
+        self.doc_ids = doc_ids
+        self._tokenize = tokenize
+        self._position: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.doc_ids)
+
+    @classmethod
+    def build(
+        cls,
+        docs: Iterable[tuple[str, str]],
+        k1: float = K1,
+        b: float = B,
+        stopwords: str | Sequence[str] | None = "en",
+        stemmer: Callable[[list[str]], list[str]] | None = None,
+    ) -> BM25Index:
+        """Index (doc id, contents) pairs in one pass; texts are dropped once they are tokenised.
+
+        `stopwords` is a language that bm25s knows ("en": Lucene's 33 words), a list of words, or None to keep all.
+
+        Raises:
+            ConfigError: a parameter out of range, or an unknown stop word list.
+            InputError: no documents.
+        """
+        check_parameters(k1, b)
+        try:
+            bm25s.tokenize([], stopwords=stopwords, show_progress=False)
+        except ValueError as error:
+            raise ConfigError(f"stopwords={stopwords!r}: {error}") from error
+
+        def tokenize(texts: Iterable[str]) -> list[list[str]]:
+            return bm25s.tokenize(texts, stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
+
+        doc_ids: list[str] = []
+
+        def contents() -> Iterable[str]:
+            for doc_id, text in docs:
+                doc_ids.append(doc_id)
+                yield text
+
+        tokens = bm25s.tokenize(contents(), stopwords=stopwords, stemmer=stemmer, show_progress=False)
+        if not doc_ids:
+            raise InputError("the collection has no documents: there is nothing to retrieve from")
+        if not tokens.vocab:
+            return cls(None, doc_ids, tokenize)
+        # Named so that the result does not depend on which optional packages bm25s finds.
+        index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy", auto_compile=False)
+        index.index(tokens, create_empty_token=False, show_progress=False)
+        return cls(index, doc_ids, tokenize)
+
+    def top(self, query_text: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (in corpus order) and scores of the best documents, best first; equal scores in corpus order.
+
+        Documents that share no token with the query (score 0) are not retrieved, so there may be fewer than `depth`.
+        """
+        scores = self._all_scores(query_text)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > depth:
+            lowest = np.partition(scores[found], len(found) - depth)[len(found) - depth]
+            found = found[scores[found] >= lowest]
+        order = np.argsort(-scores[found], kind="stable")[:depth]
+        return found[order].astype(np.int32), scores[found][order]
+
+    def search(self, query_texts: Iterable[str], depth: int) -> list[list[tuple[str, float]]]:
+        """The best `depth` (doc id, score) pairs of each query, best first; see `top`.
+
+        Raises:
+            ConfigError: `depth` is less than 1.
+        """
+        if depth < 1:
+            raise ConfigError(f"depth={depth}: retrieve at least one document a query")
+        results = []
+        for text in query_texts:
+            positions, scores = self.top(text, depth)
+            results.append([(self.doc_ids[p], float(s)) for p, s in zip(positions, scores, strict=True)])
+        return results
+
+    def scores(self, query_text: str, doc_ids: Iterable[str]) -> list[float]:
+        """The scores of given documents (0 if no token is shared); NaN for a doc id that is not in the collection."""
+        if self._position is None:
+            self._position = {doc_id: i for i, doc_id in enumerate(self.doc_ids)}
+        every_score = self._all_scores(query_text)
+        positions = [self._position.get(doc_id) for doc_id in doc_ids]
+        return [math.nan if p is None else float(every_score[p]) for p in positions]
+
+    def _all_scores(self, query_text: str) -> np.ndarray:
+        if self._index is None:
+            return np.zeros(len(self), dtype=np.float32)
+        token_ids = self._index.get_tokens_ids(self._tokenize([query_text])[0])
+        return self._index.get_scores_from_ids(token_ids)
+
+
+def check_parameters(k1: float, b: float) -> None:
+    """Refuse BM25 parameters for which the formula means nothing.
+
+    Raises:
+        ConfigError: k1 is negative or not finite, or b lies outside [0, 1].
+    """
+    if not (math.isfinite(k1) and k1 >= 0):
+        raise ConfigError(f"k1={k1}: term frequency saturation is a finite number from 0 (usually 0.9 to 1.5)")
+    if not 0 <= b <= 1:
+        raise ConfigError(f"b={b}: length normalisation lies between 0 (none) and 1 (full)")

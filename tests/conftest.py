@@ -1,0 +1,18 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def collections() -> Path:
+    """The folder with the real test collections (`cranfield/`, `trec-dl/`, `noveleval/`): RERANK_RAY_DATA names it."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("RERANK_RAY_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no test collections in {folder}: set RERANK_RAY_DATA to their folder")
+    return folder
