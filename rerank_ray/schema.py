@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError, RowError
-from rerank_ray.records import Candidate, CandidateList, Labels, Query, Ranking, Usage
+from rerank_ray.records import Candidate, CandidateList, Labels, Query, Ranking, Scores, Usage
 
 VERSION = 1
 ROWS_PER_GROUP = 32
@@ -184,22 +184,22 @@ def candidate_row(candidate_list: CandidateList) -> dict:
     }
 
 
-def label_columns(labels: Labels) -> dict:
+def label_columns(teacher: str, scores: Scores | None, usage: Usage | None = None, error: str | None = None) -> dict:
     """The columns that `labels` adds to the candidate columns."""
-    usage = labels.usage
+    usage = usage or Usage()
     return {
-        "teacher": labels.teacher,
-        "scores": labels.scores,
-        "uncertainty": labels.uncertainty,
-        "rationales": labels.rationales,
-        "defects": labels.defects,
+        "teacher": teacher,
+        "scores": scores and scores.scores,
+        "uncertainty": scores and scores.uncertainty,
+        "rationales": scores and scores.rationales,
+        "defects": [str(d) for d in scores.defects] if scores else [],
         "usage": {
             "calls": usage.calls,
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "output_tokens": usage.output_tokens,
         },
-        "error": labels.error,
+        "error": error,
     }
 
 
@@ -224,6 +224,8 @@ class InputSummary:
     files: tuple[str, ...]
     rows: int
     fingerprint: str
+    id_hashes: np.ndarray
+    """A 64-bit hash of each row's query id, sorted."""
 
 
 def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
@@ -248,10 +250,12 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
             digest.update(f"{posixpath.basename(path)}:{fs.get_file_info(path).size}:".encode())
             digest.update(_footer_digest(file))
             hashes.append(_query_id_hashes(file, path))
-    every_hash = np.concatenate(hashes)
-    if len(np.unique(every_hash)) != len(every_hash):
+    id_hashes = np.sort(np.concatenate(hashes))
+    if (id_hashes[1:] == id_hashes[:-1]).any():
         _raise_first_duplicate(fs, paths)
-    return InputSummary(files=tuple(paths), rows=len(every_hash), fingerprint=digest.hexdigest()[:16])
+    return InputSummary(
+        files=tuple(paths), rows=len(id_hashes), fingerprint=digest.hexdigest()[:16], id_hashes=id_hashes
+    )
 
 
 def _open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:

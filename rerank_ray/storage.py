@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -20,6 +19,12 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
     return posixpath.join(os.fspath(uri), *parts)
+
+
+def rejoin(uri: str | os.PathLike[str], path: str) -> str:
+    """The URI of a path that `list_files(uri, …)` returned."""
+    scheme, separator, _ = os.fspath(uri).partition("://")
+    return f"{scheme}://{path}" if separator else path
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -77,23 +82,6 @@ def list_files(uri: str | os.PathLike[str], suffix: str) -> list[str]:
         return []
     found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
     return sorted(f.path for f in found if f.type == pafs.FileType.File and f.path.endswith(suffix))
-
-
-def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) of a UTF-8 text file, `.gz` included, without their line ends.
-
-    A byte that is not UTF-8 becomes U+FFFD, which JSON and TSV readers then report with the line.
-    """
-    fs, inner = open_filesystem(path)
-    with fs.open_input_stream(inner, compression="detect") as stream:
-        number, rest = 0, b""
-        while chunk := stream.read(1 << 20):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                number += 1
-                yield number, line.rstrip(b"\r").decode("utf-8", errors="replace")
-        if rest:
-            yield number + 1, rest.rstrip(b"\r").decode("utf-8", errors="replace")
 
 
 def local_path(uri: str | os.PathLike[str]) -> Path | None:

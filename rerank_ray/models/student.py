@@ -81,6 +81,10 @@ class Student(nn.Module):
     def save(self, folder: Path) -> None:
         raise NotImplementedError  # abstract
 
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the pretrained checkpoint did not have."""
+        raise NotImplementedError  # abstract
+
     def _describe(self, folder: Path, heads: dict[str, torch.Tensor]) -> None:
         if heads:
             save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)
@@ -128,6 +132,11 @@ class LinearStudent(Student):
         for n, head in student.early_heads.items():
             head.load_state_dict(self.early_heads[n].state_dict())
         return student.eval()
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        pretrained = {id(p) for p in self.model.base_model.parameters()}
+        own_head = [p for p in self.model.parameters() if id(p) not in pretrained]
+        return [*self.early_heads.parameters(), *own_head]
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -201,6 +210,9 @@ class SimilarityStudent(Student):
             student.log_scale.copy_(self.log_scale[:count])
             student.linear.copy_(self.linear[:count])
         return student.eval()
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        return list(self.head_parameters().values())
 
     def save(self, folder: Path) -> None:
         self.backbone.save_pretrained(folder)

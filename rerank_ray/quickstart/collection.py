@@ -24,7 +24,7 @@ _BANDS = 8
 _SIMILAR = 0.4
 _TOKEN = re.compile(r"\w+")
 _NOT_A_SENTENCE = re.compile(
-    r"[{}<>=|\\]|::|->|--|https?:|\w\(\w*,|\.py\b|@|"
+    r"[{}<>=|~\\]|::|->|--|https?:|\w\(\w*,|\.py\b|@|"
     r"^(deprecated|todo|note|warning|alias|see|internal|private|created|copyright|return type|this is a)\b|"
     r"\b(boilerplate|auto-?generated|overridden|overrides|docstring|deprecated|superclass|base class)\b",
     re.IGNORECASE,
@@ -56,7 +56,7 @@ def build_collection(
     test_queries: int = 100,
     seed: int = 0,
     packages: Sequence[str] = PACKAGES,
-    files_per_package: int = 300,
+    files_per_package: int = 250,
 ) -> CollectionSummary:
     """Write a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv`, `qrels/test.tsv` (gain 1).
 
@@ -111,9 +111,14 @@ def build_collection(
 
 
 def is_document(docstring: Docstring) -> bool:
-    """Enough running text to be found by: 25 words, 20 of them outside lists of arguments and examples, no template."""
+    """Enough running text to be found by: 25 words, 20 of them outside lists of arguments and examples.
+
+    Templates that code fills in later, and documents that only point to another, are left out.
+    """
     rest = docstring.rest
-    return len(rest.split()) >= 25 and docstring.prose_words >= 20 and "{{" not in rest and "%(" not in rest
+    refers = rest.startswith(("Refer to", "See ", "Same as", "For more ", "Please see", "Please refer"))
+    is_template = any(mark in rest for mark in ("{{", "%(", "@@"))
+    return len(rest.split()) >= 25 and docstring.prose_words >= 20 and not refers and not is_template
 
 
 def is_query(docstring: Docstring) -> bool:
@@ -156,11 +161,13 @@ def _sketch(text: str) -> list[int]:
     return sorted({zlib.crc32(" ".join(t).encode("utf-8", "surrogatepass")) for t in triples})[:_SKETCH]
 
 
-def _similarity(a: Iterable[int], b: Iterable[int]) -> float:
+def _similarity(a: Sequence[int], b: Sequence[int]) -> float:
     """Jaccard similarity estimated from two sketches: the share of their union's smallest hashes that both hold."""
-    left, right = set(a), set(b)
-    union = sorted(left | right)[:_SKETCH]
-    return sum(h in left and h in right for h in union) / max(1, len(union))
+    both = set(a).intersection(b)
+    if len(both) < _SIMILAR * max(len(a), len(b)):
+        return 0.0
+    smallest = sorted(set(a).union(b))[:_SKETCH]
+    return len(both.intersection(smallest)) / max(1, len(smallest))
 
 
 def _evenly(items: Sequence[tuple[str, Docstring]], limit: int) -> list[tuple[str, Docstring]]:

@@ -23,20 +23,22 @@ PACKAGES = (
 STANDARD_LIBRARY = "python"
 
 _LARGEST_FILE = 1_000_000
-_SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages __pycache__ test tests testing _testing thirdparty_files thirdparty third_party "
-    "vendor vendored _vendor _vendored _bundled _vendored_packages idlelib lib2to3 turtledemo pydoc_data".split()
-)
-_SENTENCE_END = re.compile(r"(?<![.\s]e\.g|[.\s(]i\.e|\betc|\bvs|\bcf)[.!?](?=\s|$)")
+_SKIPPED_FOLDERS = {
+    *("site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "_testing", "turtledemo"),
+    *("thirdparty_files", "thirdparty", "third_party", "vendor", "vendored", "_vendor", "_vendored", "_bundled"),
+    *("idlelib", "lib2to3", "pydoc_data"),
+}
+_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!\bvs)(?<!\bcf)(?<!\bal)[.!?](?=\s+[^a-z\s]|$)")
 _UNDERLINE = re.compile(r"\s*([-=~^*])\1{2,}\s*")
 _ROLE = re.compile(r":[a-z:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,2})(\w[^*]*)\1(?!\w)")
 _DIRECTIVE = re.compile(r"\s*\.\. \S")
 _FIELD = re.compile(r"\s*(:(param|type|return|rtype|raises?|arg|keyword|ivar|cvar|var)\b|@param\b)")
 _ITEM = re.compile(r"\s*[`*\w.\[\]\"', ]{1,60}(\([^)]*\))?\s?:(\s|$)")
 _SECTION = re.compile(
-    r"\s*(args?|arguments|parameters|other parameters|params|keyword args|keyword arguments|attributes|returns?|yields?|"
-    r"raises?|examples?|example usage|usage|see also|references|methods|inputs?|outputs?|shape|signature|properties|"
-    r"kwargs|fields|throws|warns|receives):?:?\s*",
+    r"\s*(args?|arguments|parameters|other parameters|params|keyword args|keyword arguments|attributes|returns?|"
+    r"yields?|raises?|examples?|example usage|usage|see also|references|methods|inputs?|outputs?|shape|signature|"
+    r"properties|kwargs|fields|throws|warns|receives):?:?\s*",
     re.IGNORECASE,
 )
 _PROSE_SECTION = re.compile(r"\s*(notes?|warnings?|description|details|background|discussion):?:?\s*", re.IGNORECASE)
@@ -44,7 +46,7 @@ _PROSE_SECTION = re.compile(r"\s*(notes?|warnings?|description|details|backgroun
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Docstring:
-    """One docstring: `summary` is its first sentence, `rest` what follows it, with whitespace runs made single blanks."""
+    """One docstring: `summary` is its first sentence, `rest` what follows it, whitespace normalised."""
 
     name: str
     """Dotted path of what it documents, as in `json.dumps`."""
@@ -96,9 +98,9 @@ def _walk(root: Path) -> Iterator[Path]:
         folders[:] = [f for f in folders if f not in _SKIPPED_FOLDERS and f.isidentifier()]
         for name in files:
             path = Path(folder, name)
-            if name.endswith(".py") and not name.startswith(("test_", "_test")) and name != "conftest.py":
-                if path.stat().st_size <= _LARGEST_FILE:
-                    yield path.relative_to(root)
+            is_test = name.startswith(("test_", "_test")) or name == "conftest.py"
+            if name.endswith(".py") and not is_test and path.stat().st_size <= _LARGEST_FILE:
+                yield path.relative_to(root)
 
 
 def read_docstrings(file: SourceFile) -> list[Docstring]:
@@ -150,7 +152,7 @@ def split_docstring(text: str, name: str, module: str) -> Docstring | None:
     rest = " ".join(" ".join(rest_lines).split())
     if not rest:
         return None
-    summary = paragraph[:cut].replace("`", "").strip(" .*:")
+    summary = _EMPHASIS.sub(r"\2", paragraph[:cut].replace("`", "")).strip(" .:")
     return Docstring(
         name=name, module=module, summary=summary, rest=rest, prose_words=sum(map(_words, _prose_lines(rest_lines)))
     )

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -261,8 +262,8 @@ def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_unscored_do
         assert [e.rank for e in entries] == list(range(1, len(entries) + 1))
         scored = [s for s in ranking.scores if not math.isnan(s)]
         assert [e.score for e in entries[: len(scored)]] == scored
-        below = [e.score for e in entries[len(scored) :]]
-        assert all(b < a for a, b in zip([*scored[-1:], *below], below, strict=False))
+        by_score = [*scored[-1:], *(e.score for e in entries[len(scored) :])]
+        assert all(later < earlier for earlier, later in pairwise(by_score))
 
 
 def test_a_ranking_with_an_error_has_no_lines_and_unscored_documents_move_to_the_end(tmp_path):

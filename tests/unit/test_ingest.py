@@ -211,7 +211,7 @@ def test_nothing_to_ingest_a_file_as_folder_and_a_depth_of_zero_are_refused(tmp_
 
 
 def ndcg_at_10(out: Path, qrels_path: Path) -> float:
-    """nDCG@10 of the stored order with linear gains and log2 discounts (trec_eval's ndcg_cut_10), from its definition."""
+    """nDCG@10 of the stored order with linear gains and log2 discounts (trec_eval's ndcg_cut_10)."""
 
     def dcg(gains: list[float]) -> float:
         return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:10], start=1))
@@ -234,8 +234,10 @@ def test_ingested_trec_dl_lists_have_bm25s_published_ndcg(tmp_path, collections,
 
 
 def test_cranfield_is_ingested_whole(tmp_path, collections):
-    """75 test questions over 1,400 abstracts, two of them empty; the floor lies under the 0.39 that ranx measured."""
+    """75 test questions over 1,400 abstracts, two of them empty; ranx gives 0.4867 for this run."""
     summary = ingest_beir(str(collections / "cranfield"), "test", 100, str(tmp_path / "out"))
     assert (summary.queries, summary.rows, summary.bad_lines) == (75, 75, 0)
     assert summary.candidates <= 7500
-    assert ndcg_at_10(tmp_path / "out", collections / "cranfield" / "qrels" / "test.tsv") > 0.36
+    assert ndcg_at_10(tmp_path / "out", collections / "cranfield" / "qrels" / "test.tsv") == pytest.approx(
+        0.4867, abs=5e-5
+    )

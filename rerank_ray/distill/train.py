@@ -1,0 +1,271 @@
+"""The training loop: train → train_step → forward_backward, on any number of data-parallel workers.
+
+Nothing here knows Ray. A `World` says which worker this is, and `report` takes metrics and checkpoints; the Ray Train
+job and the tests each bring their own.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+
+from rerank_ray.distill import checkpoints
+from rerank_ray.distill.checkpoints import Progress
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.sampling import sample_group
+from rerank_ray.distill.targets import Targets, objective, validation_ndcg
+from rerank_ray.models import engine
+from rerank_ray.models.student import Student, load_student, new_student
+from rerank_ray.records import Labels
+from rerank_ray.settings import DistillSettings, ModelSettings, OptimizerSettings, StudentSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This worker among all: torch.distributed is initialised when `size` > 1."""
+
+    rank: int = 0
+    size: int = 1
+
+
+Report = Callable[[dict, Path | None], None]
+"""Called by every worker at every validation with the metrics and, on the first worker, a checkpoint folder that is
+deleted when the call returns."""
+
+
+def train(settings: DistillSettings, world: World, report: Report, resume: Path | None = None) -> None:
+    """Distil a student; resumes exactly from a checkpoint folder.
+
+    Validation runs before the first step too, so that a student which training only makes worse is kept as it was.
+    """
+    trainer = Trainer(settings, world, resume)
+    if resume is None:
+        trainer.validate_and_report(report, {})
+    while not trainer.finished:
+        losses = trainer.train_step()
+        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.progress.step == trainer.total_steps:
+            trainer.validate_and_report(report, losses)
+
+
+class Trainer:
+    """A student, its optimizer, and its place in the data."""
+
+    def __init__(self, settings: DistillSettings, world: World, resume: Path | None) -> None:
+        self.settings, self.world = settings, world
+        self.data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+        self.reader, self.validation_reader = self.data.reader(), self.data.reader()
+        self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
+        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
+        self.device = engine.pick_device("auto")
+        self.dtype = engine.pick_dtype(settings.dtype, self.device)
+        torch.manual_seed(settings.seed)
+        self.student = _student(settings.student, resume).to(self.device)
+        self.optimizer = _optimizer(self.student, settings.optimizer)
+        self.progress = checkpoints.load(resume, self.optimizer) if resume else Progress()
+        if world.rank > 0:
+            # Dropout differs between workers; the start of the student, drawn above, does not.
+            torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
+        self.model: nn.Module = _Scorer(self.student)
+        if world.size > 1:
+            self.model = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
+
+    @property
+    def finished(self) -> bool:
+        return (
+            self.progress.step >= self.total_steps
+            or self.progress.validations_without_best >= self.settings.validation.patience
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns the mean of each loss over this worker's queries."""
+        started = time.perf_counter()
+        self.student.train()
+        _set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
+        groups, epoch = self._groups()
+        losses = self.forward_backward(groups, epoch)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self._since_validation["seconds"] += time.perf_counter() - started
+        return {**losses, "gradient_norm": float(norm)}
+
+    def forward_backward(self, rows: Sequence[Labels], epoch: int) -> dict[str, float]:
+        """Score each query's sampled group and add the gradient of the objective's mean over the step's queries."""
+        settings = self.settings
+        # The last step of an epoch can leave a worker without queries; it takes part with a weight of 0.
+        weight = 1.0 if rows else 0.0
+        rows = rows or [next(self.reader.read(self.data.train[:1]))]
+        groups = [(row, sample_group(row, settings.sampling, settings.seed, epoch)) for row in rows]
+        targets = Targets.of(groups).to(self.device)
+        queries = [row.candidate_list.query.text for row, indices in groups for _ in indices]
+        documents = [row.candidate_list.candidates[i].contents for row, indices in groups for i in indices]
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            flat = self.model(self._micro_batches(queries, documents))
+        layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
+        layer_scores[:, targets.mask] = flat
+        terms = objective(layer_scores, targets, settings.objective)
+        total = self._queries_of_step()
+        # DDP averages gradients over workers; the sum over queries over the step's query count is the step's mean.
+        (weight * terms["total"].sum() * self.world.size / total).backward()
+        self._since_validation["pairs"] += len(queries)
+        return {name: float(value.detach().mean()) for name, value in terms.items()}
+
+    def _micro_batches(self, queries: list[str], documents: list[str]) -> list[tuple[torch.Tensor, dict]]:
+        """Encode pairs and batch them by length: (indices of the pairs, tensors) of each batch."""
+        encoded = self.student.encode(queries, documents)
+        lengths = [len(e["input_ids"]) for e in encoded]
+        batches = []
+        for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
+            inputs = self.student.collate([encoded[i] for i in indices])
+            self._since_validation["padded_tokens"] += inputs["input_ids"].numel()
+            batches.append((torch.tensor(indices), {k: v.to(self.device) for k, v in inputs.items()}))
+        self._since_validation["tokens"] += sum(lengths)
+        return batches
+
+    def _step_positions(self) -> tuple[np.ndarray, int]:
+        """The rows of the current step, for all workers, and its epoch: a function of (seed, step) alone."""
+        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = (epoch, self.data.order(self.settings.seed, epoch))
+        size = self.settings.queries_per_step
+        return self._epoch_order[1][step * size : (step + 1) * size], epoch
+
+    def _queries_of_step(self) -> int:
+        return len(self._step_positions()[0])
+
+    def _groups(self) -> tuple[list[Labels], int]:
+        positions, epoch = self._step_positions()
+        return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch
+
+    @torch.no_grad()
+    def validate(self) -> list[float]:
+        """Mean nDCG@10 over the held-out queries at each layer that has a head."""
+        self.student.eval()
+        sums = torch.zeros(len(self.student.layers) + 1, dtype=torch.float64)
+        for labels in self.validation_reader.read(self.data.validation[self.world.rank :: self.world.size]):
+            documents = [c.contents for c in labels.candidate_list.candidates]
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                flat = _Scorer(self.student)(
+                    self._micro_batches([labels.candidate_list.query.text] * len(documents), documents)
+                )
+            values = [validation_ndcg(labels, s, self.settings.validation.gains) for s in flat.float().tolist()]
+            if values[0] is not None:
+                sums += torch.tensor([*values, 1.0], dtype=torch.float64)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums := sums.to(self.device))
+        if sums[-1] == 0:
+            raise ValueError("no held-out query has a gain: validation.gains: labels needs qrels in the candidates")
+        return (sums[:-1] / sums[-1]).tolist()
+
+    def validate_and_report(self, report: Report, losses: dict[str, float]) -> None:
+        progress = self.progress
+        rates = self._rates()
+        started = time.perf_counter()
+        by_layer = self.validate()
+        ndcg = by_layer[-1]
+        if ndcg > progress.best_ndcg:
+            progress.best_ndcg, progress.best_step, progress.validations_without_best = ndcg, progress.step, 0
+        else:
+            progress.validations_without_best += 1
+        metrics = {
+            "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch,
+            "validation_ndcg@10": ndcg,
+            **{f"loss/{name}": value for name, value in losses.items()},
+            **rates,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "validation_seconds": time.perf_counter() - started,
+            "best_step": progress.best_step,
+            "total_steps": self.total_steps,
+        }
+        if len(by_layer) > 1:
+            metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
+        self._since_validation = dict.fromkeys(self._since_validation, 0)
+        if self.world.rank != 0:
+            report(metrics, None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints.save(Path(folder), self.student, self.optimizer, progress)
+            report(metrics, Path(folder))
+
+    def _rates(self) -> dict[str, float]:
+        seen = self._since_validation
+        if not seen["seconds"]:
+            return {}
+        return {
+            "pairs_per_second": self.world.size * seen["pairs"] / seen["seconds"],
+            "padding_share": 1 - seen["tokens"] / seen["padded_tokens"],
+        }
+
+
+class _Scorer(nn.Module):
+    """Scores micro-batches in one forward call, so that DDP sees one forward before each backward."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, batches: list[tuple[torch.Tensor, dict]]) -> torch.Tensor:
+        """Scores [layers, pairs] of all micro-batches, in the pairs' order."""
+        order = torch.cat([indices for indices, _ in batches])
+        scores = torch.cat([self.student(**inputs).float() for _, inputs in batches], dim=1)
+        return scores[:, torch.argsort(order).to(scores.device)]
+
+
+def _student(settings: StudentSettings, resume: Path | None) -> Student:
+    if resume is not None:
+        model_settings = ModelSettings(path=str(resume / checkpoints.STUDENT), max_length=settings.max_length)
+        student = load_student(model_settings)
+    else:
+        student = new_student(
+            settings.model_settings(),
+            head=settings.head,
+            layers=settings.layers,
+            max_query_length=settings.max_query_length,
+            gate=settings.gate,
+            scale=settings.scale,
+        )
+    if settings.dropout is not None:
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+    return student
+
+
+def _optimizer(student: Student, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW in four groups: backbone or new parameters, with weight decay (matrices) or without (vectors)."""
+    new = {id(p) for p in student.new_parameters()}
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    groups = []
+    for is_new, rate in ((False, settings.learning_rate), (True, settings.head_learning_rate)):
+        for decayed in (True, False):
+            members = [p for p in parameters if (id(p) in new) is is_new and (p.ndim > 1 and not is_new) is decayed]
+            if members:
+                decay = settings.weight_decay if decayed else 0.0
+                groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def _set_learning_rate(
+    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, total_steps: int
+) -> None:
+    warmup = round(settings.warmup_fraction * total_steps)
+    if step < warmup:
+        factor = (step + 1) / warmup
+    else:
+        left = (total_steps - step) / max(1, total_steps - warmup)
+        factor = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[settings.decay]
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,1 @@
+"""How good rankings are, and whether they differ: metrics by ranx, paired significance tests."""

@@ -1,0 +1,1 @@
+"""A small real collection that needs no download."""

@@ -1,0 +1,79 @@
+"""Stages of a job: picklable callables from Arrow table to Arrow table, one output row for each input row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import pyarrow as pa
+
+from rerank_ray.errors import RowError
+from rerank_ray.ranking.rankers import Ranker
+from rerank_ray.ranking.scheduler import Outcome
+from rerank_ray.records import CandidateList, Ranking, ranking_of
+from rerank_ray.schema import (
+    CANDIDATES,
+    LABELS,
+    RANKINGS,
+    candidate_list_from_row,
+    label_columns,
+    ranking_row,
+)
+from rerank_ray.settings import RankerSettings
+
+
+class RankStage:
+    """Ranks candidate rows and writes `labels` or `rankings` rows.
+
+    A row that breaks the contract, or that the ranker can't score, becomes a row with `error`; nothing is dropped.
+    """
+
+    def __init__(self, ranker: RankerSettings, output: Literal["labels", "rankings"]) -> None:
+        self.ranker = Ranker(ranker)
+        self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        table = table.select(CANDIDATES.names)
+        parsed = [_parse(row) for row in table.to_pylist()]
+        good = [p for p in parsed if isinstance(p, CandidateList)]
+        outcomes = iter(self.ranker.rank(good))
+        results = [next(outcomes) if isinstance(p, CandidateList) else str(p) for p in parsed]
+        return self._to_table(table, results)
+
+    def failed(self, table: pa.Table, error: str) -> pa.Table:
+        """Output rows that say why none of these rows was tried."""
+        return self._to_table(table.select(CANDIDATES.names), [error] * table.num_rows)
+
+    def _labels(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
+        rows = [
+            label_columns(self.ranker.name, None, error=r)
+            if isinstance(r, str)
+            else label_columns(self.ranker.name, r.scores, r.usage, r.error)
+            for r in results
+        ]
+        added = pa.Table.from_pylist(rows, schema=pa.schema([f for f in LABELS if f.name not in CANDIDATES.names]))
+        for name in added.column_names:
+            table = table.append_column(LABELS.field(name), added[name])
+        return table.cast(LABELS)
+
+    def _rankings(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
+        rows = [
+            ranking_row(self._ranking_of(query_id, result))
+            for query_id, result in zip(table["query_id"].to_pylist(), results, strict=True)
+        ]
+        return pa.Table.from_pylist(rows, schema=RANKINGS)
+
+    def _ranking_of(self, query_id: str, result: Outcome | str) -> Ranking:
+        error = result if isinstance(result, str) else result.error
+        if error is not None:
+            return Ranking(query_id=query_id, doc_ids=(), scores=None, model=self.ranker.name, error=error)
+        ranking = ranking_of(result.request, result.scores, self.ranker.name)
+        return replace(ranking, exit_layer=self.ranker.exit_layer)
+
+
+def _parse(row: dict) -> CandidateList | RowError:
+    try:
+        return candidate_list_from_row(row)
+    except RowError as error:
+        return error
