@@ -315,8 +315,13 @@ def _query_id_hashes(file: pq.ParquetFile, path: str) -> np.ndarray:
                 f"{path}: row {row}: 'query_id' is {fault}; ids are how a run resumes without losing or repeating "
                 "rows: give every row one"
             )
-        hashes[row] = int.from_bytes(hashlib.blake2b(query_id.encode(), digest_size=8).digest(), "little")
+        hashes[row] = id_hash(query_id)
     return hashes
+
+
+def id_hash(query_id: str) -> int:
+    """A 64-bit hash of a query id, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(query_id.encode(), digest_size=8).digest(), "little")
 
 
 def _query_ids(file: pq.ParquetFile, path: str) -> Iterator[tuple[int, str | None]]:

@@ -415,8 +415,8 @@ class DistillSettings(Settings):
     """Ends training earlier; the learning rate's schedule follows."""
     queries_per_step: PositiveInt = 4
     """Queries in one optimizer step, over all workers."""
-    tokens_per_micro_batch: PositiveInt = 8192
-    """Padded tokens in one forward pass."""
+    tokens_per_micro_batch: PositiveInt = 2048
+    """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
     seed: int = 0

@@ -1,0 +1,127 @@
+"""What a job's output adds up to: every input row exactly once, errors, defects and usage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rerank_ray import storage
+from rerank_ray.errors import RunError
+from rerank_ray.records import Usage
+from rerank_ray.schema import id_hash
+
+_EXAMPLES = 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Totals over a run's output; `examples` names the first rows with an error."""
+
+    rows: int = 0
+    ok: int = 0
+    errors: int = 0
+    rows_with_defects: int = 0
+    pairs: int = 0
+    defects: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    usage: dict[str, int] = field(default_factory=lambda: asdict(Usage()))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def count_output(data_uri: str, expected_rows: int) -> Counts:
+    """Read a run's output once, a row group at a time, and check that it accounts for every input row.
+
+    Raises:
+        RunError: rows are missing or repeated.
+    """
+    counts, defects = Counts(), Counter()
+    hashes: list[np.ndarray] = []
+    fs, _ = storage.open_filesystem(data_uri)
+    for path in storage.list_files(data_uri, ".parquet"):
+        with pq.ParquetFile(path, filesystem=fs) as file:
+            names = [n for n in ("query_id", "error", "scores", "defects", "usage") if n in file.schema_arrow.names]
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=names)
+                hashes.append(np.array([id_hash(i) for i in table["query_id"].to_pylist()], dtype=np.uint64))
+                _add(counts, defects, table)
+    counts.defects = dict(defects.most_common())
+    every_hash = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
+    distinct = len(np.unique(every_hash))
+    if counts.rows != expected_rows or distinct != expected_rows:
+        raise RunError(
+            f"{data_uri}: {counts.rows} rows of {distinct} queries for {expected_rows} input rows: start the run again "
+            "to fill what is missing; rows that are there twice mean that something else wrote into the folder"
+        )
+    return counts
+
+
+def _add(counts: Counts, defects: Counter, table: pa.Table) -> None:
+    counts.rows += table.num_rows
+    failed = pc.is_valid(table["error"])
+    errors = pc.sum(failed).as_py() or 0
+    counts.errors += errors
+    counts.ok += table.num_rows - errors
+    counts.pairs += pc.sum(pc.list_value_length(table["scores"])).as_py() or 0
+    if errors and len(counts.examples) < _EXAMPLES:
+        rows = table.select(["query_id", "error"]).filter(failed).slice(0, _EXAMPLES - len(counts.examples))
+        counts.examples += [f"{r['query_id']}: {r['error']}" for r in rows.to_pylist()]
+    if "defects" in table.column_names:
+        counts.rows_with_defects += pc.sum(pc.greater(pc.list_value_length(table["defects"]), 0)).as_py() or 0
+        defects.update(d.partition(":")[0] for d in pc.list_flatten(table["defects"]).to_pylist())
+    if "usage" in table.column_names:
+        for name in counts.usage:
+            counts.usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
+
+
+def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id") -> int:
+    """Take rows with `error` out of a run's output and out of its checkpoint, so that a resume does them again.
+
+    Each step can be repeated: killed anywhere and called again, it ends in the same state.
+
+    Returns:
+        How many rows were taken out by this call.
+    """
+    fs, folder = storage.open_filesystem(checkpoint_uri)
+    _delete_uncommitted(data_uri, checkpoint_uri)
+    dropped, kept_ids = 0, []
+    for path in storage.list_files(data_uri, ".parquet"):
+        table = pq.read_table(path, filesystem=fs)
+        good = table.filter(pc.is_null(table["error"]))
+        kept_ids.append(good.select([id_column]))
+        if good.num_rows == table.num_rows:
+            continue
+        dropped += table.num_rows - good.num_rows
+        if good.num_rows:
+            pq.write_table(good, path + ".tmp", filesystem=fs, row_group_size=32)
+            fs.move(path + ".tmp", path)
+        else:
+            fs.delete_file(path)
+    old = storage.list_files(checkpoint_uri, ".parquet")
+    fs.create_dir(folder, recursive=True)
+    generation = max([int(p.rsplit("rebuilt-", 1)[1][:6]) for p in old if "rebuilt-" in p], default=0) + 1
+    if kept_ids:
+        rebuilt = f"{folder}/rebuilt-{generation:06d}.parquet"
+        pq.write_table(pa.concat_tables(kept_ids), rebuilt, filesystem=fs)
+    for path in old:
+        fs.delete_file(path)
+    return dropped
+
+
+def _delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
+    """Delete output files whose checkpoint was never committed: a crash may have left them half written."""
+    fs, _ = storage.open_filesystem(checkpoint_uri)
+    suffix = ".pending.parquet"
+    pending = storage.list_files(checkpoint_uri, suffix)
+    prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(suffix) for p in pending)
+    for path in storage.list_files(data_uri, ".parquet") if prefixes else ():
+        if path.rsplit("/", 1)[-1].startswith(prefixes):
+            fs.delete_file(path)
+    for path in pending:
+        fs.delete_file(path)

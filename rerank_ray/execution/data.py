@@ -1,0 +1,165 @@
+"""Ranking jobs on Ray Data: Parquet → a pool of rankers → Parquet, each input row exactly once."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+
+from rerank_ray import storage
+from rerank_ray.accounting import Counts, count_output, drop_errors
+from rerank_ray.errors import RunError
+from rerank_ray.execution.cluster import session
+from rerank_ray.execution.progress import ProgressDisplay
+from rerank_ray.quarantine import CrashGuard
+from rerank_ray.runs import RunFolder
+from rerank_ray.schema import CANDIDATES, InputSummary
+from rerank_ray.settings import ExecutionSettings, RankerSettings
+from rerank_ray.stages import RankStage
+
+_READ_CPUS = _WRITE_CPUS = 0.25
+
+
+class RankWorker:
+    """One replica: a ranker behind the crash guard, reporting what it finishes."""
+
+    def __init__(
+        self,
+        ranker: RankerSettings,
+        output: Literal["labels", "rankings"],
+        execution: ExecutionSettings,
+        attempts_uri: str,
+        counter: ray.actor.ActorHandle,
+    ) -> None:
+        import torch
+
+        if not execution.gpus_per_actor:
+            torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
+        self._guard = CrashGuard(RankStage(ranker, output), attempts_uri, execution.max_crashes_per_row)
+        self._counter = counter
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        result = self._guard(table)
+        pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
+        usage = result["usage"].to_pylist() if "usage" in result.column_names else []
+        tokens = sum(u["prompt_tokens"] - u["cached_tokens"] + u["output_tokens"] for u in usage)
+        self._counter.add.remote(result.num_rows, pairs, tokens)
+        return result
+
+
+def rank_rows(
+    run: RunFolder,
+    source_uri: str,
+    source: InputSummary,
+    ranker: RankerSettings,
+    output: Literal["labels", "rankings"],
+    execution: ExecutionSettings,
+    *,
+    retry_errors: bool,
+) -> tuple[Counts, float]:
+    """Rank every row that the run's checkpoint does not hold yet; returns the output's totals and the seconds spent.
+
+    Raises:
+        RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
+    """
+    _finish_retry(run, retry_errors)
+    done = _checkpointed(run)
+    started = time.monotonic()
+    cpus = execution.actors * execution.cpus_per_actor
+    with session(cpus), ProgressDisplay(run.uri, source.rows, done) as progress:
+        try:
+            _execute(run, source_uri, source, ranker, output, execution, progress)
+        except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
+            raise RunError(
+                f"{run.uri}: stopped: {_root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
+                "command again"
+            ) from error
+    storage.delete_directory(run.path("attempts"))
+    return count_output(run.data, source.rows), time.monotonic() - started
+
+
+def _execute(
+    run: RunFolder,
+    source_uri: str,
+    source: InputSummary,
+    ranker: RankerSettings,
+    output: Literal["labels", "rankings"],
+    execution: ExecutionSettings,
+    progress: ProgressDisplay,
+) -> None:
+    _configure(run, execution, source_uri, source)
+    fs, _ = storage.open_filesystem(source_uri)
+    rows = ray.data.read_parquet(
+        list(source.files),
+        filesystem=fs,
+        columns=CANDIDATES.names,
+        schema=CANDIDATES.remove_metadata(),
+        num_cpus=_READ_CPUS,
+    )
+    ranked = rows.map_batches(
+        RankWorker,
+        fn_constructor_kwargs={
+            "ranker": ranker,
+            "output": output,
+            "execution": execution,
+            "attempts_uri": run.path("attempts", str(run.state()["starts"])),
+            "counter": progress.counter,
+        },
+        batch_size=execution.rows_per_batch,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=execution.actors),
+        num_cpus=execution.cpus_per_actor,
+        num_gpus=execution.gpus_per_actor or None,
+        memory=execution.memory_gb_per_actor * 2**30 or None,
+    )
+    data_fs, data_path = storage.open_filesystem(run.data)
+    ranked.write_parquet(data_path, filesystem=data_fs, mode="append", ray_remote_args={"num_cpus": _WRITE_CPUS})
+
+
+def _configure(run: RunFolder, execution: ExecutionSettings, source_uri: str, source: InputSummary) -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = execution.no_progress_timeout_s
+    context.issue_detectors_config.detectors = []
+    fs, path = storage.open_filesystem(run.checkpoint)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="query_id",
+        checkpoint_path=path,
+        override_filesystem=fs,
+        delete_checkpoint_on_success=False,
+    )
+    input_fs, _ = storage.open_filesystem(source_uri)
+    size = sum(info.size for info in input_fs.get_file_info(list(source.files)))
+    block_bytes = max(1, size * execution.rows_per_block // max(1, source.rows))
+    os.environ["RAY_DATA_PARQUET_BIN_PACKING_BYTES"] = str(block_bytes)
+
+
+def _checkpointed(run: RunFolder) -> int:
+    """Rows that earlier starts finished."""
+    import pyarrow.parquet as pq
+
+    fs, _ = storage.open_filesystem(run.checkpoint)
+    paths = storage.list_files(run.checkpoint, ".parquet")
+    return sum(pq.read_metadata(p, filesystem=fs).num_rows for p in paths if not p.endswith(".pending.parquet"))
+
+
+def _finish_retry(run: RunFolder, retry_errors: bool) -> None:
+    """Take failed rows out for another try; a plan file makes a kill in between harmless."""
+    plan = run.path("retry.json")
+    if retry_errors:
+        storage.write_text(plan, "{}\n")
+    if storage.exists(plan):
+        drop_errors(run.data, run.checkpoint)
+        storage.delete_file(plan)
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else error}"

@@ -1,0 +1,86 @@
+"""Progress of a job: workers count what they finish, the driver shows rates and the time left."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_LINE_EVERY_S = 15.0
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Adds up what workers report."""
+
+    def __init__(self) -> None:
+        self.totals = {"rows": 0, "pairs": 0, "tokens": 0}
+
+    def add(self, rows: int, pairs: int, tokens: int) -> None:
+        self.totals["rows"] += rows
+        self.totals["pairs"] += pairs
+        self.totals["tokens"] += tokens
+
+    def read(self) -> dict[str, int]:
+        return self.totals
+
+
+class ProgressDisplay:
+    """A bar on a terminal; elsewhere a line every 15 seconds.
+
+    Rows that are done again after a crash count again, so the display may run ahead; `run.json` has the true counts.
+    """
+
+    def __init__(self, name: str, rows: int, already_done: int, console: Console | None = None) -> None:
+        self.counter = Counter.remote()
+        self._name, self._rows, self._before = name, rows, already_done
+        self._console = console or Console(stderr=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        if not sys.stderr.isatty():
+            while not self._stop.wait(_LINE_EVERY_S):
+                done, rates = self._read()
+                self._console.print(f"{self._name}: {done}/{self._rows} rows, {rates}", highlight=False)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(self._name, total=self._rows, completed=self._before, rates="starting")
+            while not self._stop.wait(0.5):
+                done, rates = self._read()
+                bar.update(task, completed=done, rates=rates)
+
+    def _read(self) -> tuple[int, str]:
+        totals = ray.get(self.counter.read.remote())
+        elapsed = time.monotonic() - self._started
+        done = min(self._before + totals["rows"], self._rows)
+        if not totals["rows"]:
+            return done, "starting"
+        left = (self._rows - done) * elapsed / totals["rows"]
+        rates = ", ".join(f"{totals[k] / elapsed:,.1f} {k}/s" for k in ("rows", "pairs", "tokens"))
+        return done, f"{rates}, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

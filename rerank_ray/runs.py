@@ -1,0 +1,142 @@
+"""A run is a folder: resolved config, state and counts, data, checkpoints. Started again, it resumes or refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import yaml
+
+from rerank_ray import storage
+from rerank_ray.config import Settings, differences, dump
+from rerank_ray.errors import RunError
+
+CONFIG, STATE = "config.yaml", "run.json"
+_VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
+_CHANGEABLE = ("execution", "limits")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """Paths of a run and access to its `run.json`."""
+
+    uri: str
+
+    @property
+    def data(self) -> str:
+        return storage.join(self.uri, "data")
+
+    @property
+    def checkpoint(self) -> str:
+        return storage.join(self.uri, "checkpoint")
+
+    @property
+    def student(self) -> str:
+        return storage.join(self.uri, "student")
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.uri, *parts)
+
+    def state(self) -> dict:
+        """The content of run.json; empty before the first start."""
+        path = self.path(STATE)
+        return json.loads(storage.read_text(path)) if storage.exists(path) else {}
+
+    def update(self, **fields) -> None:
+        """Write fields into run.json; a reader sees the old content or the new."""
+        content = self.state() | fields | {"updated": _now()}
+        storage.write_text(self.path(STATE), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def start(self, kind: str, settings: Settings, inputs: dict[str, str]) -> dict:
+        """Create the run or check that it may be resumed; returns its state before this start.
+
+        `execution` and `limits` may change between starts; anything that changes an output may not.
+
+        Args:
+            kind: the job's name.
+            inputs: fingerprint of each input.
+
+        Raises:
+            RunError: the folder belongs to another job, config or input; the message prints the difference.
+        """
+        before = self.state()
+        if not before:
+            if storage.list_files(self.data, ".parquet"):
+                raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another --run folder")
+        else:
+            self._check_same(before, kind, settings, inputs)
+        storage.write_text(self.path(CONFIG), dump(settings))
+        if before.get("state") != "done":
+            self.update(
+                kind=kind,
+                state="running",
+                inputs=inputs,
+                started=before.get("started") or _now(),
+                starts=before.get("starts", 0) + 1,
+                seed=getattr(settings, "seed", None),
+                versions={name: version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+            )
+        return before
+
+    def _check_same(self, before: dict, kind: str, settings: Settings, inputs: dict[str, str]) -> None:
+        if before["kind"] != kind:
+            raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another --run folder")
+        old = yaml.safe_load(storage.read_text(self.path(CONFIG)))
+        new = yaml.safe_load(dump(settings))
+        changed = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] not in _CHANGEABLE]
+        changed += [f"content of input {d}" for d in differences(before["inputs"], inputs)]
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise RunError(
+                f"{self.uri}: this run was started with another config or input; resuming would mix the two:\n{lines}\n"
+                "Put it back, or use another --run folder."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process, so that two schedulers can't write it at once.
+
+        The lock is the operating system's and dies with the process. On filesystems other than the local one there is
+        none to hold: the scheduler must not overlap jobs there.
+        """
+        folder = storage.local_path(self.uri)
+        if folder is None:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RunError(f"{self.uri}: another process is at it ({file.read().strip()}): let it end") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()} since {_now()}\n")
+            file.flush()
+            yield
+
+
+def resolve_input(uri: str) -> str:
+    """A run folder stands for its data; anything else for itself.
+
+    Raises:
+        RunError: the run is not finished, so its data is not all there.
+    """
+    run = RunFolder(uri=uri)
+    state = run.state() if storage.is_directory(uri) else {}
+    if not state:
+        return uri
+    if state["state"] != "done":
+        raise RunError(f"{uri}: this {state['kind']} run is {state['state']}: start it again before using its output")
+    return run.data
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
