@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from rerank_ray import storage
 from rerank_ray.errors import RunError
 from rerank_ray.records import Usage
-from rerank_ray.schema import id_hash
+from rerank_ray.schema import ROWS_PER_GROUP, id_hash
 
 _EXAMPLES = 20
 
@@ -99,7 +99,7 @@ def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id")
             continue
         dropped += table.num_rows - good.num_rows
         if good.num_rows:
-            pq.write_table(good, path + ".tmp", filesystem=fs, row_group_size=32)
+            pq.write_table(good, path + ".tmp", filesystem=fs, row_group_size=ROWS_PER_GROUP)
             fs.move(path + ".tmp", path)
         else:
             fs.delete_file(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -31,7 +32,29 @@ def load(model: type[S], path: str | os.PathLike[str], overrides: Sequence[str] 
     Raises:
         ConfigError: listing every fault with its path in the file.
     """
-    return validate(model, apply_overrides(read_yaml(path), overrides), source=os.fspath(path))
+    source = os.fspath(path)
+    return validate(model, expand(apply_overrides(read_yaml(path), overrides), source), source)
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def expand(value: Any, source: str) -> Any:
+    """Replace `${NAME}` in every string by the environment variable of that name.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if isinstance(value, dict):
+        return {k: expand(v, source) for k, v in value.items()}
+    if isinstance(value, list):
+        return [expand(v, source) for v in value]
+    if not isinstance(value, str):
+        return value
+    missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{source}: {value!r}: the environment variable {missing[0]} is not set")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict:

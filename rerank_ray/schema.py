@@ -22,7 +22,7 @@ from rerank_ray.errors import InputError, RowError
 from rerank_ray.records import Candidate, CandidateList, Labels, Query, Ranking, Scores, Usage
 
 VERSION = 1
-ROWS_PER_GROUP = 32
+ROWS_PER_GROUP = 16
 ROWS_PER_FILE = 4096
 
 _CANDIDATE = pa.struct(
@@ -378,7 +378,7 @@ def write_rows(
     rows_per_file: int = ROWS_PER_FILE,
     on_rows: Callable[[int], None] | None = None,
 ) -> int:
-    """Stream rows to `uri`/part-00000.parquet and on, in row groups of 32 rows; returns the number written."""
+    """Stream rows to `uri`/part-00000.parquet and on, in small row groups; returns the number written."""
     storage.make_directory(uri)
     fs, folder = storage.open_filesystem(uri)
     total, part, writer, buffer = 0, 0, None, []

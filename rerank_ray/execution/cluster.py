@@ -23,6 +23,8 @@ def session(cpus_for_actors: float) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray Data's plan and progress would interleave with the job's own.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
     else:

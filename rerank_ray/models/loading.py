@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import transformers
+from transformers.utils import logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.settings import ModelSettings
+
+# Workers load models side by side; their bars would overwrite the job's own progress.
+logging.disable_progress_bar()
 
 
 def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):

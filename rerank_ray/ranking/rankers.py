@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rerank_ray.errors import ConfigError
+from rerank_ray import storage
+from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models.backends import load_backend
+from rerank_ray.models.resolve import resolve
+from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.bi_encoder import BiEncoderRanker
 from rerank_ray.ranking.bm25 import BM25
@@ -15,7 +18,7 @@ from rerank_ray.ranking.imported import Imported
 from rerank_ray.ranking.query_likelihood import QueryLikelihood
 from rerank_ray.ranking.yes_no import YesNo
 from rerank_ray.records import CandidateList
-from rerank_ray.settings import RankerSettings
+from rerank_ray.settings import ModelSettings, RankerSettings
 
 METHODS = {
     "yes_no": YesNo,
@@ -26,6 +29,23 @@ METHODS = {
     "first_stage": FirstStage,
     "imported": Imported,
 }
+
+
+def preflight(settings: RankerSettings) -> None:
+    """Find what can't work before anything is started: a missing model, a bad template, a run file that is not there.
+
+    Raises:
+        RerankRayError: naming the setting and the fix.
+    """
+    model = getattr(settings, "model", None)
+    if isinstance(model, ModelSettings):
+        resolve(model)
+    if hasattr(settings, "prompt"):
+        load_template(settings.prompt, settings.method)
+    files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
+    for path in files:
+        if not storage.exists(path):
+            raise InputError(f"{path}: no such file (method {settings.method})")
 
 
 class Ranker:

@@ -1,0 +1,173 @@
+"""The command line: `rerank-ray COMMAND …`; `jobs/*.py` take the same arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rerank_ray import __version__, storage
+from rerank_ray.errors import RerankRayError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 only if every row is accounted for."""
+    # Libraries announce every checkpoint they load; what matters is in this program's own messages.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    options = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        options.command(options, console)
+    except RerankRayError as error:
+        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from what is finished")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rerank-ray", description="Batch reranking and distillation on Ray.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_ingest(commands)
+    jobs = {
+        "label": "score candidate lists with a teacher",
+        "distill": "train a student on labels",
+        "rerank": "rank candidate lists with any ranker",
+        "pipeline": "run several jobs from one file",
+    }
+    for name, about in jobs.items():
+        job = commands.add_parser(name, help=about, description=about)
+        job.add_argument("config", metavar="CONFIG", help="YAML file")
+        job.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
+        job.add_argument("--run", metavar="FOLDER", help="run folder (default: runs/ and the config's name)")
+        if name in ("label", "rerank"):
+            job.add_argument("--retry-errors", action="store_true", help="do rows with `error` again")
+        job.set_defaults(command=_JOBS[name])
+    combine = commands.add_parser("combine", help="combine label runs to an ensemble")
+    combine.add_argument("runs", nargs="+", metavar="RUN")
+    combine.add_argument("--method", default="zscore", choices=["zscore", "minmax", "rrf", "borda"])
+    combine.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a run (default: all alike)")
+    combine.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
+    combine.set_defaults(command=_combine)
+    _add_evaluate(commands)
+    quickstart = commands.add_parser("quickstart", help="the whole path on a collection made on this machine")
+    quickstart.add_argument("--run", default="runs/quickstart", metavar="FOLDER")
+    quickstart.set_defaults(command=_quickstart)
+    return parser
+
+
+def _add_ingest(commands) -> None:
+    ingest = commands.add_parser("ingest", help="outside data to candidate Parquet")
+    kinds = ingest.add_subparsers(required=True, metavar="KIND")
+    beir = kinds.add_parser("beir", help="a BEIR folder; BM25 is the first stage")
+    beir.add_argument("folder", metavar="DIR")
+    beir.add_argument("--split", help="qrels/SPLIT.tsv names the queries (default: all queries, no gains)")
+    beir.add_argument("--depth", type=int, default=100, help="candidates a query (default: 100)")
+    beir.add_argument("--k1", type=float, default=0.9)
+    beir.add_argument("--b", type=float, default=0.4)
+    hits = kinds.add_parser("hits", help="RankGPT or RankLLM hits: JSON, JSONL, .gz")
+    hits.add_argument("files", nargs="+", metavar="FILE")
+    hits.add_argument("--qrels", metavar="FILE")
+    hits.add_argument("--depth", type=int, help="candidates a query (default: all)")
+    trec = kinds.add_parser("trec", help="a TREC run, topics and a collection")
+    for name in ("run", "queries", "corpus"):
+        trec.add_argument(f"--{name}", required=True, metavar="FILE")
+    trec.add_argument("--qrels", metavar="FILE")
+    trec.add_argument("--depth", type=int, help="candidates a query (default: all)")
+    for kind, parser in {"beir": beir, "hits": hits, "trec": trec}.items():
+        parser.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
+        parser.add_argument("--instruction", help="task instruction for instruction-following models")
+        parser.add_argument("--skip-bad-lines", action="store_true", help="count and list bad lines, don't stop")
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier ingest in OUT")
+        parser.set_defaults(command=_ingest, kind=kind)
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser("evaluate", help="rankings against qrels")
+    evaluate.add_argument(
+        "rankings", nargs="+", metavar="RANKINGS", help="run folder, candidate Parquet or TREC run; NAME=PATH names it"
+    )
+    evaluate.add_argument("--qrels", required=True, metavar="FILE", help="TREC qrels or BEIR TSV")
+    evaluate.add_argument("--metrics", metavar="M,M,…", help="default: ndcg@10,mrr@10,map,recall@100")
+    evaluate.add_argument("--json", metavar="FILE", help="also write everything, per-query values included")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _ingest(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray import ingest
+    from rerank_ray.execution.pipeline import print_ingest
+
+    function = {"beir": ingest.ingest_beir, "hits": ingest.ingest_hits, "trec": ingest.ingest_trec}[options.kind]
+    arguments = {k: v for k, v in vars(options).items() if k not in ("command", "kind")}
+    print_ingest(function(**arguments), console)
+
+
+def _job(settings_name: str, function_name: str) -> Callable[[argparse.Namespace, Console], None]:
+    """A command that loads a config and hands it to a job; imports wait until a command needs them."""
+
+    def command(options: argparse.Namespace, console: Console) -> None:
+        from rerank_ray import config, settings
+        from rerank_ray.execution import jobs
+
+        loaded = config.load(getattr(settings, settings_name), options.config, options.set)
+        extra = {"retry_errors": options.retry_errors} if hasattr(options, "retry_errors") else {}
+        getattr(jobs, function_name)(loaded, _run_folder(options), console, **extra)
+
+    return command
+
+
+def _run_folder(options: argparse.Namespace) -> str:
+    return options.run or f"runs/{Path(options.config).stem}"
+
+
+def _pipeline(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray import config
+    from rerank_ray.execution.pipeline import run_pipeline
+    from rerank_ray.settings import PipelineSettings
+
+    run_pipeline(config.load(PipelineSettings, options.config, options.set), _run_folder(options), console)
+
+
+_JOBS = {
+    "label": _job("LabelSettings", "label"),
+    "distill": _job("DistillSettings", "distill"),
+    "rerank": _job("RerankSettings", "rerank"),
+    "pipeline": _pipeline,
+}
+
+
+def _combine(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray import config
+    from rerank_ray.execution.jobs import combine_runs
+    from rerank_ray.settings import CombineSettings
+
+    content = {"inputs": options.runs, "method": options.method, "weights": options.weights}
+    combine_runs(config.validate(CombineSettings, content, source="combine"), options.out, console)
+
+
+def _evaluate(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.evaluate import DEFAULT_METRICS, evaluate_sources, print_report
+
+    metrics = options.metrics.split(",") if options.metrics else DEFAULT_METRICS
+    report = evaluate_sources(options.rankings, qrels=options.qrels, metrics=metrics)
+    print_report(report, console)
+    if options.json:
+        storage.write_text(options.json, json.dumps(report.to_dict(), indent=1) + "\n")
+
+
+def _quickstart(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.quickstart.run import quickstart
+
+    quickstart(Path(options.run), console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Training metrics as they come: a line on the console, `metrics.jsonl`, and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+from rerank_ray import storage
+
+
+class MetricsLog:
+    """Appends each validation's metrics to the run folder; a resumed run drops what came after its checkpoint.
+
+    TensorBoard events are written when the run folder is local (its writer needs a file to append to).
+    """
+
+    def __init__(self, run_uri: str) -> None:
+        self._path = storage.join(run_uri, "metrics.jsonl")
+        self._lines = storage.read_text(self._path).splitlines() if storage.exists(self._path) else []
+        folder = storage.local_path(storage.join(run_uri, "tensorboard"))
+        self._board = SummaryWriter(str(folder)) if folder else None
+        self._console = Console(stderr=True)
+
+    def write(self, metrics: dict) -> None:
+        step = metrics["step"]
+        self._lines = [line for line in self._lines if json.loads(line)["step"] < step]
+        self._lines.append(json.dumps(metrics))
+        storage.write_text(self._path, "\n".join(self._lines) + "\n")
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        self._console.print(summary_line(metrics), highlight=False)
+
+
+def summary_line(metrics: dict) -> str:
+    """One line for people: step, validation nDCG@10, losses and pairs per second."""
+    parts = [
+        f"step {metrics['step']}/{metrics['total_steps']}",
+        f"validation nDCG@10 {metrics['validation_ndcg@10']:.4f} (best at step {metrics['best_step']})",
+    ]
+    parts += [
+        f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
+    ]
+    if "pairs_per_second" in metrics:
+        parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s")
+    return ", ".join(parts)

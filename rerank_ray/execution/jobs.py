@@ -1,0 +1,145 @@
+"""The jobs: label, rerank, combine and distil, each from settings to a finished run folder."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from rerank_ray import storage
+from rerank_ray.accounting import Counts, count_output
+from rerank_ray.combine import combine
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.errors import RunError
+from rerank_ray.formats.trec import write_run
+from rerank_ray.models.resolve import resolve
+from rerank_ray.ranking.rankers import preflight
+from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, inspect_input, ranking_from_row, read_rows
+from rerank_ray.settings import CombineSettings, DistillSettings, LabelSettings, LimitSettings, RerankSettings
+
+
+def label(settings: LabelSettings, run_uri: str, console: Console, *, retry_errors: bool = False) -> RunFolder:
+    """Score candidate lists with a teacher: the run's `data/` holds the labels."""
+    return _rank_job("label", settings, run_uri, console, retry_errors)
+
+
+def rerank(settings: RerankSettings, run_uri: str, console: Console, *, retry_errors: bool = False) -> RunFolder:
+    """Rank candidate lists: the run's `data/` holds the rankings, `run.trec` the same as a TREC run."""
+    return _rank_job("rerank", settings, run_uri, console, retry_errors)
+
+
+def _rank_job(
+    kind: str, settings: LabelSettings | RerankSettings, run_uri: str, console: Console, retry_errors: bool
+) -> RunFolder:
+    from rerank_ray.execution.data import rank_rows
+
+    ranker = settings.teacher if isinstance(settings, LabelSettings) else settings.ranker
+    source_uri = resolve_input(settings.input)
+    source = inspect_input(source_uri, CANDIDATES)
+    preflight(ranker)
+    run = RunFolder(uri=run_uri)
+    with run.locked():
+        before = run.start(kind, settings, {settings.input: source.fingerprint})
+        if before.get("state") == "done" and not retry_errors:
+            console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
+            return run
+        run.update(state="running")
+        output = "labels" if kind == "label" else "rankings"
+        counts, seconds = rank_rows(
+            run, source_uri, source, ranker, output, settings.execution, retry_errors=retry_errors
+        )
+        _print_counts(console, run, counts, seconds)
+        _finish(run, counts, settings.limits, seconds)
+        if isinstance(settings, RerankSettings) and settings.trec_run:
+            write_run(
+                (ranking_from_row(r) for r in _ranked_rows(run)), run.path("run.trec"), tag=run_uri.rsplit("/", 1)[-1]
+            )
+    return run
+
+
+def _ranked_rows(run: RunFolder):
+    return (row for row in read_rows(run.data, RANKINGS.names) if row["error"] is None)
+
+
+def _finish(run: RunFolder, counts: Counts, limits: LimitSettings, seconds: float) -> None:
+    """Record the totals; a run past its bounds is failed, with its output kept."""
+    timings = {"seconds_of_last_start": round(seconds, 2)}
+    rates = {"error": counts.errors / counts.rows, "defect": counts.rows_with_defects / counts.rows}
+    bounds = {"error": limits.max_error_rate, "defect": limits.max_defect_rate}
+    over = [f"{n} rate {rates[n]:.4f} is above limits.max_{n}_rate {bounds[n]}" for n in rates if rates[n] > bounds[n]]
+    run.update(state="failed" if over else "done", counts=counts.to_dict(), timings=timings)
+    if over:
+        examples = "".join(f"\n  {e}" for e in counts.examples[:5])
+        raise RunError(
+            f"{run.uri}: {'; '.join(over)}. The output is kept in {run.data}; raise the bound to accept it, or mend "
+            f"the cause and use --retry-errors.{examples}"
+        )
+
+
+def _print_counts(console: Console, run: RunFolder, counts: Counts, seconds: float) -> None:
+    table = Table(title=run.uri, show_header=False)
+    usage = counts.usage
+    rows = {
+        "rows": f"{counts.rows:,} = {counts.ok:,} ok + {counts.errors:,} with error",
+        "pairs scored": f"{counts.pairs:,}",
+        "rows with defects": f"{counts.rows_with_defects:,} {counts.defects or ''}",
+        "model calls": f"{usage['calls']:,}",
+        "prompt tokens": f"{usage['prompt_tokens']:,}, {usage['cached_tokens']:,} of them cached",
+        "output tokens": f"{usage['output_tokens']:,}",
+        "seconds of this start": f"{seconds:,.1f}",
+        "output": run.data,
+    }
+    for name, value in rows.items():
+        if usage["calls"] or not name.endswith(("calls", "tokens")):
+            table.add_row(name, value)
+    console.print(table)
+
+
+def combine_runs(settings: CombineSettings, run_uri: str, console: Console) -> RunFolder:
+    """Combine label runs to one label run."""
+    sources = [resolve_input(uri) for uri in settings.inputs]
+    summaries = {uri: inspect_input(source, LABELS) for uri, source in zip(settings.inputs, sources, strict=True)}
+    run = RunFolder(uri=run_uri)
+    with run.locked():
+        before = run.start("combine", settings, {uri: s.fingerprint for uri, s in summaries.items()})
+        if before.get("state") == "done":
+            console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
+            return run
+        # A combination takes seconds and has no rows worth resuming: an unfinished one is made anew.
+        storage.delete_directory(run.data)
+        started = time.monotonic()
+        combine(settings, sources, run.data)
+        counts = count_output(run.data, summaries[settings.inputs[0]].rows)
+        seconds = time.monotonic() - started
+        _print_counts(console, run, counts, seconds)
+        _finish(run, counts, LimitSettings(max_error_rate=1.0, max_defect_rate=1.0), seconds)
+    return run
+
+
+def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFolder:
+    """Train a student: the run's `student/` holds the best step's."""
+    from rerank_ray.execution.train import train_student
+
+    settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
+    labels = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    resolve(settings.student.model_settings())
+    run = RunFolder(uri=run_uri)
+    with run.locked():
+        before = run.start("distill", settings, {"labels": labels.fingerprint})
+        if before.get("state") == "done":
+            console.print(f"{run_uri}: already done, student at {run.student}")
+            return run
+        started = time.monotonic()
+        metrics = train_student(run, settings)
+        counts = {
+            "training_queries": len(labels.train),
+            "validation_queries": len(labels.validation),
+            "queries_without_labels": labels.unlabelled,
+        }
+        timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
+        run.update(state="done", counts=counts, timings=timings, best=metrics)
+    best = f"step {metrics['step']}, validation nDCG@10 {metrics['validation_ndcg@10']:.4f}"
+    console.print(f"{run_uri}: student at {run.student} ({best}, {timings['seconds_of_last_start']:,.0f} s)")
+    return run

@@ -1,0 +1,123 @@
+"""A pipeline: jobs one after another in one Ray session, each in its own run folder, finished ones skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from rich.console import Console
+
+from rerank_ray import storage
+from rerank_ray.config import Settings
+from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
+from rerank_ray.execution import jobs
+from rerank_ray.execution.cluster import session
+from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_trec
+from rerank_ray.runs import RunFolder
+from rerank_ray.settings import STEP_SCHEME, EvaluateSettings, IngestSettings, PipelineSettings, StepSettings
+
+
+def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> dict[str, Any]:
+    """Run every step that is not finished; returns what each step's job returned, by step name.
+
+    A step that fails ends the pipeline; started again it goes on there.
+    """
+    results = {}
+    with session(max(_cpus(step) for step in settings.steps)):
+        for number, step in enumerate(settings.steps, start=1):
+            console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
+            job_settings = _with_references(getattr(step, step.job), run_uri)
+            results[step.name] = _JOBS[step.job](job_settings, storage.join(run_uri, step.name), console)
+    return results
+
+
+def _cpus(step: StepSettings) -> float:
+    execution = getattr(getattr(step, step.job), "execution", None)
+    if execution is None:
+        return 1.0
+    if step.job == "distill":
+        return execution.workers * execution.cpus_per_worker
+    return execution.actors * execution.cpus_per_actor
+
+
+def _with_references(settings: Settings, run_uri: str) -> Settings:
+    """Replace each `step://NAME/rest` by the path of that step's run folder."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(STEP_SCHEME):
+            return storage.join(run_uri, value.removeprefix(STEP_SCHEME))
+        if isinstance(value, dict):
+            return {k: replaced(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [replaced(v) for v in value]
+        return value
+
+    return type(settings).model_validate(replaced(settings.model_dump(mode="json")))
+
+
+def ingest(settings: IngestSettings, run_uri: str, console: Console) -> RunFolder:
+    """Outside data to candidates, as a run folder."""
+    run = RunFolder(uri=run_uri)
+    with run.locked():
+        before = run.start("ingest", settings, _file_sizes(settings))
+        if before.get("state") == "done":
+            console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
+            return run
+        started = time.monotonic()
+        summary = _INGESTS[settings.kind](**settings.model_dump(exclude={"kind"}), out=run.data, overwrite=True)
+        counts = {"rows": summary.rows, "candidates": summary.candidates, "labelled_pairs": summary.labelled_pairs}
+        timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
+        run.update(state="done", counts=counts, timings=timings)
+        print_ingest(summary, console)
+    return run
+
+
+_INGESTS = {"beir": ingest_beir, "hits": ingest_hits, "trec": ingest_trec}
+
+
+def print_ingest(summary: IngestSummary, console: Console) -> None:
+    """One line of counts, then what was left out."""
+    console.print(
+        f"{summary.out}: {summary.rows:,} queries, {summary.candidates:,} candidates, "
+        f"{summary.labelled_pairs:,} with a known gain"
+    )
+    if summary.queries_without_candidates:
+        missing = summary.queries_without_candidates
+        console.print(f"  {len(missing)} queries found nothing and have no row: {', '.join(missing[:10])}")
+    if summary.bad_lines:
+        console.print(f"  {summary.bad_lines} bad lines skipped:")
+        for line in summary.bad_lines_listed[:10]:
+            console.print(f"    {line}")
+
+
+def _file_sizes(settings: IngestSettings) -> dict[str, str]:
+    """Size and time of each source file: a changed collection must not be taken for the one already ingested."""
+    paths = [v for v in settings.model_dump().values() if isinstance(v, str) and storage.exists(v)]
+    paths += [p for v in settings.model_dump().values() if isinstance(v, list) for p in v if storage.exists(p)]
+    sizes = {}
+    for path in paths:
+        fs, inner = storage.open_filesystem(path)
+        files = storage.list_files(path, "") if storage.is_directory(path) else [inner]
+        sizes[path] = ",".join(f"{os.path.basename(i.path)}:{i.size}:{i.mtime_ns}" for i in fs.get_file_info(files))
+    return sizes
+
+
+def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> EvaluationReport:
+    """Rankings against qrels: a table, and `evaluation.json` in the run folder."""
+    sources = [f"{name}={path}" for name, path in settings.rankings.items()]
+    report = evaluate_sources(sources, qrels=settings.qrels, metrics=settings.metrics)
+    storage.write_text(storage.join(run_uri, "evaluation.json"), json.dumps(report.to_dict(), indent=1) + "\n")
+    print_report(report, console)
+    return report
+
+
+_JOBS = {
+    "ingest": ingest,
+    "label": jobs.label,
+    "combine": jobs.combine_runs,
+    "distill": jobs.distill,
+    "rerank": jobs.rerank,
+    "evaluate": evaluate,
+}

@@ -1,0 +1,114 @@
+"""Distillation on Ray Train: data-parallel workers, checkpoints in the run folder, resume after any kill."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow.fs
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rerank_ray import storage
+from rerank_ray.distill.checkpoints import STUDENT
+from rerank_ray.distill.metrics_log import MetricsLog
+from rerank_ray.distill.train import World, train
+from rerank_ray.errors import RunError
+from rerank_ray.execution.cluster import session
+from rerank_ray.runs import RunFolder
+from rerank_ray.settings import DistillSettings
+
+_SCORE = "validation_ndcg@10"
+
+
+def train_student(run: RunFolder, settings: DistillSettings) -> dict:
+    """Train until the objective's schedule or early stopping ends it; returns the best step's metrics.
+
+    Ray Train keeps the best and the latest checkpoint under the run's `checkpoints/`, and a run of that name which was
+    killed goes on from the latest. The best step's student is copied to `student/`.
+
+    Raises:
+        RunError: a worker failed more often than `execution.max_failures`.
+    """
+    execution = settings.execution
+    # The controller checks its workers' health at this interval, and a finished step waits for the next check.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    with session(execution.workers * execution.cpus_per_worker):
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"settings": settings.model_dump(mode="json"), "run": run.uri},
+            torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=execution.workers,
+                use_gpu=execution.gpus_per_worker > 0,
+                resources_per_worker=_resources(settings),
+            ),
+            run_config=RunConfig(
+                name="checkpoints",
+                storage_path=run.uri if "://" in run.uri else os.path.abspath(run.uri),
+                failure_config=FailureConfig(max_failures=execution.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=2, checkpoint_score_attribute=_SCORE, checkpoint_score_order="max"
+                ),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+            raise RunError(
+                f"{run.uri}: training stopped: {_cause(error)}\nStart the same command again to resume"
+            ) from error
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][_SCORE])
+        _publish(checkpoint, run)
+    return metrics
+
+
+def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
+    """Copy the best checkpoint's student, without the trainer's state, to the run's `student/`."""
+    target_fs, target = storage.open_filesystem(run.student)
+    storage.delete_directory(run.student)
+    pyarrow.fs.copy_files(
+        f"{checkpoint.path}/{STUDENT}",
+        target,
+        source_filesystem=checkpoint.filesystem,
+        destination_filesystem=target_fs,
+    )
+
+
+def _resources(settings: DistillSettings) -> dict[str, float]:
+    execution = settings.execution
+    resources = {"CPU": execution.cpus_per_worker}
+    if execution.gpus_per_worker:
+        resources["GPU"] = execution.gpus_per_worker
+    return resources
+
+
+def _worker(config: dict) -> None:
+    """What every worker runs: the Ray-free training loop, with Ray Train's ranks, checkpoints and reports."""
+    import torch
+
+    settings = DistillSettings.model_validate(config["settings"])
+    if not settings.execution.gpus_per_worker:
+        torch.set_num_threads(max(1, int(settings.execution.cpus_per_worker)))
+    context = ray.train.get_context()
+    world = World(rank=context.get_world_rank(), size=context.get_world_size())
+    log = MetricsLog(config["run"]) if world.rank == 0 else None
+
+    def report(metrics: dict, folder: Path | None) -> None:
+        if log is not None:
+            log.write(metrics)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        train(settings, world, report)
+    else:
+        with checkpoint.as_directory() as folder:
+            train(settings, world, report, resume=Path(folder))
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
