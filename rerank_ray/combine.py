@@ -128,8 +128,10 @@ def ensemble(scores: np.ndarray, method: str, weights: Sequence[float], doc_ids:
 def _zscore(row: np.ndarray) -> np.ndarray:
     if np.isnan(row).all():
         return row
-    deviation = np.nanstd(row)
-    return (row - np.nanmean(row)) / deviation if deviation > 0 else np.where(np.isnan(row), row, 0.0)
+    # The deviation of equal scores need not be 0: their mean is rounded.
+    if np.nanmax(row) == np.nanmin(row):
+        return np.where(np.isnan(row), row, 0.0)
+    return (row - np.nanmean(row)) / np.nanstd(row)
 
 
 def _minmax(row: np.ndarray) -> np.ndarray:

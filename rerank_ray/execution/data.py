@@ -40,15 +40,19 @@ class RankWorker:
 
         if not execution.gpus_per_actor:
             torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
-        self._guard = CrashGuard(RankStage(ranker, output), attempts_uri, execution.max_crashes_per_row)
+        stage = RankStage(ranker, output)
+        self._guard = CrashGuard(stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
+        counter.describe.remote(stage.ranker.name, stage.ranker.parameters)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        started = time.perf_counter()
         result = self._guard(table)
+        seconds = time.perf_counter() - started
         pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
         usage = result["usage"].to_pylist() if "usage" in result.column_names else []
         tokens = sum(u["prompt_tokens"] - u["cached_tokens"] + u["output_tokens"] for u in usage)
-        self._counter.add.remote(result.num_rows, pairs, tokens)
+        self._counter.add.remote(rows=result.num_rows, pairs=pairs, tokens=tokens, replica_seconds=seconds)
         return result
 
 
@@ -61,8 +65,8 @@ def rank_rows(
     execution: ExecutionSettings,
     *,
     retry_errors: bool,
-) -> tuple[Counts, float]:
-    """Rank every row that the run's checkpoint does not hold yet; returns the output's totals and the seconds spent.
+) -> tuple[Counts, dict]:
+    """Rank every row that the run's checkpoint does not hold yet; returns the output's totals and this start's timings.
 
     Raises:
         RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
@@ -79,8 +83,10 @@ def rank_rows(
                 f"{run.uri}: stopped: {_root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
                 "command again"
             ) from error
+        timings = progress.throughput()
     storage.delete_directory(run.path("attempts"))
-    return count_output(run.data, source.rows), time.monotonic() - started
+    timings["seconds_of_last_start"] = round(time.monotonic() - started, 2)
+    return count_output(run.data, source.rows), timings
 
 
 def _execute(

@@ -47,11 +47,11 @@ def _rank_job(
             return run
         run.update(state="running")
         output = "labels" if kind == "label" else "rankings"
-        counts, seconds = rank_rows(
+        counts, timings = rank_rows(
             run, source_uri, source, ranker, output, settings.execution, retry_errors=retry_errors
         )
-        _print_counts(console, run, counts, seconds)
-        _finish(run, counts, settings.limits, seconds)
+        _print_counts(console, run, counts, timings)
+        _finish(run, counts, settings.limits, timings)
         if isinstance(settings, RerankSettings) and settings.trec_run:
             write_run(
                 (ranking_from_row(r) for r in _ranked_rows(run)), run.path("run.trec"), tag=run_uri.rsplit("/", 1)[-1]
@@ -63,9 +63,8 @@ def _ranked_rows(run: RunFolder):
     return (row for row in read_rows(run.data, RANKINGS.names) if row["error"] is None)
 
 
-def _finish(run: RunFolder, counts: Counts, limits: LimitSettings, seconds: float) -> None:
+def _finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict) -> None:
     """Record the totals; a run past its bounds is failed, with its output kept."""
-    timings = {"seconds_of_last_start": round(seconds, 2)}
     rates = {"error": counts.errors / counts.rows, "defect": counts.rows_with_defects / counts.rows}
     bounds = {"error": limits.max_error_rate, "defect": limits.max_defect_rate}
     over = [f"{n} rate {rates[n]:.4f} is above limits.max_{n}_rate {bounds[n]}" for n in rates if rates[n] > bounds[n]]
@@ -78,7 +77,7 @@ def _finish(run: RunFolder, counts: Counts, limits: LimitSettings, seconds: floa
         )
 
 
-def _print_counts(console: Console, run: RunFolder, counts: Counts, seconds: float) -> None:
+def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dict) -> None:
     table = Table(title=run.uri, show_header=False)
     usage = counts.usage
     rows = {
@@ -88,7 +87,7 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, seconds: flo
         "model calls": f"{usage['calls']:,}",
         "prompt tokens": f"{usage['prompt_tokens']:,}, {usage['cached_tokens']:,} of them cached",
         "output tokens": f"{usage['output_tokens']:,}",
-        "seconds of this start": f"{seconds:,.1f}",
+        "seconds of this start": f"{timings['seconds_of_last_start']:,.1f}",
         "output": run.data,
     }
     for name, value in rows.items():
@@ -112,9 +111,9 @@ def combine_runs(settings: CombineSettings, run_uri: str, console: Console) -> R
         started = time.monotonic()
         combine(settings, sources, run.data)
         counts = count_output(run.data, summaries[settings.inputs[0]].rows)
-        seconds = time.monotonic() - started
-        _print_counts(console, run, counts, seconds)
-        _finish(run, counts, LimitSettings(max_error_rate=1.0, max_defect_rate=1.0), seconds)
+        timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
+        _print_counts(console, run, counts, timings)
+        _finish(run, counts, LimitSettings(max_error_rate=1.0, max_defect_rate=1.0), timings)
     return run
 
 

@@ -18,15 +18,18 @@ class Counter:
     """Adds up what workers report."""
 
     def __init__(self) -> None:
-        self.totals = {"rows": 0, "pairs": 0, "tokens": 0}
+        self.totals = {"rows": 0, "pairs": 0, "tokens": 0, "replica_seconds": 0.0}
+        self.model: dict = {}
 
-    def add(self, rows: int, pairs: int, tokens: int) -> None:
-        self.totals["rows"] += rows
-        self.totals["pairs"] += pairs
-        self.totals["tokens"] += tokens
+    def describe(self, name: str, parameters: int) -> None:
+        self.model = {"name": name, "parameters": parameters}
 
-    def read(self) -> dict[str, int]:
-        return self.totals
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.totals[name] += amount
+
+    def read(self) -> dict:
+        return self.totals | {"model": self.model}
 
 
 class ProgressDisplay:
@@ -50,6 +53,13 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def throughput(self) -> dict:
+        """The model, and the pairs a second that one replica ranked, start-up and waiting left out."""
+        totals = ray.get(self.counter.read.remote())
+        seconds = totals["replica_seconds"]
+        rate = round(totals["pairs"] / seconds, 2) if seconds else None
+        return {"model": totals["model"], "pairs_per_replica_second": rate}
 
     def _show(self) -> None:
         if not sys.stderr.isatty():

@@ -15,8 +15,12 @@ def masked_log_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 
 def masked_zscore(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values [Q, C] with mean 0 and population deviation 1 within each row; all 0 where they do not differ."""
+    values = values.float()
     count = mask.sum(-1, keepdim=True).clamp(min=1)
-    centred = torch.where(mask, values.float(), 0.0)
+    centred = torch.where(mask, values, 0.0)
     centred = torch.where(mask, centred - centred.sum(-1, keepdim=True) / count, 0.0)
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    return torch.where(deviation > 0, centred / deviation.clamp(min=1e-12), 0.0)
+    # The deviation of equal values need not be 0: their mean is rounded.
+    lowest = values.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
+    highest = values.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(highest > lowest, centred / deviation.clamp(min=1e-12), 0.0)

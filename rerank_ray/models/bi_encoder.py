@@ -35,6 +35,7 @@ class BiEncoder:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
+        self.parameters = engine.count_parameters(self.model)
         self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 

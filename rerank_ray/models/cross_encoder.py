@@ -28,6 +28,7 @@ class CrossEncoder:
             self.exit_layer = settings.exit_layer or student.layers[-1]
             student = student.truncated(self.exit_layer)
         self.student = student.to(self.device)
+        self.parameters = engine.count_parameters(self.student)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:

@@ -42,6 +42,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     )
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of a model, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Group sequence indices, longest first, so that no batch's `rows × longest` passes the budget.
 

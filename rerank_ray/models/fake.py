@@ -17,6 +17,7 @@ class Fake:
 
     answers = frozenset({NextToken, LogLikelihood, Pair, Embed})
     exit_layer = None
+    parameters = 0
 
     def __init__(self, settings: FakeSettings) -> None:
         self.settings = settings

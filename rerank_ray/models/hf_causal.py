@@ -34,6 +34,7 @@ class HFCausal:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         self.model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        self.parameters = engine.count_parameters(self.model)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and settings.max_length > limit:
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from rerank_ray.errors import ModelError
@@ -28,6 +29,6 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
         return auto_class.from_pretrained(
             **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error

@@ -90,6 +90,8 @@ class Backend(Protocol):
     """Kind, model and revision, as the `teacher` and `model` columns record them."""
     exit_layer: int | None
     """The layer a layer-wise model stops at, recorded with its rankings; None for other models."""
+    parameters: int
+    """How many parameters the model has, as it is run."""
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         """Answer the calls, in their order."""

@@ -314,11 +314,12 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         )
     if model.config.num_labels != 1:
         raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
+    max_length = min(settings.max_length, tokenizer.model_max_length)
     description = StudentDescription(
         head="linear",
         layers=(model.config.num_hidden_layers,),
-        max_length=min(settings.max_length, tokenizer.model_max_length),
-        max_query_length=max_query_length or settings.max_length // 2,
+        max_length=max_length,
+        max_query_length=max_query_length or max_length // 2,
     )
     return LinearStudent(description, tokenizer, model).eval()
 

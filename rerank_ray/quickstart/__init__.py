@@ -1,1 +1,1 @@
-"""A small real collection that needs no download."""
+"""The whole path on a collection made on the spot: no network, no data file."""

@@ -76,5 +76,10 @@ class Ranker:
     def exit_layer(self) -> int | None:
         return None if self._backend is None else self._backend.exit_layer
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model; 0 for methods without one."""
+        return 0 if self._backend is None else self._backend.parameters
+
     def rank(self, requests: Sequence[CandidateList]) -> list[scheduler.Outcome]:
         return scheduler.run(self._method, self._backend, requests)

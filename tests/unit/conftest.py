@@ -1,0 +1,43 @@
+"""What the unit tests share: one torch thread, and tiny model folders made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and one thread adds in the same order every time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A three-layer BERT encoder without a head."""
+    from fixtures.tiny_models import tiny_bert_folder
+
+    return tiny_bert_folder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A three-layer BERT sequence classifier with one output."""
+    from fixtures.tiny_models import tiny_cross_encoder_folder
+
+    return tiny_cross_encoder_folder(tmp_path_factory.mktemp("cross_encoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with a chat template."""
+    from fixtures.tiny_models import tiny_llama_folder
+
+    return tiny_llama_folder(tmp_path_factory.mktemp("llama"))

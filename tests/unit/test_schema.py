@@ -1,0 +1,311 @@
+"""The Parquet contract: what survives a round trip, and what each broken file or row is told."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fixtures.rows import label_row, make_list, write_labels
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rerank_ray import schema
+from rerank_ray.errors import InputError, RowError
+from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Ranking, Scores, Usage
+from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, inspect_input
+
+# Round trips
+
+texts = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["😀👩‍👩‍👧‍👦🏳️‍🌈", "שלום עולם", "مرحبا بالعالم", "x" * 200_000, "ab\u202ecd", "\0", "a\nb\tc"]),
+)
+ids = st.text(min_size=1, max_size=12)
+numbers = st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False)
+queries = st.builds(
+    Query, query_id=ids, text=st.text(min_size=1, max_size=40).filter(str.strip), instruction=st.none() | texts
+)
+candidate_lists = st.builds(
+    CandidateList,
+    query=queries,
+    candidates=st.lists(
+        st.builds(Candidate, doc_id=ids, text=texts, title=st.none() | texts, score=numbers, label=numbers),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda c: c.doc_id,
+    ).map(tuple),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lists=st.lists(candidate_lists, max_size=4))
+def test_candidate_lists_survive_arrow(lists: list[CandidateList]):
+    """The record that is written is the record that is read: Arrow holds float32, so the scores drawn are float32."""
+    table = pa.Table.from_pylist([schema.candidate_row(c) for c in lists], schema=CANDIDATES)
+    assert [schema.candidate_list_from_row(row) for row in table.to_pylist()] == lists
+
+
+def test_candidate_lists_survive_files(tmp_path: Path):
+    """The same through Parquet, over several files: 50 rows in files of 20 are three files, in order."""
+    lists = [make_list(f"q{i}", 1 + i % 3, text="שאלה 😀") for i in range(50)]
+    lists[7] = CandidateList(
+        query=Query(query_id="long", text="q", instruction="find"),
+        candidates=(Candidate(doc_id="d", text="ص" * 200_000, title="😀", score=0.5, label=2.0),),
+    )
+    assert schema.write_candidates(lists, str(tmp_path / "out"), rows_per_file=20) == 50
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert list(schema.read_candidates(str(tmp_path / "out"))) == lists
+    assert inspect_input(str(tmp_path / "out"), CANDIDATES).rows == 50
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=st.lists(st.floats(width=32, allow_infinity=False), min_size=3, max_size=3),
+    rationale=texts,
+    usage=st.builds(Usage, calls=st.integers(0, 9), prompt_tokens=st.integers(0, 2**40)),
+)
+def test_labels_survive_arrow(scores: list[float], rationale: str, usage: Usage):
+    """NaN (no score) stays NaN in its place; defects come back as the text `kind: detail`."""
+    given_scores = Scores(
+        scores=tuple(scores),
+        uncertainty=(0.0, 0.5, 1.0),
+        rationales=(rationale, "", "b"),
+        defects=(Defect(kind=DefectKind.UNSCORED, detail="d1: why"),),
+    )
+    row = schema.candidate_row(make_list()) | schema.label_columns("t", given_scores, usage)
+    (back,) = pa.Table.from_pylist([row], schema=LABELS).to_pylist()
+    labels = schema.labels_from_row(back)
+    assert labels.candidate_list == make_list()
+    np.testing.assert_array_equal(labels.scores, scores)
+    assert (labels.uncertainty, labels.rationales) == ((0.0, 0.5, 1.0), (rationale, "", "b"))
+    assert (labels.defects, labels.usage, labels.teacher) == (("unscored: d1: why",), usage, "t")
+
+
+@pytest.mark.parametrize(
+    "ranking",
+    [
+        Ranking(query_id="q", doc_ids=("b", "a"), scores=(2.0, -1.0), model="m", exit_layer=3),
+        Ranking(query_id="q", doc_ids=(), scores=None, model="m", error="no candidate could be scored"),
+    ],
+)
+def test_rankings_survive_arrow(ranking: Ranking):
+    (row,) = pa.Table.from_pylist([schema.ranking_row(ranking)], schema=RANKINGS).to_pylist()
+    assert schema.ranking_from_row(row) == ranking
+
+
+# Rows that break the contract
+
+GOOD_CANDIDATE = {"doc_id": "d1", "title": None, "text": "t", "score": 1.0, "label": None}
+GOOD_ROW = {"query_id": "q1", "query": "what", "instruction": None, "candidates": [GOOD_CANDIDATE]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"query_id": None}, "'query_id' is null"),
+        ({"query_id": ""}, "'query_id' is empty"),
+        ({"query": None}, "query 'q1': 'query' is null"),
+        ({"query": " \n"}, "query 'q1': 'query' is empty"),
+        ({"candidates": None}, "query 'q1': 'candidates' is null"),
+        ({"candidates": []}, "query 'q1': 'candidates' is empty"),
+        ({"candidates": [GOOD_CANDIDATE, None]}, "query 'q1': candidate 1 is null"),
+        ({"candidates": [GOOD_CANDIDATE | {"doc_id": None}]}, "query 'q1': candidate 0 has no 'doc_id'"),
+        ({"candidates": [GOOD_CANDIDATE | {"doc_id": ""}]}, "query 'q1': candidate 0 has no 'doc_id'"),
+        ({"candidates": [GOOD_CANDIDATE | {"text": None}]}, "query 'q1': candidate 0 ('d1'): 'text' is null"),
+        ({"candidates": [GOOD_CANDIDATE | {"score": math.nan}]}, "query 'q1': candidate 0 ('d1'): 'score' is NaN"),
+        ({"candidates": [GOOD_CANDIDATE | {"label": math.nan}]}, "query 'q1': candidate 0 ('d1'): 'label' is NaN"),
+        ({"candidates": [GOOD_CANDIDATE] * 2}, "query 'q1': doc_id 'd1' is both candidate 0 and candidate 1"),
+    ],
+)
+def test_a_bad_row_names_the_query_and_the_fault(change: dict, said: str):
+    with pytest.raises(RowError) as caught:
+        schema.candidate_list_from_row(GOOD_ROW | change)
+    assert str(caught.value).startswith(said)
+
+
+def test_an_empty_text_is_a_text():
+    """An empty document can be scored (and ranked last); a null text means that nobody looked it up."""
+    row = GOOD_ROW | {"candidates": [GOOD_CANDIDATE | {"text": ""}]}
+    assert schema.candidate_list_from_row(row).candidates[0].contents == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"error": "out of memory"}, "query 'q1' was not labelled: out of memory"),
+        ({"scores": None}, "query 'q1': 'scores' is null although 'error' is null"),
+        ({"scores": [1.0, 2.0]}, "query 'q1': 'scores' has 2 entries for 3 candidates"),
+        ({"uncertainty": [1.0]}, "query 'q1': 'uncertainty' has 1 entries for 3 candidates"),
+        ({"rationales": []}, "query 'q1': 'rationales' has 0 entries for 3 candidates"),
+    ],
+)
+def test_bad_labels_name_the_query_and_the_fault(change: dict, said: str):
+    with pytest.raises(RowError) as caught:
+        schema.labels_from_row(label_row(make_list(), [1.0, 2.0, 3.0]) | change)
+    assert str(caught.value) == said
+
+
+def test_a_null_teacher_score_is_no_score():
+    scores = schema.labels_from_row(label_row(make_list(), [1.0, None, 3.0])).scores
+    np.testing.assert_array_equal(scores, [1.0, math.nan, 3.0])
+
+
+def test_a_ranking_with_too_few_scores():
+    row = {"query_id": "q1", "doc_ids": ["a", "b"], "scores": [1.0], "exit_layer": None, "model": "m", "error": None}
+    with pytest.raises(RowError, match="query 'q1': 'scores' has 1 entries for 2 doc ids"):
+        schema.ranking_from_row(row)
+
+
+# Files that break the contract
+
+
+def write_ids(path: Path, query_ids: list[str | None]) -> str:
+    rows = [schema.candidate_row(make_list("q")) | {"query_id": i} for i in query_ids]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=CANDIDATES), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("bad", "fault"), [(None, "null"), ("", "empty")])
+def test_a_missing_query_id_names_file_and_row(tmp_path: Path, bad: str | None, fault: str):
+    path = write_ids(tmp_path / "a.parquet", ["q0", "q1", bad])
+    with pytest.raises(InputError) as caught:
+        inspect_input(path, CANDIDATES)
+    assert str(caught.value).startswith(f"{path}: row 2: 'query_id' is {fault};")
+
+
+def test_a_repeated_query_id_names_both_places(tmp_path: Path):
+    first = write_ids(tmp_path / "in" / "a.parquet", ["q0", "q1", "q2"])
+    second = write_ids(tmp_path / "in" / "b.parquet", ["q3", "q1"])
+    with pytest.raises(InputError) as caught:
+        inspect_input(str(tmp_path / "in"), CANDIDATES)
+    assert str(caught.value).startswith(f"{second}: row 1: 'query_id' 'q1' is already used at {first}: row 1;")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 200, -1])
+def test_a_truncated_file(tmp_path: Path, kept: int):
+    path = tmp_path / "a.parquet"
+    write_ids(path, ["q0"])
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=f"{path}: not a readable Parquet file"):
+        inspect_input(str(path), CANDIDATES)
+
+
+def test_a_file_that_is_cut_inside_a_page(tmp_path: Path):
+    """The footer is whole, but the ids' page is overwritten: only reading it finds out."""
+    path = tmp_path / "a.parquet"
+    write_ids(path, [f"q{i}" for i in range(200)])
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=f"{path}: row 0: can't be read"):
+        inspect_input(str(path), CANDIDATES)
+
+
+def test_every_fault_of_the_columns_at_once(tmp_path: Path):
+    """query is an integer, instruction is missing, a candidate's score is text: three faults in one message."""
+    candidate = pa.struct(
+        [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.string()),
+         ("label", pa.float32())]
+    )  # fmt: skip
+    table = pa.table(
+        {"query_id": ["q"], "query": [1], "candidates": pa.array([[]], type=pa.list_(candidate))},
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError) as caught:
+        inspect_input(str(tmp_path), CANDIDATES)
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'a.parquet'}: does not follow the 'candidates' schema (version 1): ")
+    assert "column 'query' is int64, not string" in said
+    assert "column 'instruction' is missing" in said
+    assert "column 'candidates' is list<" in said
+
+
+def test_further_columns_and_other_item_names_are_allowed(tmp_path: Path):
+    """Ray and Spark call a list's items `element`, and a file may carry columns of its own."""
+    rows = [schema.candidate_row(make_list("q1"))]
+    table = pa.Table.from_pylist(rows, schema=CANDIDATES)
+    renamed = pa.list_(pa.field("element", CANDIDATES.field("candidates").type.value_type))
+    table = table.set_column(3, "candidates", table["candidates"].cast(renamed)).append_column("mine", pa.array([1]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert inspect_input(str(tmp_path), CANDIDATES).rows == 1
+    assert list(schema.read_candidates(str(tmp_path))) == [make_list("q1")]
+
+
+def test_no_input_and_an_empty_folder(tmp_path: Path):
+    with pytest.raises(InputError, match="the input does not exist"):
+        inspect_input(str(tmp_path / "nothing"), CANDIDATES)
+    with pytest.raises(InputError, match=r"holds no \.parquet file"):
+        inspect_input(str(tmp_path), CANDIDATES)
+
+
+def test_reading_a_column_that_is_not_there(tmp_path: Path):
+    schema.write_candidates([make_list()], str(tmp_path))
+    with pytest.raises(InputError, match=r"part-00000.parquet: column 'teacher' is missing"):
+        list(schema.read_rows(str(tmp_path), ["query_id", "teacher"]))
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_is_the_contents(tmp_path: Path):
+    """The same rows written elsewhere have the same fingerprint: a copied input does not stop a resume."""
+    lists = [make_list(f"q{i}") for i in range(5)]
+    for name in ("a", "b"):
+        schema.write_candidates(lists, str(tmp_path / name))
+    a, b = (inspect_input(str(tmp_path / name), CANDIDATES) for name in ("a", "b"))
+    assert a.fingerprint == b.fingerprint
+    np.testing.assert_array_equal(a.id_hashes, b.id_hashes)
+    assert list(a.id_hashes) == sorted(schema.id_hash(f"q{i}") for i in range(5))
+
+
+def with_text(candidate_list: CandidateList, text: str) -> CandidateList:
+    """The list with another text for its second candidate."""
+    first, second, *rest = candidate_list.candidates
+    return replace(candidate_list, candidates=(first, replace(second, text=text), *rest))
+
+
+CHANGES = {
+    "another id": lambda lists: [*lists[:2], replace(lists[2], query=Query(query_id="r2", text="query")), *lists[3:]],
+    "another query": lambda lists: [*lists[:2], replace(lists[2], query=Query(query_id="q2", text="z")), *lists[3:]],
+    "a longer text": lambda lists: [*lists[:2], with_text(lists[2], "beta document 1 of q2 and more"), *lists[3:]],
+    "another score": lambda lists: [*lists[:2], make_list("q2", scores=[1.0, 2.5, 3.0]), *lists[3:]],
+    "a row more": lambda lists: [*lists, make_list("q9")],
+    "a row less": lambda lists: lists[:-1],
+    "rows swapped": lambda lists: [*lists[:2], lists[3], lists[2], *lists[4:]],
+    "one letter": lambda lists: [*lists[:2], with_text(lists[2], lists[2].candidates[1].text[:-1] + "0"), *lists[3:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_changes_with_the_contents(tmp_path: Path, change: str):
+    """Also with what the footer (sizes, smallest and largest value of a column) does not show: the last two."""
+    if change in ("rows swapped", "one letter"):
+        pytest.xfail("the fingerprint is made of the footer alone")
+    lists = [
+        with_text(make_list(f"q{i}", scores=[1.0, 2.0, 3.0]), hashlib.sha256(b"%d" % i).hexdigest()) for i in range(6)
+    ]
+    schema.write_candidates(lists, str(tmp_path / "a"))
+    schema.write_candidates(CHANGES[change](lists), str(tmp_path / "b"))
+    a, b = (inspect_input(str(tmp_path / name), CANDIDATES) for name in ("a", "b"))
+    assert a.fingerprint != b.fingerprint
+
+
+def test_id_hash_is_the_same_in_every_process():
+    """The first eight bytes of BLAKE2b with an eight-byte digest, little-endian, as `b2sum -l 64` prints them."""
+    assert schema.id_hash("q1").to_bytes(8, "little").hex() == "e7837aa50ee28068"
+
+
+def test_labels_of_another_schema_are_refused(tmp_path: Path):
+    folder = write_labels(tmp_path / "labels", [label_row(make_list(), [1.0, 2.0, 3.0])])
+    assert inspect_input(folder, CANDIDATES).rows == 1
+    with pytest.raises(InputError, match="'rankings' schema"):
+        inspect_input(folder, RANKINGS)
