@@ -103,7 +103,6 @@ def _execute(
     rows = ray.data.read_parquet(
         list(source.files),
         filesystem=fs,
-        columns=CANDIDATES.names,
         schema=CANDIDATES.remove_metadata(),
         num_cpus=_READ_CPUS,
     )

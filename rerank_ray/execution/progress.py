@@ -59,7 +59,7 @@ class ProgressDisplay:
         totals = ray.get(self.counter.read.remote())
         seconds = totals["replica_seconds"]
         rate = round(totals["pairs"] / seconds, 2) if seconds else None
-        return {"model": totals["model"], "pairs_per_replica_second": rate}
+        return {"model": totals["model"], "rows_this_start": totals["rows"], "pairs_per_replica_second": rate}
 
     def _show(self) -> None:
         if not sys.stderr.isatty():

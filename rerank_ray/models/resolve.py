@@ -81,7 +81,10 @@ def _refuse_revision(reference: str, revision: str | None) -> None:
 
 def _in_package(reference: str) -> tuple[Path, str]:
     name, _, inner = reference.removeprefix(PACKAGE_SCHEME).partition("/")
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # the parent of a dotted name is missing; no name at all
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         distribution = name.replace("_", "-")
         raise ModelError(f"{reference}: Python package '{name}' is not installed; try `pip install {distribution}`")

@@ -160,15 +160,20 @@ class SimilarityStudent(Student):
         self.gate = nn.Parameter(torch.full((config.num_hidden_layers, config.num_attention_heads), gate))
         self.log_scale = nn.Parameter(torch.full((count,), scale).log())
         self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
+        # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
+        positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        padding_position = getattr(positions, "padding_idx", None)
+        self.first_position = 0 if padding_position is None else padding_position + 1
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         head = self.tokenizer(list(queries), truncation=True, max_length=self.description.max_query_length)["input_ids"]
         room = self.description.max_length - self.description.max_query_length
         tail = self.tokenizer(list(documents), truncation=True, max_length=room)["input_ids"]
+        start = self.first_position
         return [
             {
                 "input_ids": q + d,
-                "position_ids": [*range(len(q)), *range(len(d))],
+                "position_ids": [*range(start, start + len(q)), *range(start, start + len(d))],
                 "segment_sign": [1] * len(q) + [-1] * len(d),
             }
             for q, d in zip(head, tail, strict=True)
@@ -357,7 +362,7 @@ def new_student(
         layers: layers that get a head; None is the last only.
 
     Raises:
-        ModelError: a layer that the backbone does not have.
+        ModelError: a layer that the backbone does not have, or attention that the similarity head can't gate.
     """
     resolved = resolve(settings)
     tokenizer = load(AutoTokenizer, resolved, settings)
@@ -374,4 +379,19 @@ def new_student(
     )
     if head == "linear":
         return LinearStudent(description, tokenizer, model)
-    return SimilarityStudent(description, tokenizer, model, gate=gate, scale=scale)
+    student = SimilarityStudent(description, tokenizer, model, gate=gate, scale=scale)
+    if not _is_gated(student):
+        raise ModelError(
+            f"{settings.path}: {type(model).__name__} does not use transformers' attention interface, so its attention "
+            "can't be gated (BERT, RoBERTa, ELECTRA and ModernBERT kinds can); use head: linear"
+        )
+    return student
+
+
+def _is_gated(student: SimilarityStudent) -> bool:
+    """Whether the gate has a part in a score; a backbone that ignores it would not start as the bi-encoder."""
+    try:
+        scores = student(**student.collate(student.encode(["a"], ["b"])))
+    except (TypeError, AttributeError):
+        return False
+    return torch.autograd.grad(scores[-1].sum(), student.gate, allow_unused=True)[0] is not None

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from fixtures.tiny_models import tiny_bert_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -86,10 +87,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     data = base / "data"
     write_beir(data / "beir")
     # A throw-away cluster on this machine's loopback interface needs no token, and must not leave one in the home
-    # folder. Actors for footers and health checks of seconds only cost time at this size.
+    # folder. The other settings save seconds: no six idle workers for each job, no actors for Parquet footers.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
         "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "CUDA_VISIBLE_DEVICES": "",
@@ -166,20 +169,6 @@ def write_beir(folder: Path) -> None:
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
 
 
-def write_encoder(folder: Path) -> None:
-    """A BERT with random weights: 2 layers of 32, and a vocabulary of the collection's words."""
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "about", "note", "number", *TOPICS, *map(str, range(40))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
-
-
 def assert_succeeded(job: Submitted) -> None:
     assert (job.exit_code, job.status) == (0, "SUCCEEDED"), job.output
 
@@ -235,12 +224,12 @@ def test_distill_trains_a_student_that_loads(workspace: Workspace, labels: Path)
     """Two steps on Ray Train inside a submitted job leave a student that transformers loads."""
     from transformers import AutoModelForSequenceClassification
 
-    write_encoder(workspace.data / "encoder")
+    encoder = tiny_bert_folder(workspace.data / "encoder", layers=2)
     config = workspace.config(
         "distill",
         {
             "input": [str(labels)],
-            "student": {"base": str(workspace.data / "encoder"), "max_length": 32, "max_query_length": 12},
+            "student": {"base": str(encoder), "max_length": 64, "max_query_length": 24},
             "sampling": {"group_size": 4},
             "validation": {"fraction": 0.25, "every_steps": 1},
             "max_steps": 2,

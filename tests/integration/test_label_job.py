@@ -1,0 +1,174 @@
+"""The label and rerank jobs on Ray Data: exactly once, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rerank_ray import config
+from rerank_ray.errors import RunError
+from rerank_ray.execution import jobs
+from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
+from rerank_ray.settings import LabelSettings, RerankSettings
+from rerank_ray.stages import RankStage
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def label_settings(source: str, **model) -> LabelSettings:
+    content = {
+        "input": source,
+        "teacher": {"method": "yes_no", "model": {"kind": "fake", **model}},
+        "execution": {"actors": 2, "rows_per_batch": 4, "rows_per_block": 16, "cpus_per_actor": 1},
+    }
+    return config.validate(LabelSettings, content, source="test")
+
+
+def rows_of(run: Path) -> dict[str, dict]:
+    """Output rows by query id; fails on a repeated one."""
+    rows = list(read_rows(str(run / "data"), pq.read_schema(next((run / "data").glob("*.parquet"))).names))
+    by_id = {row["query_id"]: row for row in rows}
+    assert len(by_id) == len(rows)
+    return by_id
+
+
+def undisturbed(source: str, settings: LabelSettings) -> dict[str, dict]:
+    """What the same stage gives in a bare loop, without Ray."""
+    table = pa.Table.from_pylist(list(read_rows(source, CANDIDATES.names)), schema=CANDIDATES)
+    return {row["query_id"]: row for row in RankStage(settings.teacher, "labels")(table).to_pylist()}
+
+
+def test_every_row_once_and_equal_to_the_bare_loop(make_candidates, tmp_path, console):
+    source = make_candidates(150)
+    settings = label_settings(source)
+    jobs.label(settings, str(tmp_path / "run"), console)
+    assert rows_of(tmp_path / "run") == undisturbed(source, settings)
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state["state"] == "done"
+    assert state["counts"]["rows"] == state["counts"]["ok"] == 150
+    assert state["counts"]["pairs"] == state["counts"]["usage"]["calls"] == 750
+    for path in (tmp_path / "run" / "data").glob("*.parquet"):
+        assert pq.read_schema(path).equals(LABELS)
+
+
+def test_a_second_start_is_a_no_op_and_another_config_is_refused(make_candidates, tmp_path, console):
+    source, run = make_candidates(8), tmp_path / "run"
+    jobs.label(label_settings(source), str(run), console)
+    files = {p: p.stat().st_mtime_ns for p in (run / "data").glob("*")}
+    jobs.label(label_settings(source), str(run), console)
+    assert {p: p.stat().st_mtime_ns for p in (run / "data").glob("*")} == files
+    with pytest.raises(RunError, match=r"teacher\.model\.seed: 0 -> 1"):
+        jobs.label(label_settings(source, seed=1), str(run), console)
+
+
+def test_killed_driver_resumes_to_an_undisturbed_run(make_candidates, tmp_path):
+    """`kill -9` twice in the middle; the third start ends with every query exactly once."""
+    source, run = make_candidates(96), tmp_path / "run"
+    settings = label_settings(source, seconds_per_call=0.02)
+    file = tmp_path / "label.yaml"
+    file.write_text(config.dump(settings))
+    for committed in (1, 3):
+        driver = start_driver(file, run)
+        wait_for(lambda n=committed: len(list((run / "checkpoint").glob("[!.]*.parquet"))) >= n, driver)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    done_before = sum(pq.read_metadata(p).num_rows for p in (run / "checkpoint").glob("*.parquet"))
+    assert 0 < done_before < 96
+    assert start_driver(file, run).wait(timeout=120) == 0
+    assert rows_of(run) == undisturbed(source, settings)
+    assert json.loads((run / "run.json").read_text())["starts"] == 3
+
+
+def start_driver(file: Path, run: Path) -> subprocess.Popen:
+    """A label job in its own process, with its own Ray."""
+    command = [sys.executable, "-m", "rerank_ray.cli", "label", str(file), "--run", str(run)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(condition, driver: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline, "nothing was committed in time"
+        time.sleep(0.05)
+
+
+def test_a_row_that_kills_its_process_becomes_an_error_and_its_neighbours_do_not(make_candidates, tmp_path, console):
+    source = make_candidates(12)
+    settings = label_settings(source, crash_on="passage 7 ")
+    settings = LabelSettings.model_validate(settings.model_dump() | {"limits": {"max_error_rate": 0.5}})
+    jobs.label(settings, str(tmp_path / "run"), console)
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 12
+    assert "ended its worker's process 2 times" in rows["q0007"]["error"]
+    assert [r for r in rows.values() if r["error"]] == [rows["q0007"]]
+
+
+def test_bad_rows_become_rows_with_error_and_a_bound_fails_the_job(tmp_path, console):
+    """Each kind of bad row, beside a good one with emoji, right-to-left text and a 200,000-character document."""
+    source, run = str(tmp_path / "candidates"), tmp_path / "run"
+    good = {"doc_id": "d", "title": None, "text": "x", "score": 1.0, "label": None}
+    bad = {
+        "empty-list": [],
+        "null-list": None,
+        "repeated-doc": [good, good],
+        "null-text": [good | {"text": None}],
+        "nan-score": [good | {"score": float("nan")}],
+        "no-doc-id": [good | {"doc_id": ""}],
+    }
+    fine = [good | {"text": "🦀 שלום עולם " * 3}, good | {"doc_id": "long", "text": "word " * 40_000}]
+    rows = [
+        {"query_id": name, "query": "q", "instruction": None, "candidates": c}
+        for name, c in (bad | {"fine": fine}).items()
+    ]
+    write_rows(
+        [*rows, {"query_id": "no-query", "query": None, "instruction": None, "candidates": [good]}], source, CANDIDATES
+    )
+    with pytest.raises(RunError, match=r"error rate 0\.8750 is above limits\.max_error_rate"):
+        jobs.label(label_settings(source), str(run), console)
+    written = rows_of(run)
+    assert {i for i, r in written.items() if r["error"] is None} == {"fine"}
+    assert "doc_id 'd' is both candidate 0 and candidate 1" in written["repeated-doc"]["error"]
+    assert "'score' is NaN" in written["nan-score"]["error"]
+    assert written["no-query"]["scores"] is None
+    assert json.loads((run / "run.json").read_text())["state"] == "failed"
+
+
+def test_retry_errors_does_only_the_failed_rows_again(make_candidates, tmp_path, console):
+    """The teacher fails on eleven queries, and again when they are tried again."""
+    source, run = make_candidates(40), tmp_path / "run"
+    settings = label_settings(source, fail_on="passage 3")
+    settings = LabelSettings.model_validate(settings.model_dump() | {"limits": {"max_error_rate": 1.0}})
+    jobs.label(settings, str(run), console)
+    before = rows_of(run)
+    failed = {i for i, r in before.items() if r["error"]}
+    assert failed == {"q0003", *(f"q00{n}" for n in range(30, 40))}
+    calls_before = json.loads((run / "run.json").read_text())["counts"]["usage"]["calls"]
+    jobs.label(settings, str(run), console, retry_errors=True)
+    after = rows_of(run)
+    assert after == before
+    state = json.loads((run / "run.json").read_text())
+    assert state["starts"] == 1
+    assert state["counts"]["usage"]["calls"] == calls_before
+    assert state["timings"]["rows_this_start"] == len(failed)
+
+
+def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, console):
+    source, run = make_candidates(20), tmp_path / "run"
+    content = {"input": source, "ranker": {"method": "first_stage"}}
+    jobs.rerank(config.validate(RerankSettings, content, "test"), str(run), console)
+    rows = rows_of(run)
+    assert rows["q0000"]["doc_ids"] == ["d0", "d1", "d2", "d3", "d4"]
+    assert rows["q0000"]["scores"] == [5.0, 4.0, 3.0, 2.0, 1.0]
+    lines = (run / "run.trec").read_text().splitlines()
+    assert len(lines) == 100
+    assert next(line.split()[:4] for line in lines if line.startswith("q0019 ")) == ["q0019", "Q0", "d0", "1"]

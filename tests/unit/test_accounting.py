@@ -1,0 +1,213 @@
+"""What a run's output adds up to, and taking errors out of it so that a resume does those rows again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fixtures.rows import label_row, make_list, write_labels
+
+from rerank_ray import schema, storage
+from rerank_ray.accounting import count_output, drop_errors
+from rerank_ray.errors import RunError
+from rerank_ray.records import Defect, DefectKind, Ranking, Scores, Usage
+from rerank_ray.schema import LABELS, RANKINGS
+
+
+def good(query_id: str) -> dict:
+    return label_row(make_list(query_id), [1.0, 2.0, 3.0])
+
+
+def bad(query_id: str, error: str = "boom") -> dict:
+    return label_row(make_list(query_id), None, error=error)
+
+
+def ids_in(folder: Path) -> list[str]:
+    return [row["query_id"] for row in schema.read_rows(str(folder), ["query_id"])]
+
+
+# Counting
+
+
+def test_counts_of_labels(tmp_path: Path):
+    """Three rows of three candidates: one with two defects and usage, one without, one with an error."""
+    scores = Scores(
+        scores=(1.0, float("nan"), float("nan")),
+        defects=(
+            Defect(kind=DefectKind.UNSCORED, detail="d1: a: b"),
+            Defect(kind=DefectKind.NOT_IN_RUN, detail="d2"),
+        ),
+    )
+    usage = Usage(calls=3, prompt_tokens=30, cached_tokens=5, output_tokens=2)
+    costly = schema.candidate_row(make_list("q1")) | schema.label_columns("t", scores, usage)
+    write_labels(tmp_path, [costly, good("q2"), bad("q3", "out of luck")], rows_per_file=2)
+    assert count_output(str(tmp_path), 3).to_dict() == {
+        "rows": 3,
+        "ok": 2,
+        "errors": 1,
+        "rows_with_defects": 1,
+        "pairs": 6,
+        "defects": {"unscored": 1, "not_in_run": 1},
+        "examples": ["q3: out of luck"],
+        "usage": {"calls": 3, "prompt_tokens": 30, "cached_tokens": 5, "output_tokens": 2},
+    }
+
+
+def test_counts_of_rankings(tmp_path: Path):
+    """Rankings have neither defects nor usage."""
+    rankings = [
+        Ranking(query_id="q1", doc_ids=("a", "b"), scores=(2.0, 1.0), model="m"),
+        Ranking(query_id="q2", doc_ids=(), scores=None, model="m", error="boom"),
+    ]
+    schema.write_rows(map(schema.ranking_row, rankings), str(tmp_path), RANKINGS)
+    counts = count_output(str(tmp_path), 2)
+    assert (counts.ok, counts.errors, counts.pairs, counts.examples) == (1, 1, 2, ["q2: boom"])
+    assert set(counts.usage.values()) == {0}
+
+
+def test_examples_are_the_first_twenty(tmp_path: Path):
+    write_labels(tmp_path, [bad(f"q{i}") for i in range(50)])
+    counts = count_output(str(tmp_path), 50)
+    assert counts.errors == 50
+    assert counts.examples == [f"q{i}: boom" for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected", "said"),
+    [
+        (["q1", "q2"], 3, "2 rows of 2 queries for 3 input rows"),
+        (["q1", "q2", "q2"], 3, "3 rows of 2 queries for 3 input rows"),
+        (["q1", "q2", "q2"], 2, "3 rows of 2 queries for 2 input rows"),
+        (["q1", "q2", "q3"], 2, "3 rows of 3 queries for 2 input rows"),
+        ([], 1, "0 rows of 0 queries for 1 input rows"),
+    ],
+)
+def test_missing_and_repeated_rows_are_refused(tmp_path: Path, ids: list[str], expected: int, said: str):
+    write_labels(tmp_path, [good(i) for i in ids])
+    with pytest.raises(RunError, match=f"{tmp_path}: {said}"):
+        count_output(str(tmp_path), expected)
+
+
+def test_a_row_that_is_twice_in_different_files(tmp_path: Path):
+    write_labels(tmp_path / "a", [good("q1"), good("q2")])
+    write_labels(tmp_path / "b", [good("q2")])
+    with pytest.raises(RunError, match="3 rows of 2 queries"):
+        count_output(str(tmp_path), 2)
+
+
+# Dropping errors
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, Path]:
+    """Three data files (one with an error among good rows, one of errors alone, one without) and their checkpoint."""
+    data, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
+    files = {"a": [good("q1"), bad("q2"), good("q3")], "b": [bad("q4"), bad("q5")], "c": [good("q6")]}
+    for folder in (data, checkpoint):
+        folder.mkdir()
+    for name, rows in files.items():
+        pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), data / f"{name}_000.parquet")
+        ids = pa.table({"query_id": [r["query_id"] for r in rows]})
+        pq.write_table(ids, checkpoint / f"{name}.parquet")
+    return data, checkpoint
+
+
+def test_only_good_rows_stay_in_data_and_checkpoint(run: tuple[Path, Path]):
+    data, checkpoint = run
+    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert sorted(ids_in(data)) == ["q1", "q3", "q6"]
+    assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
+    assert sorted(p.name for p in data.iterdir()) == ["a_000.parquet", "c_000.parquet"]
+    assert next(schema.read_rows(str(data), LABELS.names))["scores"] == [1.0, 2.0, 3.0]
+
+
+def test_a_second_call_changes_nothing(run: tuple[Path, Path]):
+    data, checkpoint = run
+    drop_errors(str(data), str(checkpoint))
+    assert drop_errors(str(data), str(checkpoint)) == 0
+    assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
+    assert len(list(checkpoint.iterdir())) == 1
+
+
+def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
+    """A pending checkpoint names the file that a crash may have left half written: both go, its rows are redone."""
+    data, checkpoint = run
+    (checkpoint / "c.parquet").rename(checkpoint / "c_000.pending.parquet")
+    (data / "c_000.parquet").write_bytes(b"PAR1 half a file")
+    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3"]
+    assert not list(checkpoint.glob("*.pending.parquet"))
+
+
+class Killed(BaseException):
+    """The process ending."""
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_killed_at_any_step_and_called_again_it_ends_the_same(
+    run: tuple[Path, Path], step: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The process ends before its n-th change of a file (writes of Parquet, moves, deletions); then it starts again."""
+    data, checkpoint = run
+    changes = 0
+
+    class DyingFilesystem:
+        """The real filesystem, which dies before a change once enough were made."""
+
+        def __init__(self, real) -> None:
+            self.real = real
+
+        def __getattr__(self, name: str):
+            method = getattr(self.real, name)
+            if name not in ("move", "delete_file"):
+                return method
+
+            def counted(*arguments):
+                nonlocal changes
+                if changes == step:
+                    raise Killed
+                changes += 1
+                return method(*arguments)
+
+            return counted
+
+    real_open, real_write = storage.open_filesystem, pq.write_table
+
+    def dying_open(uri):
+        fs, path = real_open(uri)
+        return DyingFilesystem(fs), path
+
+    def dying_write(table, path, *, filesystem, **arguments):
+        nonlocal changes
+        if changes == step:
+            raise Killed
+        changes += 1
+        real_write(table, path, filesystem=filesystem.real, **arguments)
+
+    real_read = pq.read_table
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "open_filesystem", dying_open)
+        patch.setattr(pq, "write_table", dying_write)
+        patch.setattr(pq, "read_table", lambda path, filesystem: real_read(path, filesystem=filesystem.real))
+        if step < 7:
+            with pytest.raises(Killed):
+                drop_errors(str(data), str(checkpoint))
+        else:
+            drop_errors(str(data), str(checkpoint))
+    drop_errors(str(data), str(checkpoint))
+    assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
+    assert len(list(checkpoint.iterdir())) == 1
+
+
+def test_a_run_that_wrote_nothing(tmp_path: Path):
+    assert drop_errors(str(tmp_path / "data"), str(tmp_path / "checkpoint")) == 0
+
+
+def test_ids_come_back_as_the_type_ray_compares(run: tuple[Path, Path]):
+    """Ray matches ids of input and checkpoint by value and type: strings stay strings."""
+    data, checkpoint = run
+    drop_errors(str(data), str(checkpoint))
+    (file,) = checkpoint.iterdir()
+    assert pq.read_schema(file).field("query_id").type == pa.string()

@@ -1,0 +1,161 @@
+"""Run folders: starting, resuming, and refusing what would mix two runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rerank_ray.errors import RunError
+from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.settings import ExecutionSettings, FakeSettings, LabelSettings, LimitSettings, YesNoSettings
+
+INPUTS = {"in": "0123"}
+
+
+def config(seed: int = 0, **settings) -> LabelSettings:
+    return LabelSettings(input="in", teacher=YesNoSettings(model=FakeSettings(seed=seed)), **settings)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(uri=str(tmp_path / "runs" / "r"))
+
+
+def test_the_first_start(run: RunFolder):
+    assert run.start("label", config(), INPUTS) == {}
+    state = run.state()
+    assert (state["kind"], state["state"], state["starts"], state["inputs"]) == ("label", "running", 1, INPUTS)
+    assert set(state["versions"]) == {"rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy", "python"}
+    assert "seed: 0" in Path(run.path("config.yaml")).read_text()
+
+
+def test_a_second_start_resumes(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    first = run.state()
+    assert run.start("label", config(), INPUTS) == first
+    state = run.state()
+    assert (state["starts"], state["state"], state["started"]) == (2, "running", first["started"])
+
+
+def test_a_finished_run_stays_finished(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    run.update(state="done", rows=7)
+    assert run.start("label", config(), INPUTS)["rows"] == 7
+    assert (run.state()["state"], run.state()["starts"]) == ("done", 1)
+
+
+def test_execution_and_limits_may_change(run: RunFolder):
+    """How rows are spread and when a run counts as failed changes no output; config.yaml holds the new values."""
+    run.start("label", config(), INPUTS)
+    changed = config(execution=ExecutionSettings(actors=7), limits=LimitSettings(max_error_rate=0.5))
+    run.start("label", changed, INPUTS)
+    text = Path(run.path("config.yaml")).read_text()
+    assert "actors: 7" in text
+    assert "max_error_rate: 0.5" in text
+
+
+def test_another_config_is_refused_with_every_difference(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    before = Path(run.path("config.yaml")).read_text()
+    other = LabelSettings(
+        input="other", teacher=YesNoSettings(model=FakeSettings(seed=1)), execution=ExecutionSettings(actors=2)
+    )
+    with pytest.raises(RunError) as caught:
+        run.start("label", other, INPUTS)
+    said = str(caught.value).splitlines()
+    assert said[0].startswith(f"{run.uri}: this run was started with another config or input")
+    assert said[1:-1] == ["  input: 'in' -> 'other'", "  teacher.model.seed: 0 -> 1"]
+    assert Path(run.path("config.yaml")).read_text() == before
+    assert run.state()["starts"] == 1
+
+
+def test_a_key_that_only_starts_like_execution_is_no_exception(run: RunFolder):
+    """A difference is excused by its first key as a whole, not by how the line begins."""
+    run.start("label", config(), INPUTS)
+    path = Path(run.path("config.yaml"))
+    path.write_text(path.read_text() + "execution_note: 1\n")
+    with pytest.raises(RunError, match="execution_note: 1 -> None"):
+        run.start("label", config(), INPUTS)
+
+
+def test_a_changed_input_is_refused(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    with pytest.raises(RunError, match="content of input in: '0123' -> '4567'"):
+        run.start("label", config(), {"in": "4567"})
+
+
+def test_another_job_is_refused(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    with pytest.raises(RunError, match="is a label run, not rerank: use another --run folder"):
+        run.start("rerank", config(), INPUTS)
+
+
+def test_data_without_a_run_is_refused(run: RunFolder):
+    folder = Path(run.data)
+    folder.mkdir(parents=True)
+    (folder / "part-0.parquet").write_bytes(b"")
+    with pytest.raises(RunError, match=r"holds data but .*run\.json is missing"):
+        run.start("label", config(), INPUTS)
+
+
+def test_update_keeps_what_it_is_not_given(run: RunFolder):
+    run.update(a=1, text="é")
+    run.update(b=2)
+    state = json.loads(Path(run.path("run.json")).read_text())
+    assert (state["a"], state["b"], state["text"]) == (1, 2, "é")
+    assert not list(Path(run.uri).glob("*.tmp"))
+
+
+# Locks
+
+
+HOLD = """
+import sys, time
+from rerank_ray.runs import RunFolder
+with RunFolder(uri=sys.argv[1]).locked():
+    sys.stdout.write("held\\n")
+    sys.stdout.flush()
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_locked_by_another_process_until_it_ends(run: RunFolder):
+    """Also when it ends by SIGKILL: the operating system lets the lock go."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, run.uri], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=rf"another process is at it \(pid {process.pid} on "), run.locked():
+            pytest.fail("two processes hold the run")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with run.locked():
+        pass
+
+
+def test_a_lock_is_let_go_when_the_job_fails(run: RunFolder):
+    with pytest.raises(ValueError, match="boom"), run.locked():
+        raise ValueError("boom")
+    with run.locked(), pytest.raises(RunError), run.locked():
+        pytest.fail("one process holds the run twice")
+
+
+# Inputs
+
+
+def test_a_finished_run_stands_for_its_data(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    with pytest.raises(RunError, match="this label run is running: start it again before using its output"):
+        resolve_input(run.uri)
+    run.update(state="done")
+    assert resolve_input(run.uri) == run.data
+
+
+def test_any_other_input_stands_for_itself(tmp_path: Path):
+    assert resolve_input(str(tmp_path)) == str(tmp_path)
+    assert resolve_input(str(tmp_path / "a.parquet")) == str(tmp_path / "a.parquet")

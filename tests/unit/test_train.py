@@ -1,0 +1,266 @@
+"""The training loop on a tiny BERT: it learns, it resumes bit for bit, it stops when it should, and it trains every head."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.rows import label_row, write_labels
+from fixtures.tiny_models import WORDS
+
+from rerank_ray.distill.train import Trainer, World, train
+from rerank_ray.records import Candidate, CandidateList, Query
+from rerank_ray.settings import DistillSettings
+
+CANDIDATES = 6
+
+
+def teachable(query_id: int) -> dict:
+    """A labelled list whose teacher counts `cat` in the document: something a tiny student can learn."""
+    random = np.random.default_rng(query_id)
+    texts = [" ".join(["cat"] * n + list(random.choice(WORDS[:10], 6 - n))) for n in random.permutation(CANDIDATES)]
+    candidates = tuple(
+        Candidate(doc_id=f"d{i}", text=text, label=float("cat cat cat" in text)) for i, text in enumerate(texts)
+    )
+    query = Query(query_id=f"q{query_id}", text=str(random.choice(WORDS[:10])))
+    return label_row(CandidateList(query=query, candidates=candidates), [float(t.count("cat")) for t in texts])
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 labelled queries."""
+    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
+
+
+def settings(labels: str, base: Path, **changes) -> DistillSettings:
+    """A short run; `changes` are merged one level deep."""
+    content = {
+        "input": [labels],
+        "student": {"base": str(base), "max_length": 32, "max_query_length": 8, "head": "linear"},
+        "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2},
+        "sampling": {"group_size": 4},
+        "validation": {"fraction": 0.25, "every_steps": 4, "patience": 100},
+        "queries_per_step": 4,
+        "epochs": 3,
+        "dtype": "float32",
+        "tokens_per_micro_batch": 64,
+    }
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) and key in content else value
+    return DistillSettings.model_validate(content)
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
+
+
+class Reports:
+    """Keeps each report's metrics and a copy of its checkpoint; may interrupt the run at a step."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
+        self.folder, self.stop_at = folder, stop_at
+        self.metrics: dict[int, dict] = {}
+
+    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
+        step = metrics["step"]
+        self.metrics[step] = metrics
+        shutil.copytree(checkpoint, self.checkpoint(step))
+        if step == self.stop_at:
+            raise Stopped
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+
+def weights(checkpoint: Path) -> dict[str, bytes]:
+    """The bytes of every file of a checkpoint's student."""
+    return {f.name: f.read_bytes() for f in sorted((checkpoint / "student").iterdir())}
+
+
+@pytest.mark.parametrize("head", ["linear", "similarity"])
+def test_the_student_learns(labels: str, tiny_bert: Path, tmp_path: Path, head: str):
+    """It is validated before the first step; after three epochs loss is lower and nDCG@10 higher than at the start."""
+    chosen = settings(labels, tiny_bert, student={"head": head, "dropout": 0.0}, epochs=6)
+    reports = Reports(tmp_path)
+    train(chosen, World(), reports)
+    steps = sorted(reports.metrics)
+    assert steps[0] == 0
+    assert "loss/total" not in reports.metrics[0]
+    first, last = reports.metrics[4], reports.metrics[steps[-1]]
+    assert last["step"] == last["total_steps"]
+    assert last["loss/total"] < 0.8 * first["loss/total"]
+    assert last["validation_ndcg@10"] > reports.metrics[0]["validation_ndcg@10"] + 0.05
+    best = max(steps, key=lambda s: reports.metrics[s]["validation_ndcg@10"])
+    assert last["best_step"] == best
+
+
+def test_steps_and_epochs_are_counted(labels: str, tiny_bert: Path, tmp_path: Path):
+    """One step takes four queries; the last step of an epoch may take fewer, and max_steps ends earlier."""
+    trainer = Trainer(settings(labels, tiny_bert), World(), None)
+    count = len(trainer.data.train)
+    assert count + len(trainer.data.validation) == 24
+    assert trainer.steps_per_epoch == -(-count // 4)
+    assert trainer.total_steps == 3 * trainer.steps_per_epoch
+    assert Trainer(settings(labels, tiny_bert, max_steps=5), World(), None).total_steps == 5
+    reports = Reports(tmp_path)
+    train(settings(labels, tiny_bert, max_steps=5), World(), reports)
+    assert sorted(reports.metrics) == [0, 4, 5]
+
+
+VARIANTS = {
+    "linear": {"student": {"head": "linear", "dropout": 0.3}},
+    "layer-wise": {"student": {"head": "linear", "layers": [1, 3], "dropout": 0.3}},
+    "similarity": {"student": {"head": "similarity", "layers": [2, 3], "gate": -2.0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_bert: Path, tmp_path: Path, variant: str):
+    """Stopped in the middle of the first epoch and again in a later one, with dropout: every byte is the same."""
+    chosen = settings(labels, tiny_bert, **VARIANTS[variant], validation={"every_steps": 2}, max_steps=8)
+    whole = Reports(tmp_path / "whole")
+    train(chosen, World(), whole)
+    assert Trainer(chosen, World(), None).steps_per_epoch > 2
+    resume, parts = None, []
+    for stop_at in (2, 6, None):
+        parts.append(Reports(tmp_path / f"until-{stop_at}", stop_at))
+        torch.manual_seed(12345 + len(parts))
+        try:
+            train(chosen, World(), parts[-1], resume)
+        except Stopped:
+            resume = parts[-1].checkpoint(stop_at)
+    assert sorted(parts[1].metrics) == [4, 6]
+    assert sorted(parts[2].metrics) == [8]
+    assert weights(parts[2].checkpoint(8)) == weights(whole.checkpoint(8))
+    seen = {k: v for part in parts for k, v in part.metrics.items()}
+    for step, metrics in whole.metrics.items():
+        assert seen[step]["validation_ndcg@10"] == metrics["validation_ndcg@10"]
+        assert seen[step].get("loss/total") == metrics.get("loss/total")
+        assert seen[step]["best_step"] == metrics["best_step"]
+
+
+def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
+    """The same seed gives the same bytes, another seed or no dropout others: so the test above tests something."""
+
+    def final(name: str, **changes) -> dict[str, bytes]:
+        reports = Reports(tmp_path / name)
+        student = {"dropout": changes.pop("dropout", 0.3)}
+        train(settings(labels, tiny_bert, max_steps=2, student=student, **changes), World(), reports)
+        return weights(reports.checkpoint(2))
+
+    first = final("a")
+    assert final("again") == first
+    assert final("seed", seed=1)["model.safetensors"] != first["model.safetensors"]
+    assert final("dropout", dropout=0.0)["model.safetensors"] != first["model.safetensors"]
+
+
+def test_training_stops_without_a_new_best(labels: str, tiny_bert: Path, tmp_path: Path):
+    """At a learning rate of next to nothing no validation beats step 0: two validations later it is over."""
+    chosen = settings(
+        labels,
+        tiny_bert,
+        optimizer={"learning_rate": 1e-12, "head_learning_rate": 1e-12},
+        validation={"every_steps": 1, "patience": 2},
+        student={"dropout": 0.0},
+    )
+    reports = Reports(tmp_path)
+    train(chosen, World(), reports)
+    assert sorted(reports.metrics) == [0, 1, 2]
+    assert reports.metrics[2]["best_step"] == 0
+    again = Reports(tmp_path / "again")
+    train(chosen, World(), again, reports.checkpoint(2))
+    assert again.metrics == {}
+
+
+@pytest.mark.parametrize("head", ["linear", "similarity"])
+def test_every_layer_is_trained(labels: str, tiny_bert: Path, head: str):
+    """Each head's parameters move, the first layer's too, and so does the backbone; the gate gets a gradient."""
+    chosen = settings(labels, tiny_bert, student={"head": head, "layers": [1, 2, 3], "dropout": 0.0, "gate": -1.0})
+    trainer = Trainer(chosen, World(), None)
+    before = {n: p.detach().clone() for n, p in trainer.student.named_parameters()}
+    losses = trainer.train_step()
+    assert losses["self_distillation"] > 0
+    changed = {n for n, p in trainer.student.named_parameters() if not torch.equal(p, before[n])}
+    if head == "linear":
+        expected = {f"early_heads.{i}.classifier.weight" for i in (1, 2)} | {"model.classifier.weight"}
+        expected |= {"model.bert.encoder.layer.0.attention.self.query.weight"}
+        assert expected <= changed
+    else:
+        assert {"gate", "log_scale", "linear"} <= changed
+        for name in ("log_scale", "linear", "gate"):
+            rows_changed = (trainer.student.head_parameters()[name] != before[name]).flatten(
+                1 if name != "log_scale" else 0
+            )
+            assert rows_changed.reshape(3, -1).any(1).all()
+
+
+def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
+    """Micro-batches of any size give the same gradient: they only split the work."""
+
+    def gradients(tokens: int) -> list[torch.Tensor]:
+        chosen = settings(labels, tiny_bert, student={"dropout": 0.0}, tokens_per_micro_batch=tokens)
+        trainer = Trainer(chosen, World(), None)
+        trainer.student.train()
+        rows, epoch = trainer._groups()
+        trainer.forward_backward(rows, epoch)
+        return [p.grad for p in trainer.student.parameters() if p.grad is not None]
+
+    one, many = gradients(100_000), gradients(32)
+    assert len(one) > 40
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def learning_rates(labels: str, base: Path, decay: str) -> list[float]:
+    """The backbone's rate at each of ten steps, as a share of its peak."""
+    chosen = settings(
+        labels, base, optimizer={"decay": decay, "warmup_fraction": 0.2, "learning_rate": 1.0}, max_steps=10
+    )
+    trainer = Trainer(chosen, World(), None)
+    rates = []
+    original: Callable = trainer.optimizer.step
+    trainer.optimizer.step = lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]) and original()
+    while not trainer.finished:
+        trainer.train_step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("constant", [0.5] + [1.0] * 9),
+        ("cosine", [0.5, 1.0] + [0.5 - 0.5 * float(np.cos(np.pi * n / 8)) for n in range(8, 0, -1)]),
+    ],
+)
+def test_the_schedule(labels: str, tiny_bert: Path, decay: str, expected: list[float]):
+    """Ten steps, two of warm-up (½, 1), then from the peak down to, but not at, 0."""
+    assert learning_rates(labels, tiny_bert, decay) == pytest.approx(expected)
+
+
+def test_weight_decay_and_rates_by_group(labels: str, tiny_bert: Path):
+    """Vectors and new parameters are not decayed; new parameters have their own rate; none is left out."""
+    chosen = settings(labels, tiny_bert, optimizer={"weight_decay": 0.1})
+    trainer = Trainer(chosen, World(), None)
+    groups = trainer.optimizer.param_groups
+    by_id = {id(p): g for g in groups for p in g["params"]}
+    assert len(by_id) == len(list(trainer.student.parameters()))
+    for name, parameter in trainer.student.named_parameters():
+        group, new = by_id[id(parameter)], name.startswith("model.classifier")
+        assert group["peak_lr"] == (1e-2 if new else 1e-3)
+        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 and not new else 0.0)
+
+
+def test_validation_on_gains_without_any_says_so(labels: str, tiny_bert: Path, tmp_path: Path):
+    rows = [teachable(i) for i in range(24)]
+    for row in rows:
+        row["candidates"] = [c | {"label": None} for c in row["candidates"]]
+    folder = write_labels(tmp_path / "l", rows)
+    trainer = Trainer(settings(folder, tiny_bert, validation={"gains": "labels"}), World(), None)
+    with pytest.raises(ValueError, match="no held-out query has a gain"):
+        trainer.validate()
+    assert Trainer(settings(labels, tiny_bert, validation={"gains": "labels"}), World(), None).validate()[0] > 0
