@@ -272,8 +272,9 @@ class StudentSettings(Settings):
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
     scale: PositiveFloat = 20.0
     """similarity: initial factor of the cosine."""
-    dropout: Fraction | None = None
-    """Hidden and attention dropout; null keeps the checkpoint's."""
+    dropout: Fraction | None = 0.0
+    """Hidden and attention dropout; null keeps the checkpoint's. Any dropout on attention rules out its fused kernel,
+    which doubles the memory of a step."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships."""
 
@@ -417,6 +418,9 @@ class DistillSettings(Settings):
     """Queries in one optimizer step, over all workers."""
     tokens_per_micro_batch: PositiveInt = 2048
     """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
+    tokens_per_backward: PositiveInt = 8192
+    """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient. A
+    query's group is never split."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
     seed: int = 0

@@ -41,7 +41,8 @@ class LabelSet:
             InputError: unreadable files, another schema, a query id used twice, or too few labelled rows to split.
         """
         groups: list[tuple[str, int]] = []
-        train, validation, unlabelled = [], [], 0
+        none = np.empty((0, 2), dtype=np.int32)
+        train, validation, unlabelled = [none], [none], 0
         digest = hashlib.sha256()
         earlier: list[tuple[str, np.ndarray]] = []
         for uri in uris:
@@ -53,8 +54,8 @@ class LabelSet:
             digest.update(summary.fingerprint.encode())
             for file in summary.files:
                 for group, ids, errors in _row_groups(uri, file):
-                    labelled = np.array([e is None for e in errors])
-                    held_out = np.array([_fraction(i, seed) < validation_fraction for i in ids])
+                    labelled = np.array([e is None for e in errors], dtype=bool)
+                    held_out = np.array([_fraction(i, seed) < validation_fraction for i in ids], dtype=bool)
                     train.append(_positions(len(groups), labelled & ~held_out))
                     validation.append(_positions(len(groups), labelled & held_out))
                     unlabelled += int((~labelled).sum())

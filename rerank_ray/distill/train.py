@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class World:
     size: int = 1
 
 
+Encoded = dict[str, list[int]]
+"""One tokenised pair, as `Student.encode` returns it."""
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and, on the first worker, a checkpoint folder that is
 deleted when the call returns."""
@@ -102,29 +105,47 @@ class Trainer:
         return {**losses, "gradient_norm": float(norm)}
 
     def forward_backward(self, rows: Sequence[Labels], epoch: int) -> dict[str, float]:
-        """Score each query's sampled group and add the gradient of the objective's mean over the step's queries."""
+        """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
+
+        The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held.
+        """
         settings = self.settings
         # The last step of an epoch can leave a worker without queries; it takes part with a weight of 0.
         weight = 1.0 if rows else 0.0
         rows = rows or [next(self.reader.read(self.data.train[:1]))]
         groups = [(row, sample_group(row, settings.sampling, settings.seed, epoch)) for row in rows]
+        encoded = [self._encode(row, indices) for row, indices in groups]
+        # DDP averages gradients over workers; the sum over queries over the step's query count is the step's mean.
+        factor = weight * self.world.size / self._queries_of_step()
+        sums: dict[str, torch.Tensor] = {}
+        chunks = _chunks([sum(len(e["input_ids"]) for e in group) for group in encoded], settings.tokens_per_backward)
+        for number, chunk in enumerate(chunks):
+            last = number == len(chunks) - 1
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]])
+                (factor * terms["total"].sum()).backward()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().sum()
+        return {name: float(value) / len(rows) for name, value in sums.items()}
+
+    def _objective(
+        self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded]
+    ) -> dict[str, torch.Tensor]:
         targets = Targets.of(groups).to(self.device)
-        queries = [row.candidate_list.query.text for row, indices in groups for _ in indices]
-        documents = [row.candidate_list.candidates[i].contents for row, indices in groups for i in indices]
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            flat = self.model(self._micro_batches(queries, documents))
+        with self._autocast():
+            flat = self.model(self._micro_batches(encoded))
         layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
         layer_scores[:, targets.mask] = flat
-        terms = objective(layer_scores, targets, settings.objective)
-        total = self._queries_of_step()
-        # DDP averages gradients over workers; the sum over queries over the step's query count is the step's mean.
-        (weight * terms["total"].sum() * self.world.size / total).backward()
-        self._since_validation["pairs"] += len(queries)
-        return {name: float(value.detach().mean()) for name, value in terms.items()}
+        self._since_validation["pairs"] += len(encoded)
+        return objective(layer_scores, targets, self.settings.objective)
 
-    def _micro_batches(self, queries: list[str], documents: list[str]) -> list[tuple[torch.Tensor, dict]]:
-        """Encode pairs and batch them by length: (indices of the pairs, tensors) of each batch."""
-        encoded = self.student.encode(queries, documents)
+    def _encode(self, labels: Labels, indices: Sequence[int]) -> list[Encoded]:
+        candidates = labels.candidate_list.candidates
+        documents = [candidates[i].contents for i in indices]
+        return self.student.encode([labels.candidate_list.query.text] * len(documents), documents)
+
+    def _micro_batches(self, encoded: list[Encoded]) -> list[tuple[torch.Tensor, dict]]:
+        """Batch encoded pairs by length: (indices of the pairs, tensors) of each batch."""
         lengths = [len(e["input_ids"]) for e in encoded]
         batches = []
         for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
@@ -133,6 +154,9 @@ class Trainer:
             batches.append((torch.tensor(indices), {k: v.to(self.device) for k, v in inputs.items()}))
         self._since_validation["tokens"] += sum(lengths)
         return batches
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _step_positions(self) -> tuple[np.ndarray, int]:
         """The rows of the current step, for all workers, and its epoch: a function of (seed, step) alone."""
@@ -155,11 +179,9 @@ class Trainer:
         self.student.eval()
         sums = torch.zeros(len(self.student.layers) + 1, dtype=torch.float64)
         for labels in self.validation_reader.read(self.data.validation[self.world.rank :: self.world.size]):
-            documents = [c.contents for c in labels.candidate_list.candidates]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                flat = _Scorer(self.student)(
-                    self._micro_batches([labels.candidate_list.query.text] * len(documents), documents)
-                )
+            encoded = self._encode(labels, range(len(labels.candidate_list)))
+            with self._autocast():
+                flat = _Scorer(self.student)(self._micro_batches(encoded))
             values = [validation_ndcg(labels, s, self.settings.validation.gains) for s in flat.float().tolist()]
             if values[0] is not None:
                 sums += torch.tensor([*values, 1.0], dtype=torch.float64)
@@ -222,6 +244,19 @@ class _Scorer(nn.Module):
         order = torch.cat([indices for indices, _ in batches])
         scores = torch.cat([self.student(**inputs).float() for _, inputs in batches], dim=1)
         return scores[:, torch.argsort(order).to(scores.device)]
+
+
+def _chunks(tokens: Sequence[int], limit: int) -> list[list[int]]:
+    """Group queries, in order, so that a chunk's tokens stay within the limit; a query above it is a chunk alone."""
+    chunks: list[list[int]] = []
+    held = 0
+    for query, count in enumerate(tokens):
+        if not chunks or held + count > limit:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(query)
+        held += count
+    return chunks
 
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:

@@ -140,7 +140,7 @@ class LinearStudent(Student):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        _save_tokenizer(self.tokenizer, folder)
         self._describe(folder, self.early_heads.state_dict())
 
 
@@ -221,7 +221,7 @@ class SimilarityStudent(Student):
 
     def save(self, folder: Path) -> None:
         self.backbone.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        _save_tokenizer(self.tokenizer, folder)
         self._describe(folder, self.head_parameters())
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
@@ -233,6 +233,14 @@ def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean [B, H] of hidden states [B, L, H] where the mask [B, L] is 1."""
     weights = mask.to(hidden.dtype)[:, :, None]
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def _save_tokenizer(tokenizer, folder: Path) -> None:
+    """Save without the truncation that the last call left set, so that the same student is the same bytes."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def _clipped(tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:

@@ -1,0 +1,238 @@
+"""What a training step sees: which queries, which of their candidates, and what they are compared with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fixtures.rows import label_row, make_labels, make_list, write_labels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.sampling import sample_group, teacher_order
+from rerank_ray.distill.targets import Targets, validation_ndcg
+from rerank_ray.errors import InputError
+from rerank_ray.schema import LABELS
+from rerank_ray.settings import BandSettings, SamplingSettings
+
+# Rows
+
+
+def write_set(folder: Path, count: int, prefix: str = "q", rows_per_file: int = 64) -> str:
+    """`count` labelled rows, every tenth with an error instead."""
+    rows = [
+        label_row(make_list(f"{prefix}{i}"), [1.0, 2.0, 3.0])
+        if i % 10
+        else label_row(make_list(f"{prefix}{i}"), None, error="boom")
+        for i in range(count)
+    ]
+    return write_labels(folder, rows, rows_per_file=rows_per_file)
+
+
+def query_ids(data: LabelSet, positions: np.ndarray) -> list[str]:
+    return [labels.candidate_list.query.query_id for labels in data.reader().read(positions)]
+
+
+def test_every_labelled_row_is_in_one_of_the_two_halves(tmp_path: Path):
+    """300 rows in two folders and several files; 30 have errors. Held out: near a fifth of the 270, none of both."""
+    uris = [write_set(tmp_path / "a", 200), write_set(tmp_path / "b", 100, "r")]
+    data = LabelSet.open(uris, 0.2, seed=0)
+    held_out, train = query_ids(data, data.validation), query_ids(data, data.train)
+    labelled = {f"q{i}" for i in range(200) if i % 10} | {f"r{i}" for i in range(100) if i % 10}
+    assert data.unlabelled == 30
+    assert len(train) + len(held_out) == 270
+    assert set(train) | set(held_out) == labelled
+    assert not set(train) & set(held_out)
+    assert 30 <= len(held_out) <= 80
+
+
+def test_each_epoch_reads_every_training_row_once(tmp_path: Path):
+    """Also with more row groups (19 of 16 rows) than one window of 16 holds."""
+    data = LabelSet.open([write_set(tmp_path / "a", 300)], 0.1, seed=3)
+    assert len(data.groups) > 16
+    expected = sorted(query_ids(data, data.train))
+    orders = [query_ids(data, data.order(3, epoch)) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == expected
+    assert orders[0] != orders[1]
+    first_window = {(int(g)) for g, _ in data.order(3, 0)[: len(expected) // 2]}
+    assert len(first_window) <= 16
+
+
+def test_split_and_order_depend_on_ids_and_seed_alone(tmp_path: Path):
+    """The split of a query is the same in other files, in other company and in another order."""
+    data = LabelSet.open([write_set(tmp_path / "a", 100)], 0.3, seed=5)
+    again = LabelSet.open([str(tmp_path / "a")], 0.3, seed=5)
+    np.testing.assert_array_equal(data.order(5, 2), again.order(5, 2))
+    moved = LabelSet.open(
+        [write_set(tmp_path / "z", 40, "z"), write_set(tmp_path / "b", 100, rows_per_file=16)], 0.3, 5
+    )
+    held_out = set(query_ids(data, data.validation))
+    assert {i for i in query_ids(moved, moved.validation) if i.startswith("q")} == held_out
+    assert set(query_ids(data, LabelSet.open([str(tmp_path / "a")], 0.3, seed=6).validation)) != held_out
+
+
+def test_a_query_id_in_two_inputs(tmp_path: Path):
+    uris = [write_set(tmp_path / "a", 20), write_set(tmp_path / "b", 15)]
+    with pytest.raises(InputError, match=f"{uris[1]}: 15 of its query ids are also in {uris[0]}"):
+        LabelSet.open(uris, 0.2, seed=0)
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_too_few_rows_to_split(tmp_path: Path, count: int):
+    """One row is an error row; of eleven, at a fraction of 10⁻⁹, none is held out."""
+    with pytest.raises(InputError, match="each needs one: label more queries, or change"):
+        LabelSet.open([write_set(tmp_path / "a", count)], 1e-9, seed=0)
+
+
+@pytest.mark.parametrize("row_groups", [0, 1])
+def test_files_without_rows_are_passed_over(tmp_path: Path, row_groups: int):
+    """A writer that was given nothing leaves a file of no rows; alone it is an input that can't be split."""
+    (tmp_path / "a").mkdir()
+    with pq.ParquetWriter(tmp_path / "a" / "empty.parquet", LABELS) as writer:
+        for _ in range(row_groups):
+            writer.write_batch(pa.RecordBatch.from_pylist([], schema=LABELS))
+    with pytest.raises(InputError, match="0 labelled queries to train on"):
+        LabelSet.open([str(tmp_path / "a")], 0.2, seed=0)
+    write_set(tmp_path / "a" / "more", 50)
+    data = LabelSet.open([str(tmp_path / "a")], 0.2, seed=0)
+    assert len(data.train) + len(data.validation) == 45
+    assert len(data.order(0, 0)) == len(data.train)
+
+
+# Samples
+
+
+scores_lists = st.lists(st.floats(-10, 10) | st.just(math.nan), min_size=1, max_size=40)
+
+
+@settings(deadline=None)
+@given(scores=scores_lists, size=st.integers(1, 20), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+def test_a_group_is_drawn_from_the_scored_candidates(scores: list[float], size: int, seed: int, epoch: int):
+    """Distinct, in the teacher's order, as many as there are up to the size; NaN is never drawn."""
+    labels = make_labels(scores)
+    group = sample_group(labels, SamplingSettings(group_size=size), seed, epoch)
+    order = teacher_order(labels)
+    assert len(group) == len(set(group)) == min(size, len(order))
+    assert set(group) <= set(order)
+    assert [i for i in order if i in group] == group
+    assert not any(math.isnan(scores[i]) for i in group)
+    assert group == sample_group(labels, SamplingSettings(group_size=size), seed, epoch)
+
+
+bands_of = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(0, 15), st.integers(1, 4)).map(
+        lambda b: BandSettings(ranks=(b[0], b[0] + b[1]), count=b[2])
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None)
+@given(bands=bands_of, count=st.integers(1, 40), epoch=st.integers(0, 9))
+def test_bands_give_their_share(bands: list[BandSettings], count: int, epoch: int):
+    """Every band finds at least as many of the group in its ranks as it asks for, or all that there are."""
+    labels = make_labels([float(-i) for i in range(count)])
+    size = sum(b.count for b in bands)
+    group = sample_group(labels, SamplingSettings(group_size=size, bands=tuple(bands)), 0, epoch)
+    assert len(set(group)) == min(size, count)
+    for band in bands:
+        first, last = band.ranks
+        inside = set(range(first - 1, min(last, count)))
+        assert len(inside & set(group)) >= min(band.count, len(inside))
+
+
+def test_bands_by_hand():
+    """Ranks 1–1 and 5–8 of ten: the best one and two of the four, whatever the epoch; the two change with it."""
+    labels = make_labels([float(i) for i in range(10)])
+    chosen = SamplingSettings(
+        group_size=3, bands=(BandSettings(ranks=(1, 1), count=1), BandSettings(ranks=(5, 8), count=2))
+    )
+    groups = {tuple(sample_group(labels, chosen, 0, epoch)) for epoch in range(50)}
+    for best, *others in groups:
+        assert best == 9
+        assert set(others) <= {5, 4, 3, 2}
+    assert len(groups) == 6
+
+
+def test_an_unfilled_band_is_filled_from_the_rest():
+    """Ranks 9–20 of ten candidates hold two; the other two of the four come from what is left."""
+    labels = make_labels([float(-i) for i in range(10)])
+    chosen = SamplingSettings(group_size=4, bands=(BandSettings(ranks=(9, 20), count=4),))
+    for epoch in range(20):
+        group = sample_group(labels, chosen, 0, epoch)
+        assert len(group) == 4
+        assert group[-2:] == [8, 9]
+
+
+def test_epochs_seeds_and_queries_draw_apart():
+    """Ten of 40: two draws are alike with a chance below 10⁻⁸."""
+    scores = [float(i) for i in range(40)]
+    chosen = SamplingSettings(group_size=10)
+    draws = {
+        tuple(sample_group(make_labels(scores, query_id=q), chosen, seed, epoch))
+        for q, seed, epoch in (("a", 0, 0), ("a", 0, 1), ("a", 1, 0), ("b", 0, 0))
+    }
+    assert len(draws) == 4
+
+
+def test_uniform_draws_reach_every_candidate():
+    seen = {
+        i
+        for epoch in range(100)
+        for i in sample_group(make_labels([float(i) for i in range(20)]), SamplingSettings(group_size=4), 0, epoch)
+    }
+    assert seen == set(range(20))
+
+
+def test_teacher_order_keeps_the_first_stage_among_equals():
+    assert teacher_order(make_labels([1.0, math.nan, 2.0, 1.0, 2.0])) == [2, 4, 0, 3]
+
+
+# Targets
+
+
+def test_targets_by_hand():
+    """Two groups of different size: padding is masked and 0; an unjudged candidate has gain 0."""
+    first = make_labels([3.0, 1.0, 2.0], gains=[1.0, None, 2.0])
+    second = make_labels([5.0, 4.0])
+    targets = Targets.of([(first, [0, 2, 1]), (second, [0])])
+    assert targets.teacher.tolist() == [[3.0, 2.0, 1.0], [5.0, 0.0, 0.0]]
+    assert targets.gains.tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    assert targets.mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_validation_ndcg_on_gains_by_hand():
+    """Gains 0, 3, 1 ranked 2, 0, 1 by the student: (1/log₂2 + 0/log₂3 + 3/log₂4) / (3/log₂2 + 1/log₂3)."""
+    labels = make_labels([0.0, 0.0, 0.0], gains=[None, 3.0, 1.0])
+    expected = (1 + 3 / 2) / (3 + 1 / math.log2(3))
+    assert validation_ndcg(labels, [0.5, 0.1, 0.9], "labels") == pytest.approx(expected)
+    assert validation_ndcg(labels, [0.1, 0.9, 0.5], "labels") == 1.0
+    assert validation_ndcg(make_labels([1.0, 2.0]), [1.0, 2.0], "labels") is None
+
+
+def test_validation_ndcg_on_the_teacher_by_hand():
+    """Teacher's ranks 1, 2, none (NaN) give gains 10, 9, 0; the student turns the first two round."""
+    labels = make_labels([2.0, 1.0, math.nan])
+    expected = (9 + 10 / math.log2(3)) / (10 + 9 / math.log2(3))
+    assert validation_ndcg(labels, [1.0, 2.0, 0.0], "teacher") == pytest.approx(expected)
+
+
+def test_validation_ndcg_stops_at_rank_ten():
+    """Of twelve candidates the teacher's eleventh and twelfth have no gain, and ranks 11 and 12 give none."""
+    labels = make_labels([float(-i) for i in range(12)])
+    perfect = [float(-i) for i in range(12)]
+    assert validation_ndcg(labels, perfect, "teacher") == 1.0
+    swapped_below = [*perfect[:10], perfect[11], perfect[10]]
+    assert validation_ndcg(labels, swapped_below, "teacher") == 1.0
+    last_two_first = [*perfect[:10], 2.0, 1.0]
+    gains = [0, 0, *range(10, 2, -1)]
+    dcg = sum(g / math.log2(rank + 2) for rank, g in enumerate(gains))
+    ideal = sum((10 - rank) / math.log2(rank + 2) for rank in range(10))
+    assert validation_ndcg(labels, last_two_first, "teacher") == pytest.approx(dcg / ideal)

@@ -1,0 +1,122 @@
+"""Batches by token budget, and what happens when one runs out of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
+from rerank_ray.models.engine import BatchRunner, plan_batches
+
+CPU = torch.device("cpu")
+lengths_of = st.lists(st.integers(1, 600), max_size=60)
+
+
+@given(lengths=lengths_of, budget=st.integers(1, 2000))
+def test_batches_hold_each_index_once_within_the_budget(lengths: list[int], budget: int):
+    """Longest first, over all batches and within each; only a sequence above the budget passes it, alone."""
+    batches = plan_batches(lengths, budget)
+    flat = [i for batch in batches for i in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) * max(lengths[i] for i in batch) <= budget or len(batch) == 1
+
+
+@given(lengths=lengths_of, budget=st.integers(1, 2000))
+def test_no_batch_could_have_taken_one_more(lengths: list[int], budget: int):
+    """A batch ends only because its next sequence would pass the budget."""
+    batches = plan_batches(lengths, budget)
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
+def test_plan_by_hand():
+    """Budget 12: 6 fits twice (6, 5), then 4 three times (4, 3, 3), then 1."""
+    assert plan_batches([3, 6, 1, 4, 5, 3], 12) == [[1, 4], [3, 0, 5], [2]]
+
+
+class Device:
+    """A forward function that doubles indices and runs out of memory above `capacity` padded tokens."""
+
+    def __init__(self, lengths: list[int], capacity: int) -> None:
+        self.lengths, self.capacity = lengths, capacity
+        self.tried: list[list[int]] = []
+
+    def __call__(self, indices: list[int]) -> list[int]:
+        self.tried.append(indices)
+        if len(indices) * max(self.lengths[i] for i in indices) > self.capacity:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [2 * i for i in indices]
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), capacity=st.integers(50, 400))
+def test_out_of_memory_halves_until_it_fits(lengths: list[int], capacity: int):
+    """Every output is there, in input order, and no sequence is computed twice."""
+    device = Device(lengths, capacity)
+    runner = BatchRunner(400, CPU)
+    assert runner.run(lengths, device) == [2 * i for i in range(len(lengths))]
+    fitted = [i for batch in device.tried if len(batch) * max(lengths[i] for i in batch) <= capacity for i in batch]
+    assert sorted(fitted) == list(range(len(lengths)))
+
+
+def test_the_smaller_budget_is_kept():
+    """Eight sequences of 10 in a budget of 80, capacity 40: 8 fail, 4 + 4 fit; the next run starts with 4."""
+    device = Device([10] * 8, 40)
+    runner = BatchRunner(80, CPU)
+    runner.run([10] * 8, device)
+    assert [len(t) for t in device.tried] == [8, 4, 4]
+    assert runner.tokens_per_batch == 40
+    device.tried.clear()
+    runner.run([10] * 8, device)
+    assert [len(t) for t in device.tried] == [4, 4]
+
+
+def test_a_single_sequence_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        BatchRunner(100, CPU).run([10, 60, 10], Device([10, 60, 10], 50))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("bad"), MemoryError()])
+def test_other_errors_are_not_taken_for_out_of_memory(error: Exception):
+    calls = []
+
+    def forward(indices: list[int]) -> list[int]:
+        calls.append(indices)
+        raise error
+
+    with pytest.raises(type(error)):
+        BatchRunner(100, CPU).run([10] * 5, forward)
+    assert len(calls) == 1
+
+
+def test_a_forward_that_loses_an_output_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        BatchRunner(100, CPU).run([1, 1], lambda indices: [0])
+
+
+def test_nothing_to_run():
+    assert BatchRunner(None, CPU).run([], lambda indices: pytest.fail("called")) == []
+
+
+def test_defaults_by_device():
+    assert BatchRunner(None, CPU).tokens_per_batch == 4096
+    assert BatchRunner(None, torch.device("cuda")).tokens_per_batch == 65536
+
+
+def test_devices_and_precisions():
+    assert engine.pick_device("cpu") == CPU
+    for name in ("cuda:77", "no-such-device"):
+        with pytest.raises(ModelError, match=f"device: {name}: not usable here"):
+            engine.pick_device(name)
+    assert engine.pick_dtype("float16", CPU) == torch.float16
+    assert engine.pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_right_pad():
+    ids, lengths = engine.right_pad([[5], [6, 7, 8]], pad_id=9)
+    assert ids.tolist() == [[5, 9, 9], [6, 7, 8]]
+    assert lengths.tolist() == [1, 3]

@@ -1,0 +1,156 @@
+"""Prompts to tokens: what may be cut, what may not, and labels that are one token."""
+
+from __future__ import annotations
+
+import pytest
+from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+
+LLAMA, PLAIN, BERT = tiny_llama_tokenizer(), tiny_llama_tokenizer(chat=False), tiny_bert_tokenizer()
+HEAD, TAIL = "Query: alpha\nPassage: ", "\nAnswer Yes or No."
+passages = st.one_of(st.text(max_size=80), st.sampled_from(["", "cat dog " * 60, "😀" * 30, "x" * 300, "a\n\n b"]))
+
+
+def prompt(*given_passages: str, chat: bool = True, system: str | None = None) -> Prompt:
+    """The passages between a head and a tail, separated by ` | `."""
+    middle = [" | "] * (len(given_passages) - 1)
+    return Prompt(parts=(HEAD, *middle, TAIL), passages=given_passages, chat=chat, system=system)
+
+
+def encode_one(encoder: PromptEncoder, p: Prompt, reserved: int = 0) -> list[int] | PromptTooLongError:
+    (ids,) = encoder.encode([p], [reserved])
+    return ids
+
+
+# What is written around the passages
+
+
+def test_chat_prompts_are_the_users_turn():
+    ids = encode_one(PromptEncoder(LLAMA, 512, None), prompt("cat", system="Be brief"))
+    expected = f"<|system|>Be brief<|end|><|user|>{HEAD}cat{TAIL}<|end|><|assistant|>"
+    assert ids == LLAMA(expected, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "setting", "chat"), [(LLAMA, False, True), (LLAMA, None, False), (PLAIN, None, True)]
+)
+def test_other_prompts_are_plain_text_with_special_tokens(tokenizer, setting: bool | None, chat: bool):
+    """Where the config, the prompt or the tokenizer says no chat, the system message stands in front."""
+    ids = encode_one(PromptEncoder(tokenizer, 512, setting), prompt("cat", chat=chat, system="Be brief"))
+    assert ids == tokenizer(f"Be brief\n\n{HEAD}cat{TAIL}")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_chat_and_plain_prompts_in_one_call():
+    """Each keeps its own place and its own special tokens."""
+    chosen = [prompt("cat"), prompt("dog", chat=False), prompt("bird"), prompt("a", chat=False)]
+    encoder = PromptEncoder(LLAMA, 512, None)
+    assert encoder.encode(chosen, [0] * 4) == [encode_one(encoder, p) for p in chosen]
+
+
+def test_a_template_that_repeats_the_users_text_is_refused():
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}"
+    with pytest.raises(ModelError, match="changes or repeats the user's text"):
+        encode_one(PromptEncoder(tokenizer, 512, None), prompt("cat"))
+
+
+# Truncation
+
+
+@settings(max_examples=60, deadline=None)
+@given(passage=passages, room=st.integers(1, 120), reserved=st.integers(0, 20))
+def test_only_the_passage_is_cut(passage: str, room: int, reserved: int):
+    """Head and tail stand whole around a beginning of the passage, and the continuation's tokens stay free."""
+    framed = (f"<|user|>{HEAD}", f"{TAIL}<|end|><|assistant|>")
+    bare = len(LLAMA("".join(framed), add_special_tokens=False)["input_ids"])
+    limit = bare + room + reserved
+    ids = encode_one(PromptEncoder(LLAMA, limit, None), prompt(passage), reserved)
+    whole = LLAMA(passage.join(framed), add_special_tokens=False)["input_ids"]
+    if len(whole) <= limit - reserved:
+        assert ids == whole
+        return
+    if isinstance(ids, PromptTooLongError):
+        assert room < 4
+        return
+    assert len(ids) <= limit - reserved
+    text = LLAMA.decode(ids, skip_special_tokens=False)
+    assert text.startswith(framed[0])
+    assert text.endswith(framed[1])
+    kept = text[len(framed[0]) : -len(framed[1])]
+    assert passage.startswith(kept.rstrip("\ufffd"))
+
+
+def test_a_long_passage_fills_the_room():
+    """Tokens that join at the seams may cost one or two of the room; more would be thrown-away evidence."""
+    for limit in range(60, 100):
+        ids = encode_one(PromptEncoder(LLAMA, limit, None), prompt("cat dog " * 100))
+        assert limit - 2 <= len(ids) <= limit
+
+
+def test_several_passages_are_cut_to_the_same_length():
+    """Long passages share what a short one leaves: here `cat` keeps its one token."""
+    long_a, long_b = "dog " * 100, "bird " * 100
+    encoder = PromptEncoder(BERT, 64, None)
+    ids = encode_one(encoder, prompt(long_a, "cat", long_b))
+    dog, cat, bird = (ids.count(BERT.convert_tokens_to_ids(w)) for w in ("dog", "cat", "bird"))
+    assert cat == 1
+    assert dog == bird
+    assert 62 <= len(ids) <= 64
+    assert BERT.decode(ids).startswith("[CLS] query : alpha passage :")
+
+
+def test_wordpieces_are_cut_at_a_tokens_end():
+    """A word of 300 unknown letters is 300 tokens for BERT; the cut text encodes to the tokens that were kept."""
+    ids = encode_one(PromptEncoder(BERT, 40, None), prompt("x" * 300))
+    assert len(ids) == 40
+
+
+def test_a_template_without_room_says_how_much_is_missing():
+    encoder = PromptEncoder(LLAMA, 10, None)
+    failure = encode_one(encoder, prompt("cat"))
+    assert isinstance(failure, PromptTooLongError)
+    assert "without its passage and max_length leaves 10: raise max_length" in str(failure)
+
+
+def test_a_reserve_beyond_max_length_is_too_long():
+    assert isinstance(encode_one(PromptEncoder(LLAMA, 50, None), prompt("cat"), reserved=60), PromptTooLongError)
+
+
+def test_each_passage_needs_a_token():
+    """Room for two tokens and three passages: an empty passage would be judged by its number alone."""
+    parts = ("a", " ", " ", " b")
+    bare = len(BERT("".join(parts))["input_ids"])
+    failure = encode_one(PromptEncoder(BERT, bare + 2, None), Prompt(parts=parts, passages=("cat dog",) * 3))
+    assert isinstance(failure, PromptTooLongError)
+
+
+# Labels
+
+
+def test_labels_of_one_token():
+    ids = label_ids(LLAMA, ["Yes", "No"])
+    assert LLAMA.convert_ids_to_tokens(ids) == ["Yes", "No"]
+
+
+def test_labels_of_several_tokens_show_them():
+    with pytest.raises(
+        ModelError, match=r"label 'Yep' is \d tokens for this tokenizer \(\[.*\]\): choose a label of one"
+    ):
+        label_ids(LLAMA, ["Yes", "Yep"])
+
+
+def test_an_empty_label():
+    with pytest.raises(ModelError, match="label '' is 0 tokens"):
+        label_ids(LLAMA, ["", "No"])
+
+
+def test_labels_that_are_the_same_token():
+    """An uncased tokenizer can't tell Cat from cat."""
+    with pytest.raises(ModelError, match=r"labels \['Cat', 'cat'\] are not different tokens"):
+        label_ids(BERT, ["Cat", "cat"])
