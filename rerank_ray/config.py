@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -68,6 +68,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict:
         content = yaml.load(storage.read_text(path), Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not UTF-8 text: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{source}: a config is a YAML mapping of keys to values, not {type(content).__name__}")
     return content
@@ -83,6 +85,10 @@ def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) ->
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key!r} can't be a key; text in braces needs quotes", problem_mark=key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} is given twice", problem_mark=key_node.start_mark
@@ -135,7 +141,7 @@ def _set(target: Any, keys: list[str], value: Any, override: str) -> None:
 
 
 def _index(key: str, items: list, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise ConfigError(f"--set {override}: {key!r} is not an item number below {len(items)}")
     return int(key)
 

@@ -23,12 +23,12 @@ def session(cpus_for_actors: float) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray Data's plan and progress would interleave with the job's own.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's C++ side reports conditions of its own code as errors; what ends a job reaches it as an exception.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Ray would warn that a CPU-only machine hides its accelerators from tasks without GPUs.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Literal
@@ -46,13 +47,13 @@ class RankWorker:
         counter.describe.remote(stage.ranker.name, stage.ranker.parameters)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        started = time.perf_counter()
+        started = time.time()
         result = self._guard(table)
-        seconds = time.perf_counter() - started
+        ended = time.time()
         pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
         usage = result["usage"].to_pylist() if "usage" in result.column_names else []
         tokens = sum(u["prompt_tokens"] - u["cached_tokens"] + u["output_tokens"] for u in usage)
-        self._counter.add.remote(rows=result.num_rows, pairs=pairs, tokens=tokens, replica_seconds=seconds)
+        self._counter.add.remote(rows=result.num_rows, pairs=pairs, tokens=tokens, started=started, ended=ended)
         return result
 
 
@@ -127,6 +128,8 @@ def _execute(
 
 
 def _configure(run: RunFolder, execution: ExecutionSettings, source_uri: str, source: InputSummary) -> None:
+    # Ray Data's plan and progress would interleave with the job's own.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = execution.no_progress_timeout_s

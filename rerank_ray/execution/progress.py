@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -20,16 +21,21 @@ class Counter:
     def __init__(self) -> None:
         self.totals = {"rows": 0, "pairs": 0, "tokens": 0, "replica_seconds": 0.0}
         self.model: dict = {}
+        self.first_start, self.last_end = math.inf, 0.0
 
     def describe(self, name: str, parameters: int) -> None:
         self.model = {"name": name, "parameters": parameters}
 
-    def add(self, **amounts: float) -> None:
+    def add(self, *, rows: int, pairs: int, tokens: int, started: float, ended: float) -> None:
+        """Add one batch; `started` and `ended` are seconds since the epoch on the worker's clock."""
+        amounts = {"rows": rows, "pairs": pairs, "tokens": tokens, "replica_seconds": ended - started}
         for name, amount in amounts.items():
             self.totals[name] += amount
+        self.first_start, self.last_end = min(self.first_start, started), max(self.last_end, ended)
 
     def read(self) -> dict:
-        return self.totals | {"model": self.model}
+        ranking_seconds = max(0.0, self.last_end - self.first_start)
+        return self.totals | {"model": self.model, "ranking_seconds": ranking_seconds}
 
 
 class ProgressDisplay:
@@ -59,7 +65,12 @@ class ProgressDisplay:
         totals = ray.get(self.counter.read.remote())
         seconds = totals["replica_seconds"]
         rate = round(totals["pairs"] / seconds, 2) if seconds else None
-        return {"model": totals["model"], "rows_this_start": totals["rows"], "pairs_per_replica_second": rate}
+        return {
+            "model": totals["model"],
+            "rows_this_start": totals["rows"],
+            "pairs_per_replica_second": rate,
+            "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
+        }
 
     def _show(self) -> None:
         if not sys.stderr.isatty():

@@ -58,6 +58,8 @@ class Template(Settings):
             raise ValueError("a yes_no template needs labels: [relevant, not relevant]")
         if self.method == "query_likelihood" and "{query}" not in (self.continuation or ""):
             raise ValueError("a query_likelihood template needs a continuation with the slot {query}")
+        if unknown := set(_SLOT.findall(self.continuation or "")) - {"query", "instruction"}:
+            raise ValueError(f"continuation has the unknown slot {{{sorted(unknown)[0]}}}; known: query, instruction")
         return self
 
     @property

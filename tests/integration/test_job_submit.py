@@ -151,7 +151,7 @@ def stop(head: subprocess.Popen) -> None:
     except psutil.NoSuchProcess:
         processes = []
     head.terminate()
-    _, left = psutil.wait_procs(processes, timeout=10)
+    _, left = psutil.wait_procs(processes, timeout=2)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

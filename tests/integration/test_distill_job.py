@@ -1,0 +1,147 @@
+"""The distil job on Ray Train: a student on disk, exact resume, several workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.rows import label_row, make_list, write_labels
+from fixtures.tiny_models import tiny_bert_folder
+from safetensors.torch import load_file
+
+from rerank_ray import config
+from rerank_ray.errors import RunError
+from rerank_ray.execution import jobs
+from rerank_ray.models.student import load_student
+from rerank_ray.settings import DistillSettings, ModelSettings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert_folder(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """20 labelled queries of 6 candidates; the teacher prefers them in an order of each query's own."""
+    rows = [
+        label_row(make_list(f"q{q}", 6, text="cat dog"), [float((i * 5 + q) % 6) for i in range(6)]) for q in range(20)
+    ]
+    return write_labels(tmp_path_factory.mktemp("labels"), rows)
+
+
+def settings(labels: str, base: Path, **changes) -> DistillSettings:
+    content = {
+        "input": [labels],
+        "student": {"base": str(base), "head": "similarity", "max_length": 48, "max_query_length": 16, "dropout": 0.1},
+        "sampling": {"group_size": 4},
+        "validation": {"fraction": 0.2, "every_steps": 2, "patience": 1000},
+        "queries_per_step": 4,
+        "epochs": 2,
+        "dtype": "float32",
+    } | changes
+    return config.validate(DistillSettings, content, source="test")
+
+
+def student_weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = run / "student"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "heads.safetensors")}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path, console):
+    run = tmp_path / "run"
+    jobs.distill(settings(labels, base), str(run), console)
+    state = json.loads((run / "run.json").read_text())
+    assert state["state"] == "done"
+    assert state["counts"]["training_queries"] + state["counts"]["validation_queries"] == 20
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert steps[-1] == state["best"]["total_steps"]
+    assert list((run / "tensorboard").glob("events*"))
+    student = load_student(ModelSettings(path=str(run / "student"), max_length=48))
+    assert student.layers == (3,)
+    written = (run / "student" / "model.safetensors").stat().st_mtime_ns
+    jobs.distill(settings(labels, base), str(run), console)
+    assert (run / "student" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(RunError, match="epochs: 2 -> 3"):
+        jobs.distill(settings(labels, base, epochs=3), str(run), console)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_take_the_same_steps_as_one(labels, base, tmp_path, console):
+    """Without dropout the averaged gradient is one worker's, so the weights agree to rounding; 5 queries a step leave
+    an uneven split and a short last step."""
+    student = settings(labels, base).student.model_dump() | {"dropout": 0.0}
+    weights = []
+    for workers in (1, 2):
+        run = tmp_path / f"workers-{workers}"
+        chosen = settings(
+            labels, base, student=student, queries_per_step=5, execution={"workers": workers}, max_steps=4
+        )
+        jobs.distill(chosen, str(run), console)
+        weights.append((json.loads((run / "run.json").read_text())["best"]["step"], student_weights(run)))
+    assert weights[0][0] == weights[1][0]
+    for name, tensor in weights[0][1].items():
+        torch.testing.assert_close(weights[1][1][name], tensor, rtol=0, atol=2e-5, msg=name)
+
+
+def test_killed_in_mid_epoch_it_ends_with_the_same_weights(labels, base, tmp_path):
+    """`kill -9` of the driver between two checkpoints of the first epoch; dropout is on."""
+    chosen = settings(labels, base, epochs=40, validation={"fraction": 0.2, "every_steps": 3, "patience": 1000})
+    file = tmp_path / "distill.yaml"
+    file.write_text(config.dump(chosen))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    start(file, undisturbed).wait(timeout=150)
+    driver = start(file, killed)
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or last_step(killed) < 9:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    killed_at = last_step(killed)
+    assert killed_at < last_step(undisturbed)
+    assert start(file, killed).wait(timeout=150) == 0
+    expected, actual = last_weights(undisturbed), last_weights(killed)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    assert (killed / "student" / "heads.safetensors").read_bytes() == (
+        undisturbed / "student" / "heads.safetensors"
+    ).read_bytes()
+
+
+def start(file: Path, run: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "rerank_ray.cli", "distill", str(file), "--run", str(run)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def last_step(run: Path) -> int:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Weights of the latest checkpoint: what training ended with, whichever step was best."""
+    states = {f: torch.load(f, weights_only=True)["progress"]["step"] for f in run.glob("checkpoints/*/trainer.pt")}
+    folder = max(states, key=states.get).parent / "student"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "heads.safetensors")}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_can_not_work_is_said_before_anything_starts(labels, base, tmp_path, console):
+    missing = settings(labels, tmp_path / "nowhere" / "model")
+    with pytest.raises(Exception, match="no such model folder"):
+        jobs.distill(missing, str(tmp_path / "run"), console)
+    with pytest.raises(Exception, match="the input does not exist"):
+        jobs.distill(settings(str(tmp_path / "none"), base), str(tmp_path / "run"), console)
+    assert not (tmp_path / "run").exists()
