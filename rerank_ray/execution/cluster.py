@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,3 +43,16 @@ def session(cpus_for_actors: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+_RAISED = re.compile(r"^[\w.]*(?:Error|Exception|Expired|Timeout)\b.*", re.MULTILINE)
+
+
+def root_cause(error: BaseException) -> str:
+    """The message of the exception that a worker raised, out of Ray's report of it.
+
+    Ray hands over the worker's traceback as text; its last exception line starts the message.
+    """
+    text = next((str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()), "")
+    raised = list(_RAISED.finditer(text))
+    return text[raised[-1].start() :] if raised else f"{type(error).__name__}: {text}"

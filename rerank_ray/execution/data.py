@@ -15,7 +15,7 @@ from ray.data.checkpoint import CheckpointConfig
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, drop_errors
 from rerank_ray.errors import RunError
-from rerank_ray.execution.cluster import session
+from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
@@ -81,7 +81,7 @@ def rank_rows(
             _execute(run, source_uri, source, ranker, output, execution, progress)
         except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
             raise RunError(
-                f"{run.uri}: stopped: {_root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
+                f"{run.uri}: stopped: {root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
                 "command again"
             ) from error
         timings = progress.throughput()
@@ -164,10 +164,3 @@ def _finish_retry(run: RunFolder, retry_errors: bool) -> None:
     if storage.exists(plan):
         drop_errors(run.data, run.checkpoint)
         storage.delete_file(plan)
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else error}"

@@ -16,7 +16,7 @@ from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.metrics_log import MetricsLog
 from rerank_ray.distill.train import World, train
 from rerank_ray.errors import RunError
-from rerank_ray.execution.cluster import session
+from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings import DistillSettings
 
@@ -58,7 +58,7 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise RunError(
-                f"{run.uri}: training stopped: {_cause(error)}\nStart the same command again to resume"
+                f"{run.uri}: training stopped: {root_cause(error)}\nStart the same command again to resume"
             ) from error
         checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][_SCORE])
         _publish(checkpoint, run)
@@ -107,8 +107,3 @@ def _worker(config: dict) -> None:
     else:
         with checkpoint.as_directory() as folder:
             train(settings, world, report, resume=Path(folder))
-
-
-def _cause(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import ray
@@ -32,10 +33,15 @@ def console() -> Console:
     return Console(quiet=True)
 
 
-def candidate_list(number: int, size: int = 5, text: str = "the passage") -> CandidateList:
-    """Query `q<number>` with candidates `d0`, `d1`, … whose first-stage scores descend."""
+def candidate_list(number: int, size: int = 5, noise: int = 0) -> CandidateList:
+    """Query `q<number>` with candidates `d0`, `d1`, … whose first-stage scores descend.
+
+    `noise` bytes of each text are random, so that no compression makes them smaller.
+    """
+    random = Random(number)
     candidates = tuple(
-        Candidate(doc_id=f"d{i}", text=f"{text} {number} {i}", score=float(size - i)) for i in range(size)
+        Candidate(doc_id=f"d{i}", text=f"passage {number} {i} {random.randbytes(noise).hex()}", score=float(size - i))
+        for i in range(size)
     )
     return CandidateList(query=Query(query_id=f"q{number:04d}", text=f"query {number}"), candidates=candidates)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -33,6 +34,7 @@ ENTRY_POINTS = {"rerank_ray.quickstart.run"}
 LEVEL = {part: level for level, bracket in enumerate(BRACKETS) for part in bracket}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Name -> file of every module of the package."""
     names = {}
