@@ -1,10 +1,9 @@
 # Every target makes .venv when it is missing. PYTHON chooses the interpreter (3.11 or 3.12).
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell command -v $(p)),$(p))))
 BIN := .venv/bin
-# The quickstart and the tests write Ray's own files here and nowhere else.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-all lint bench clean
+.PHONY: install quickstart test test-all lint chaos bench clean
 
 install: .venv/.installed
 
@@ -28,6 +27,10 @@ test-all: install lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Kills drivers and workers, fills a disk, and checks that nothing is lost or written twice.
+chaos: install
+	$(BIN)/pytest tests/integration -k "killed or kills or full_disk"
 
 bench: install
 	$(BIN)/python benchmarks/label_job.py

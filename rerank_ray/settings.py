@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Settings
 
@@ -280,10 +280,10 @@ class StudentSettings(Settings):
 
     @model_validator(mode="after")
     def _the_query_leaves_room(self) -> StudentSettings:
-        if self.max_query_length >= self.max_length:
+        if self.max_query_length > self.max_length - 8:
             raise ValueError(
-                f"max_query_length ({self.max_query_length}) must be below max_length ({self.max_length}), or no token "
-                "is left for the document"
+                f"max_query_length ({self.max_query_length}) must be at most max_length ({self.max_length}) − 8, or no "
+                "token is left for the document"
             )
         return self
 
@@ -423,7 +423,7 @@ class DistillSettings(Settings):
     query's group is never split."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of heads, held-out queries, order, sampling and dropout."""
     execution: TrainingExecutionSettings = TrainingExecutionSettings()
 

@@ -59,9 +59,10 @@ def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveS
     """
     terms = {}
     total = torch.zeros(layer_scores.shape[1], device=layer_scores.device)
-    for term in settings.losses:
+    for number, term in enumerate(settings.losses, start=1):
         value = torch.stack([_loss(scores, targets, term) for scores in layer_scores]).mean(0)
-        terms[term.loss] = value
+        name = term.loss if term.loss not in terms else f"{term.loss}_{number}"
+        terms[name] = value
         total = total + term.weight * value
     if len(layer_scores) > 1:
         terms["self_distillation"] = self_distillation(layer_scores, targets.mask)

@@ -27,7 +27,7 @@ from rerank_ray.distill.targets import Targets, objective, validation_ndcg
 from rerank_ray.models import engine
 from rerank_ray.models.student import Student, load_student, new_student
 from rerank_ray.records import Labels
-from rerank_ray.settings import DistillSettings, ModelSettings, OptimizerSettings, StudentSettings
+from rerank_ray.settings import DistillSettings, OptimizerSettings, StudentSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,8 +261,8 @@ def _chunks(tokens: Sequence[int], limit: int) -> list[list[int]]:
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:
     if resume is not None:
-        model_settings = ModelSettings(path=str(resume / checkpoints.STUDENT), max_length=settings.max_length)
-        student = load_student(model_settings)
+        saved = {"path": str(resume / checkpoints.STUDENT), "revision": None}
+        student = load_student(settings.model_settings().model_copy(update=saved))
     else:
         student = new_student(
             settings.model_settings(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.fs
 import ray
 import ray.train
+import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -92,6 +93,9 @@ def _worker(config: dict) -> None:
     settings = DistillSettings.model_validate(config["settings"])
     if not settings.execution.gpus_per_worker:
         torch.set_num_threads(max(1, int(settings.execution.cpus_per_worker)))
+    else:
+        # Workers of one node see all of its GPUs; "cuda" then means this worker's own.
+        torch.cuda.set_device(ray.train.torch.get_device())
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size())
     log = MetricsLog(config["run"]) if world.rank == 0 else None

@@ -35,6 +35,7 @@ class BiEncoder:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
+        self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self.parameters = engine.count_parameters(self.model)
         self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
@@ -50,7 +51,7 @@ class BiEncoder:
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[tuple[float, ...]]:
-        ids, lengths = engine.right_pad(sequences, self.tokenizer.pad_token_id or 0)
+        ids, lengths = engine.right_pad(sequences, self.tokenizer.pad_token_id or 0, limit=self._positions)
         ids, lengths = ids.to(self.device), lengths.to(self.device)
         mask = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()

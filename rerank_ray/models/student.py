@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from rerank_ray.config import Settings
 from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
 from rerank_ray.models.attention import GATED
 from rerank_ray.models.loading import load
 from rerank_ray.models.resolve import ResolvedModel, resolve
@@ -52,6 +53,11 @@ class Student(nn.Module):
     def layers(self) -> tuple[int, ...]:
         return self.description.layers
 
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the position table holds; None when the student numbers positions itself."""
+        raise NotImplementedError  # abstract
+
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         """Tokenise pairs; the query is cut to `max_query_length`, the document to what `max_length` leaves."""
         raise NotImplementedError  # abstract
@@ -62,15 +68,15 @@ class Student(nn.Module):
 
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Pad encoded pairs on the right into tensors [B, L]; no mask is made when nothing is padded."""
-        longest = max(len(e["input_ids"]) for e in encoded)
+        length = engine.padded_length(max(len(e["input_ids"]) for e in encoded), self.positions)
         pad = {"input_ids": self.tokenizer.pad_token_id or 0, "segment_sign": -1}
         batch = {
-            name: torch.tensor([e[name] + [pad.get(name, 0)] * (longest - len(e[name])) for e in encoded])
+            name: torch.tensor([e[name] + [pad.get(name, 0)] * (length - len(e[name])) for e in encoded])
             for name in encoded[0]
         }
-        if any(len(e["input_ids"]) < longest for e in encoded):
+        if any(len(e["input_ids"]) < length for e in encoded):
             batch["attention_mask"] = torch.tensor(
-                [[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in encoded]
+                [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in encoded]
             )
         return batch
 
@@ -104,6 +110,10 @@ class LinearStudent(Student):
         self.early_heads = nn.ModuleDict(
             {str(layer): copy.deepcopy(classification_head(model)) for layer in description.layers[:-1]}
         )
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         queries = _clipped(self.tokenizer, queries, self.description.max_query_length)
@@ -164,6 +174,10 @@ class SimilarityStudent(Student):
         positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
         padding_position = getattr(positions, "padding_idx", None)
         self.first_position = 0 if padding_position is None else padding_position + 1
+
+    @property
+    def positions(self) -> None:
+        return None
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         head = self.tokenizer(list(queries), truncation=True, max_length=self.description.max_query_length)["input_ids"]

@@ -119,7 +119,7 @@ def test_a_method_on_a_model_of_another_kind_is_refused_when_the_config_is_read(
 
 def test_checks_between_fields_name_the_fields():
     base = {"input": ["l"], "student": {"base": "b", "max_length": 32, "max_query_length": 32}}
-    with pytest.raises(ConfigError, match=r"student: max_query_length \(32\) must be below max_length \(32\)"):
+    with pytest.raises(ConfigError, match=r"student: max_query_length \(32\) must be at most max_length \(32\) − 8"):
         validate(DistillSettings, base, "d")
     sampling = {"group_size": 4, "bands": [{"ranks": [1, 5], "count": 2}, {"ranks": [9, 6], "count": 2}]}
     with pytest.raises(ConfigError, match=r"sampling\.bands\.1: ranks: \[9, 6\]: the first must not be above"):

@@ -117,6 +117,10 @@ def test_devices_and_precisions():
 
 
 def test_right_pad():
+    """To the next multiple of 16, unless the model's positions end before it."""
     ids, lengths = engine.right_pad([[5], [6, 7, 8]], pad_id=9)
-    assert ids.tolist() == [[5, 9, 9], [6, 7, 8]]
+    assert ids.tolist() == [[5] + [9] * 15, [6, 7, 8] + [9] * 13]
+    limited, _ = engine.right_pad([[5], [6, 7, 8]], pad_id=9, limit=4)
+    assert limited.tolist() == [[5, 9, 9, 9], [6, 7, 8, 9]]
+    assert [engine.padded_length(n, 514) for n in (1, 16, 17, 513, 514)] == [16, 16, 32, 514, 514]
     assert lengths.tolist() == [1, 3]
