@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Libraries announce every checkpoint they load; what matters is in this program's own messages.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = _parser().parse_args(arguments)
-    console = Console()
+    # Off a terminal rich would wrap at 80 columns and break paths in two.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         options.command(options, console)
     except RerankRayError as error:

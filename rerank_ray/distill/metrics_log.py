@@ -21,7 +21,7 @@ class MetricsLog:
         self._lines = storage.read_text(self._path).splitlines() if storage.exists(self._path) else []
         folder = storage.local_path(storage.join(run_uri, "tensorboard"))
         self._board = SummaryWriter(str(folder)) if folder else None
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, soft_wrap=True)
 
     def write(self, metrics: dict) -> None:
         step = metrics["step"]

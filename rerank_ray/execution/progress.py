@@ -47,7 +47,7 @@ class ProgressDisplay:
     def __init__(self, name: str, rows: int, already_done: int, console: Console | None = None) -> None:
         self.counter = Counter.remote()
         self._name, self._rows, self._before = name, rows, already_done
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 160)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 

@@ -70,6 +70,8 @@ def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
     """Copy the best checkpoint's student, without the trainer's state, to the run's `student/`."""
     target_fs, target = storage.open_filesystem(run.student)
     storage.delete_directory(run.student)
+    # Object stores need no folders; the local copy would fail without.
+    target_fs.create_dir(target, recursive=True)
     pyarrow.fs.copy_files(
         f"{checkpoint.path}/{STUDENT}",
         target,

@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.fs
+
+from rerank_ray import storage
 from rerank_ray.errors import ModelError
 from rerank_ray.settings import ModelSettings
 
@@ -43,7 +49,9 @@ class ResolvedModel:
 
 
 def resolve(settings: ModelSettings) -> ResolvedModel:
-    """Find what `path` and `revision` mean, without loading weights or reaching a network.
+    """Find what `path` and `revision` mean, without loading weights or asking a hub.
+
+    A folder behind a URI (a student in a run folder) is copied into this machine's cache first.
 
     Raises:
         ModelError: nothing is there, or it holds no weights that may be loaded.
@@ -53,7 +61,10 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
         path, version = _in_package(reference)
         _refuse_revision(reference, revision)
         return _local(path, f"{reference}@{version}", settings)
-    path = Path(reference).expanduser()
+    if "://" in reference:
+        path = storage.local_path(reference) or _fetch(reference)
+    else:
+        path = Path(reference).expanduser()
     if path.exists():
         _refuse_revision(reference, revision)
         return _local(path, f"{reference}@{_digest(path)}", settings)
@@ -77,6 +88,31 @@ def _looks_like_a_path(reference: str) -> bool:
 def _refuse_revision(reference: str, revision: str | None) -> None:
     if revision is not None:
         raise ModelError(f"{reference}: 'revision' ({revision}) only applies to hub models; remove it")
+
+
+def _fetch(uri: str) -> Path:
+    """Copy a model folder from another filesystem into this machine's cache, once for each content.
+
+    A student that one step wrote to the run folder is the model of a later step, on whatever node that one runs.
+    """
+    fs, inner = storage.open_filesystem(uri)
+    everything = pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True)
+    files = [f for f in fs.get_file_info(everything) if f.is_file]
+    if not files:
+        raise ModelError(f"{uri}: no such model folder")
+    listing = "".join(sorted(f"{f.path}:{f.size}:{f.mtime_ns}\n" for f in files))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rerank-ray" / "models"
+    target = cache / hashlib.sha256(listing.encode()).hexdigest()[:16]
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = tempfile.mkdtemp(dir=cache)
+        pyarrow.fs.copy_files(inner, partial, source_filesystem=fs, destination_filesystem=pyarrow.fs.LocalFileSystem())
+        try:
+            os.rename(partial, target)
+        except OSError:
+            # Another process of this machine was faster; its copy is the same.
+            shutil.rmtree(partial)
+    return target
 
 
 def _in_package(reference: str) -> tuple[Path, str]:
