@@ -132,7 +132,7 @@ def _run_folder(options: argparse.Namespace) -> str:
 def _pipeline(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray import config
     from rerank_ray.execution.pipeline import run_pipeline
-    from rerank_ray.settings import PipelineSettings
+    from rerank_ray.pipeline_settings import PipelineSettings
 
     run_pipeline(config.load(PipelineSettings, options.config, options.set), _run_folder(options), console)
 

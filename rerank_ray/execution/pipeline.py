@@ -15,8 +15,9 @@ from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_trec
+from rerank_ray.pipeline_settings import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
 from rerank_ray.runs import RunFolder
-from rerank_ray.settings import STEP_SCHEME, EvaluateSettings, IngestSettings, PipelineSettings, StepSettings
+from rerank_ray.settings import EvaluateSettings
 
 
 def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_two_workers_take_the_same_steps_as_one(labels, base, tmp_path, console)
 
 def test_killed_in_mid_epoch_it_ends_with_the_same_weights(labels, base, tmp_path):
     """`kill -9` of the driver between two checkpoints of the first epoch; dropout is on."""
-    chosen = settings(labels, base, epochs=40, validation={"fraction": 0.2, "every_steps": 3, "patience": 1000})
+    chosen = settings(labels, base, epochs=20, validation={"fraction": 0.2, "every_steps": 3, "patience": 1000})
     file = tmp_path / "distill.yaml"
     file.write_text(config.dump(chosen))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

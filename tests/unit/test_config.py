@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveInt
 
-from rerank_ray import settings
+from rerank_ray import pipeline_settings, settings
 from rerank_ray.config import Settings, apply_overrides, differences, dump, expand, load, read_yaml, validate
 from rerank_ray.errors import ConfigError
-from rerank_ray.settings import DistillSettings, LabelSettings, PipelineSettings
+from rerank_ray.pipeline_settings import PipelineSettings
+from rerank_ray.settings import DistillSettings, LabelSettings
 
 
 class Circle(Settings):
@@ -305,7 +306,15 @@ def test_no_difference_exactly_where_equal(old: dict, new: dict):
 # Every settings model
 
 
-MODELS = [m for _, m in inspect.getmembers(settings, inspect.isclass) if issubclass(m, Settings) and m is not Settings]
+MODELS = sorted(
+    {
+        m
+        for module in (settings, pipeline_settings)
+        for _, m in inspect.getmembers(module, inspect.isclass)
+        if issubclass(m, Settings) and m is not Settings
+    },
+    key=lambda m: m.__name__,
+)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)

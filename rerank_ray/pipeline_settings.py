@@ -1,0 +1,130 @@
+"""What a pipeline file may say: ingests, and steps that each are one job."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from rerank_ray.config import Settings
+from rerank_ray.settings import (
+    CombineSettings,
+    DistillSettings,
+    EvaluateSettings,
+    Fraction,
+    LabelSettings,
+    RerankSettings,
+)
+
+
+class BeirIngestSettings(Settings):
+    """A BEIR folder, with BM25 as first stage."""
+
+    kind: Literal["beir"]
+    folder: str
+    """Holds corpus.jsonl, queries.jsonl and qrels/."""
+    split: str | None
+    """qrels/<split>.tsv names the queries; null takes all."""
+    depth: PositiveInt = 100
+    """Candidates a query."""
+    k1: PositiveFloat = 0.9
+    """BM25's term-frequency saturation."""
+    b: Fraction = 0.4
+    """BM25's length normalisation."""
+    skip_bad_lines: bool = False
+    """Count and list bad lines instead of stopping at the first."""
+
+
+class HitsIngestSettings(Settings):
+    """Hits files of RankGPT or RankLLM: JSON or JSONL, `.gz` included."""
+
+    kind: Literal["hits"]
+    files: Annotated[list[str], Field(min_length=1)]
+    """Their queries are put one after another."""
+    qrels: str | None = None
+    """Sets the candidates' `label`."""
+    depth: PositiveInt | None = None
+    """Candidates a query; null keeps all."""
+    skip_bad_lines: bool = False
+    """Count and list bad lines instead of stopping at the first."""
+
+
+class TrecIngestSettings(Settings):
+    """A TREC run with its topics and collection."""
+
+    kind: Literal["trec"]
+    run: str
+    """Six columns."""
+    queries: str
+    """Topics as TSV or JSONL."""
+    corpus: str
+    """Collection as TSV or JSONL."""
+    qrels: str | None = None
+    """Sets the candidates' `label`."""
+    depth: PositiveInt | None = None
+    """Candidates a query; null keeps all."""
+    skip_bad_lines: bool = False
+    """Count and list bad lines instead of stopping at the first."""
+
+
+IngestSettings = Annotated[BeirIngestSettings | HitsIngestSettings | TrecIngestSettings, Field(discriminator="kind")]
+JOBS = ("ingest", "label", "combine", "distill", "rerank", "evaluate")
+
+
+class StepSettings(Settings):
+    """One job of a pipeline: a name, and exactly one of the jobs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The step's run folder inside the pipeline's."""
+    ingest: IngestSettings | None = None
+    """Outside data to candidates."""
+    label: LabelSettings | None = None
+    """Candidates to labels."""
+    combine: CombineSettings | None = None
+    """Label runs to one."""
+    distill: DistillSettings | None = None
+    """Labels to a student."""
+    rerank: RerankSettings | None = None
+    """Candidates to rankings."""
+    evaluate: EvaluateSettings | None = None
+    """Rankings to a table."""
+
+    @model_validator(mode="after")
+    def _one_job(self) -> StepSettings:
+        given = [job for job in JOBS if getattr(self, job) is not None]
+        if len(given) != 1:
+            raise ValueError(f"step {self.name!r} needs exactly one of {', '.join(JOBS)}; it has {given or 'none'}")
+        return self
+
+    @property
+    def job(self) -> str:
+        return next(job for job in JOBS if getattr(self, job) is not None)
+
+
+class PipelineSettings(Settings):
+    """`rerank-ray pipeline`: jobs one after another; `step://NAME` stands for the run folder of an earlier step."""
+
+    steps: Annotated[list[StepSettings], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_are_unique_and_known(self) -> PipelineSettings:
+        seen: set[str] = set()
+        for step in self.steps:
+            if step.name in seen:
+                raise ValueError(f"two steps are called {step.name!r}")
+            for reference in step_references(step.model_dump()):
+                if reference not in seen:
+                    raise ValueError(f"step {step.name!r}: step://{reference} is no earlier step ({sorted(seen)})")
+            seen.add(step.name)
+        return self
+
+
+STEP_SCHEME = "step://"
+
+
+def step_references(value: object) -> list[str]:
+    """Names of the steps that a config's strings refer to."""
+    if isinstance(value, str):
+        return [value.removeprefix(STEP_SCHEME).split("/")[0]] if value.startswith(STEP_SCHEME) else []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [name for item in items for name in step_references(item)]
