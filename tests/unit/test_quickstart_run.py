@@ -1,0 +1,51 @@
+"""What the quickstart shows at its end, from run folders as its pipeline leaves them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from rerank_ray.evaluate import evaluate_sources
+from rerank_ray.quickstart.run import _ROLES, _page, _print, _settings, _systems
+
+
+def finished_pipeline(folder: Path) -> Path:
+    """Run folders with timings, training metrics, one TREC run for each system, and qrels of two queries."""
+    for number, (_, step) in enumerate(_ROLES.values()):
+        (folder / step).mkdir(parents=True)
+        timings = {"pairs_per_replica_second": 10.0 * number, "model": {"name": "m", "parameters": 22_713_216}}
+        (folder / step / "run.json").write_text(json.dumps({"timings": timings if number else {}}))
+        (folder / f"{step}.trec").write_text("q1 Q0 a 1 2 x\nq1 Q0 b 2 1 x\nq2 Q0 b 1 2 x\n")
+    (folder / "student").mkdir()
+    points = [{"step": 0, "validation_ndcg@10": 0.5}, {"step": 20, "validation_ndcg@10": 0.6, "loss/total": 1.0}]
+    (folder / "student" / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    (folder / "qrels.txt").write_text("q1 0 a 1\nq2 0 a 1\n")
+    return folder
+
+
+def test_the_table_and_the_page_show_every_system(tmp_path: Path):
+    """q1 is answered at rank 1 and q2 not at all, so each nDCG@10 is 0.5."""
+    folder = finished_pipeline(tmp_path)
+    sources = [f"{name}={folder / step}.trec" for name, (_, step) in _ROLES.items()]
+    report = evaluate_sources(sources, qrels=str(folder / "qrels.txt"), metrics=["ndcg@10"])
+    systems = _systems(report, folder)
+    assert [s.ndcg for s in systems] == [0.5] * len(_ROLES)
+    assert systems[0].pairs_per_second is None
+    out = io.StringIO()
+    _print(systems, Console(file=out, width=120))
+    page = _page(systems, report, folder)
+    for name in _ROLES:
+        assert name in out.getvalue()
+        assert name in page
+    assert "22.7" in out.getvalue()
+
+
+def test_the_pipeline_names_the_collection(tmp_path: Path):
+    settings = _settings(tmp_path / "collection")
+    folders = {step.ingest.folder for step in settings.steps if step.ingest}
+    assert folders == {str(tmp_path / "collection")}
+    assert settings.steps[-1].evaluate.qrels == str(tmp_path / "collection" / "qrels" / "test.tsv")
+    assert set(settings.steps[-1].evaluate.rankings) == set(_ROLES)
