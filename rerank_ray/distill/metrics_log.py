@@ -1,10 +1,9 @@
-"""Training metrics as they come: a line on the console, `metrics.jsonl`, and TensorBoard events."""
+"""Training metrics as they come: `metrics.jsonl`, TensorBoard events, and a line for people."""
 
 from __future__ import annotations
 
 import json
 
-from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from rerank_ray import storage
@@ -21,7 +20,6 @@ class MetricsLog:
         self._lines = storage.read_text(self._path).splitlines() if storage.exists(self._path) else []
         folder = storage.local_path(storage.join(run_uri, "tensorboard"))
         self._board = SummaryWriter(str(folder)) if folder else None
-        self._console = Console(stderr=True, soft_wrap=True)
 
     def write(self, metrics: dict) -> None:
         step = metrics["step"]
@@ -32,7 +30,6 @@ class MetricsLog:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
-        self._console.print(summary_line(metrics), highlight=False)
 
 
 def summary_line(metrics: dict) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs
@@ -11,10 +15,11 @@ import ray.train
 import ray.train.torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
 
 from rerank_ray import storage
 from rerank_ray.distill.checkpoints import STUDENT
-from rerank_ray.distill.metrics_log import MetricsLog
+from rerank_ray.distill.metrics_log import MetricsLog, summary_line
 from rerank_ray.distill.train import World, train
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
@@ -22,6 +27,7 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings import DistillSettings
 
 _SCORE = "validation_ndcg@10"
+_ECHO_EVERY_S = 1.0
 
 
 def train_student(run: RunFolder, settings: DistillSettings) -> dict:
@@ -56,7 +62,8 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
             ),
         )
         try:
-            result = trainer.fit()
+            with _echo(run):
+                result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise RunError(
                 f"{run.uri}: training stopped: {root_cause(error)}\nStart the same command again to resume"
@@ -64,6 +71,35 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
         checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][_SCORE])
         _publish(checkpoint, run)
     return metrics
+
+
+@contextmanager
+def _echo(run: RunFolder) -> Iterator[None]:
+    """Print each validation as the workers log it; they may run on other machines, the run folder is what is shared."""
+    path, console, ended = run.path("metrics.jsonl"), Console(stderr=True, soft_wrap=True), threading.Event()
+
+    def lines() -> list[str]:
+        return storage.read_text(path).splitlines() if storage.exists(path) else []
+
+    def print_new(seen: int) -> int:
+        new = lines()[seen:]
+        for line in new:
+            console.print(summary_line(json.loads(line)), highlight=False)
+        return seen + len(new)
+
+    def follow() -> None:
+        seen = len(lines())
+        while not ended.wait(_ECHO_EVERY_S):
+            seen = print_new(seen)
+        print_new(seen)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
