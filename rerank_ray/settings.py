@@ -370,6 +370,9 @@ class OptimizerSettings(Settings):
     """Share of the steps in which the rate rises from 0."""
     decay: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate falls afterwards."""
+    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of an exponential moving average of the weights, which is what is validated and kept; 0.95 remembers some
+    20 steps, the starting weights included. 0 keeps the weights as they are."""
     clip_norm: PositiveFloat = 1.0
     """Gradients with a larger norm are scaled down to it."""
 

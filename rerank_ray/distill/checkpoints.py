@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,10 +23,20 @@ class Progress:
     """Validations since the best one: the early-stopping counter."""
 
 
-def save(folder: Path, student, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write a checkpoint: `student/` as it would be deployed, and the trainer's state beside it."""
+def save(
+    folder: Path,
+    student,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    trained: Sequence[torch.Tensor] | None,
+) -> None:
+    """Write a checkpoint: `student/` as it would be deployed, and the trainer's state beside it.
+
+    `trained` are the weights that training goes on from, when the student holds their average instead.
+    """
     student.save(folder / STUDENT)
     state = {
+        "trained": None if trained is None else list(trained),
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
         "torch_rng": torch.get_rng_state(),
@@ -34,9 +45,12 @@ def save(folder: Path, student, optimizer: torch.optim.Optimizer, progress: Prog
     torch.save(state, folder / _STATE)
 
 
-def load(folder: Path, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore optimizer and random state from a checkpoint; the student is loaded from its folder by the caller."""
+def load(folder: Path, student, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore weights, optimizer and random state from a checkpoint; the caller loaded the student from its folder."""
     state = torch.load(folder / _STATE, weights_only=True)
+    if state["trained"] is not None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(student.parameters()), state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:

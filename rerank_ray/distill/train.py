@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.student = _student(settings.student, resume).to(self.device)
         self.optimizer = _optimizer(self.student, settings.optimizer)
-        self.progress = checkpoints.load(resume, self.optimizer) if resume else Progress()
+        self.average = [p.detach().clone() for p in self.student.parameters()] if settings.optimizer.averaging else None
+        self.progress = checkpoints.load(resume, self.student, self.optimizer) if resume else Progress()
         if world.rank > 0:
             # Dropout differs between workers; the start of the student, drawn above, does not.
             torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
@@ -99,6 +100,9 @@ class Trainer:
         losses = self.forward_backward(groups, epoch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
         self.optimizer.step()
+        if self.average is not None:
+            parameters = [p.detach() for p in self.student.parameters()]
+            torch._foreach_lerp_(self.average, parameters, 1.0 - self.settings.optimizer.averaging)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self._since_validation["seconds"] += time.perf_counter() - started
@@ -191,7 +195,27 @@ class Trainer:
             raise ValueError("no held-out query has a gain: validation.gains: labels needs qrels in the candidates")
         return (sums[:-1] / sums[-1]).tolist()
 
+    @contextmanager
+    def averaged(self) -> Iterator[list[torch.Tensor] | None]:
+        """Put the averaged weights into the student for a while; yields the trained ones, None without averaging."""
+        if self.average is None:
+            yield None
+            return
+        parameters = list(self.student.parameters())
+        trained = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self.average)
+            yield trained
+            torch._foreach_copy_(parameters, trained)
+
     def validate_and_report(self, report: Report, losses: dict[str, float]) -> None:
+        """Validate the weights that would be kept, and report them as a checkpoint."""
+        with self.averaged() as trained:
+            self._validate_and_report(report, losses, trained)
+
+    def _validate_and_report(
+        self, report: Report, losses: dict[str, float], trained: list[torch.Tensor] | None
+    ) -> None:
         progress = self.progress
         rates = self._rates()
         started = time.perf_counter()
@@ -219,7 +243,7 @@ class Trainer:
             report(metrics, None)
             return
         with tempfile.TemporaryDirectory() as folder:
-            checkpoints.save(Path(folder), self.student, self.optimizer, progress)
+            checkpoints.save(Path(folder), self.student, self.optimizer, progress, trained)
             report(metrics, Path(folder))
 
     def _rates(self) -> dict[str, float]:
