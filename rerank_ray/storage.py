@@ -21,6 +21,12 @@ def join(uri: str | os.PathLike[str], *parts: str) -> str:
     return posixpath.join(os.fspath(uri), *parts)
 
 
+def absolute(uri: str | os.PathLike[str]) -> str:
+    """A local path from the root, for processes that run in another folder; URIs stay as they are."""
+    text = os.fspath(uri)
+    return text if "://" in text else os.path.abspath(text)
+
+
 def rejoin(uri: str | os.PathLike[str], path: str) -> str:
     """The URI of a path that `list_files(uri, …)` returned."""
     scheme, separator, _ = os.fspath(uri).partition("://")

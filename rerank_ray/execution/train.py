@@ -45,7 +45,10 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
     with session(execution.workers * execution.cpus_per_worker):
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"settings": settings.model_dump(mode="json"), "run": run.uri},
+            train_loop_config={
+                "settings": _with_absolute_paths(settings).model_dump(mode="json"),
+                "run": storage.absolute(run.uri),
+            },
             torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=execution.workers,
@@ -54,7 +57,7 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
             ),
             run_config=RunConfig(
                 name="checkpoints",
-                storage_path=run.uri if "://" in run.uri else os.path.abspath(run.uri),
+                storage_path=storage.absolute(run.uri),
                 failure_config=FailureConfig(max_failures=execution.max_failures),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute=_SCORE, checkpoint_score_order="max"
@@ -71,6 +74,13 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
         checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][_SCORE])
         _publish(checkpoint, run)
     return metrics
+
+
+def _with_absolute_paths(settings: DistillSettings) -> DistillSettings:
+    """Ray Train's workers run in a folder of their own."""
+    base = settings.student.base
+    student = settings.student.model_copy(update={"base": storage.absolute(base) if os.path.exists(base) else base})
+    return settings.model_copy(update={"input": [storage.absolute(uri) for uri in settings.input], "student": student})
 
 
 @contextmanager

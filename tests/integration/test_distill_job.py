@@ -56,9 +56,11 @@ def student_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path, console):
-    run = tmp_path / "run"
-    jobs.distill(settings(labels, base), str(run), console)
+def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path, console, monkeypatch):
+    """Started with relative paths, which mean something else in the workers' folder."""
+    monkeypatch.chdir(tmp_path)
+    labels, base, run = os.path.relpath(labels), Path(os.path.relpath(base)), tmp_path / "run"
+    jobs.distill(settings(labels, base), "run", console)
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
     assert state["counts"]["training_queries"] + state["counts"]["validation_queries"] == 20

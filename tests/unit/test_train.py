@@ -115,6 +115,10 @@ VARIANTS = {
     "linear": {"student": {"head": "linear", "dropout": 0.3}},
     "layer-wise": {"student": {"head": "linear", "layers": [1, 3], "dropout": 0.3}},
     "similarity": {"student": {"head": "similarity", "layers": [2, 3], "gate": -2.0}},
+    "averaged": {
+        "student": {"head": "linear", "dropout": 0.3},
+        "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},
+    },
 }
 
 
@@ -141,6 +145,22 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_bert: Path, 
         assert seen[step]["validation_ndcg@10"] == metrics["validation_ndcg@10"]
         assert seen[step].get("loss/total") == metrics.get("loss/total")
         assert seen[step]["best_step"] == metrics["best_step"]
+
+
+def test_averaged_weights_are_validated_and_training_goes_on_from_the_trained_ones(labels: str, tiny_bert: Path):
+    """After each step the average is 0.75 of itself and 0.25 of the weights; it is in the student only meanwhile."""
+    optimizer = {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.75}
+    trainer = Trainer(settings(labels, tiny_bert, optimizer=optimizer), World(), None)
+    expected = [p.detach().clone() for p in trainer.student.parameters()]
+    for _ in range(3):
+        trainer.train_step()
+        expected = [0.75 * a + 0.25 * p.detach() for a, p in zip(expected, trainer.student.parameters(), strict=True)]
+    trained = [p.detach().clone() for p in trainer.student.parameters()]
+    with trainer.averaged():
+        for parameter, average in zip(trainer.student.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.detach(), average, rtol=1e-5, atol=1e-6)
+    for parameter, weight in zip(trainer.student.parameters(), trained, strict=True):
+        assert torch.equal(parameter, weight)
 
 
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
