@@ -10,12 +10,21 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.records import Defect, DefectKind, Scores, Usage
-from rerank_ray.schema import CANDIDATES, LABELS, id_hash, inspect_input, label_columns, read_rows, write_rows
+from rerank_ray.schema import (
+    CANDIDATES,
+    LABELS,
+    doc_id_path,
+    id_hash,
+    inspect_input,
+    label_columns,
+    open_parquet,
+    read_rows,
+    write_rows,
+)
 from rerank_ray.settings import CombineSettings
 
 _QUERIES_PER_PARTITION = 100_000
@@ -59,20 +68,13 @@ def _scores(uri: str, partition: int, partitions: int) -> dict[str, dict]:
     fs, _ = storage.open_filesystem(uri)
     entries = {}
     for path in storage.list_files(uri, ".parquet"):
-        with pq.ParquetFile(path, filesystem=fs) as file:
-            columns = ["query_id", "teacher", "scores", "error", doc_id_path(file)]
+        with open_parquet(fs, path) as file:
+            columns = ["query_id", "teacher", "scores", "error", doc_id_path(file, path)]
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     if id_hash(row["query_id"]) % partitions == partition:
                         entries[row["query_id"]] = _entry(row)
     return entries
-
-
-def doc_id_path(file: pq.ParquetFile) -> str:
-    """The Parquet path of the candidates' doc ids; writers name list items differently."""
-    columns = file.metadata.schema
-    paths = [columns.column(i).path for i in range(len(columns))]
-    return next(p for p in paths if p.startswith("candidates.") and p.endswith(".doc_id"))
 
 
 def _entry(row: dict) -> dict:

@@ -26,6 +26,7 @@ from rerank_ray.metrics.evaluation import Metric, SystemResult, evaluate_ranking
 from rerank_ray.metrics.significance import Comparison, compare_systems
 from rerank_ray.records import Candidate, CandidateList, Query, Scores, ranking_of
 from rerank_ray.report.tables import print_table
+from rerank_ray.schema import doc_id_path, open_parquet
 
 DEFAULT_METRICS = ("ndcg@10", "mrr@10", "map", "recall@100")
 _ROWS_PER_BATCH = 1024
@@ -200,7 +201,7 @@ def load_rankings(source: str) -> LoadedRankings:
     fs, _ = storage.open_filesystem(data)
     rankings, errors, kind = {}, {}, None
     for file_path in files:
-        with _open(file_path, fs) as file:
+        with open_parquet(fs, file_path) as file:
             kind, previous = _kind_of(file, file_path), kind
             if previous not in (None, kind):
                 raise InputError(
@@ -225,13 +226,6 @@ def _split_name(source: str) -> tuple[str, str]:
     return re.sub(r"\.(parquet|trec|run|txt)$", "", stem) or source, source
 
 
-def _open(path: str, fs: pa.fs.FileSystem) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, filesystem=fs)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-
-
 def _kind_of(file: pq.ParquetFile, path: str) -> SourceKind:
     names = set(file.schema_arrow.names)
     if {"query_id", "doc_ids", "error"} <= names:
@@ -245,11 +239,7 @@ def _kind_of(file: pq.ParquetFile, path: str) -> SourceKind:
 
 def _rows(file: pq.ParquetFile, path: str, kind: SourceKind) -> Iterator[dict]:
     """Stream rows with just the leaves that settle the order; of the candidates only their ids."""
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    # The group inside a list is called 'element' by the Parquet specification and 'item' by older writers.
-    ids = [leaf for leaf in leaves if re.fullmatch(r"candidates\.\w+\.\w+\.doc_id", leaf)]
-    if kind is not SourceKind.RANKINGS and not ids:
-        raise InputError(f"{path}: 'candidates' is not a list of structs with a 'doc_id'")
+    ids = [] if kind is SourceKind.RANKINGS else [doc_id_path(file, path)]
     columns = {
         SourceKind.RANKINGS: ["query_id", "doc_ids", "error"],
         SourceKind.LABELS: ["query_id", *ids, "scores", "error"],

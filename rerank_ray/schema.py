@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import posixpath
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -247,7 +248,7 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
     digest = hashlib.sha256()
     hashes: list[np.ndarray] = []
     for path in paths:
-        with _open_parquet(fs, path) as file:
+        with open_parquet(fs, path) as file:
             check_columns(file.schema_arrow, expected, path)
             digest.update(f"{posixpath.basename(path)}:{fs.get_file_info(path).size}:".encode())
             digest.update(_content_digest(fs, path))
@@ -260,7 +261,20 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
     )
 
 
-def _open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
+def doc_id_path(file: pq.ParquetFile, path: str) -> str:
+    """The Parquet path of the candidates' doc ids, to read them without the texts.
+
+    The group inside a list is called 'element' by the Parquet specification and 'item' by older writers.
+    """
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    ids = [leaf for leaf in leaves if re.fullmatch(r"candidates\.\w+\.\w+\.doc_id", leaf)]
+    if not ids:
+        raise InputError(f"{path}: 'candidates' is not a list of structs with a 'doc_id'")
+    return ids[0]
+
+
+def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
+    """Open a Parquet file; one that can't be read is an `InputError` that names it."""
     try:
         return pq.ParquetFile(path, filesystem=fs)
     except (pa.ArrowInvalid, OSError) as error:
@@ -335,7 +349,7 @@ def _query_ids(file: pq.ParquetFile, path: str) -> Iterator[tuple[int, str | Non
 def _raise_first_duplicate(fs: pa.fs.FileSystem, paths: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for path in paths:
-        with _open_parquet(fs, path) as file:
+        with open_parquet(fs, path) as file:
             for row, query_id in _query_ids(file, path):
                 place = f"{path}: row {row}"
                 if query_id in seen:
@@ -354,7 +368,7 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
     """
     fs, _ = storage.open_filesystem(uri)
     for path in storage.list_files(uri, ".parquet"):
-        with _open_parquet(fs, path) as file:
+        with open_parquet(fs, path) as file:
             missing = [c for c in columns if file.schema_arrow.get_field_index(c) < 0]
             if missing:
                 raise InputError(f"{path}: column {missing[0]!r} is missing")
