@@ -26,7 +26,7 @@ from rerank_ray.ingest import ingest_beir
 from rerank_ray.quickstart.collection import build_collection
 from rerank_ray.report.tables import markdown_table
 from rerank_ray.schema import CANDIDATES, read_rows
-from rerank_ray.settings import LabelSettings
+from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.stages import RankStage
 
 TEACHER = {

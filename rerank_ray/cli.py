@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -111,14 +112,14 @@ def _ingest(options: argparse.Namespace, console: Console) -> None:
     print_ingest(function(**arguments), console)
 
 
-def _job(settings_name: str, function_name: str) -> Callable[[argparse.Namespace, Console], None]:
+def _job(module: str, settings_name: str, function_name: str) -> Callable[[argparse.Namespace, Console], None]:
     """A command that loads a config and hands it to a job; imports wait until a command needs them."""
 
     def command(options: argparse.Namespace, console: Console) -> None:
-        from rerank_ray import config, settings
+        from rerank_ray import config
         from rerank_ray.execution import jobs
 
-        loaded = config.load(getattr(settings, settings_name), options.config, options.set)
+        loaded = config.load(getattr(import_module(module), settings_name), options.config, options.set)
         extra = {"retry_errors": options.retry_errors} if hasattr(options, "retry_errors") else {}
         getattr(jobs, function_name)(loaded, _run_folder(options), console, **extra)
 
@@ -132,15 +133,15 @@ def _run_folder(options: argparse.Namespace) -> str:
 def _pipeline(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray import config
     from rerank_ray.execution.pipeline import run_pipeline
-    from rerank_ray.pipeline_settings import PipelineSettings
+    from rerank_ray.settings.pipeline import PipelineSettings
 
     run_pipeline(config.load(PipelineSettings, options.config, options.set), _run_folder(options), console)
 
 
 _JOBS = {
-    "label": _job("LabelSettings", "label"),
-    "distill": _job("DistillSettings", "distill"),
-    "rerank": _job("RerankSettings", "rerank"),
+    "label": _job("rerank_ray.settings.jobs", "LabelSettings", "label"),
+    "distill": _job("rerank_ray.settings.distill", "DistillSettings", "distill"),
+    "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
     "pipeline": _pipeline,
 }
 
@@ -148,7 +149,7 @@ _JOBS = {
 def _combine(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray import config
     from rerank_ray.execution.jobs import combine_runs
-    from rerank_ray.settings import CombineSettings
+    from rerank_ray.settings.jobs import CombineSettings
 
     content = {"inputs": options.runs, "method": options.method, "weights": options.weights}
     combine_runs(config.validate(CombineSettings, content, source="combine"), options.out, console)

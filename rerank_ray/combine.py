@@ -25,7 +25,7 @@ from rerank_ray.schema import (
     read_rows,
     write_rows,
 )
-from rerank_ray.settings import CombineSettings
+from rerank_ray.settings.jobs import CombineSettings
 
 _QUERIES_PER_PARTITION = 100_000
 _RRF_K = 60

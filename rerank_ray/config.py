@@ -8,10 +8,10 @@ import re
 import types
 import typing
 from collections.abc import Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rerank_ray import storage
 from rerank_ray.errors import ConfigError
@@ -24,6 +24,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def load(model: type[S], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S:

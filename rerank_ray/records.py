@@ -55,6 +55,16 @@ class DefectKind(StrEnum):
     UNSCORED = "unscored"
     NOT_IN_RUN = "not_in_run"
     NOT_IN_CORPUS = "not_in_corpus"
+    # Of a model's text, by rerank_ray.prompts.parse:
+    EMPTY = "empty"
+    REFUSAL = "refusal"
+    UNPARSED = "unparsed"
+    CUT_OFF = "cut_off"
+    MISSING = "missing"
+    REPEATED = "repeated"
+    OUT_OF_RANGE = "out_of_range"
+    # Of a comparison between passages: the two orders of a pair do not agree.
+    INCONSISTENT = "inconsistent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from rerank_ray.schema import (
     label_columns,
     ranking_row,
 )
-from rerank_ray.settings import RankerSettings
+from rerank_ray.settings.rankers import RankerSettings
 
 
 class RankStage:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from rerank_ray.records import Labels
-from rerank_ray.settings import SamplingSettings
+from rerank_ray.settings.distill import SamplingSettings
 
 
 def teacher_order(labels: Labels) -> list[int]:

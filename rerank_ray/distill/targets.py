@@ -15,7 +15,7 @@ from rerank_ray.losses.layerwise import self_distillation
 from rerank_ray.losses.masking import masked_zscore
 from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.records import Labels
-from rerank_ray.settings import LossSettings, ObjectiveSettings
+from rerank_ray.settings.distill import LossSettings, ObjectiveSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from rerank_ray.distill.targets import Targets, objective, validation_ndcg
 from rerank_ray.models import engine
 from rerank_ray.models.student import Student, load_student, new_student
 from rerank_ray.records import Labels
-from rerank_ray.settings import DistillSettings, OptimizerSettings, StudentSettings
+from rerank_ray.settings.distill import DistillSettings, OptimizerSettings, StudentSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

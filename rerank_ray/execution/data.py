@@ -20,7 +20,8 @@ from rerank_ray.execution.progress import ProgressDisplay
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, InputSummary
-from rerank_ray.settings import ExecutionSettings, RankerSettings
+from rerank_ray.settings.jobs import ExecutionSettings
+from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.stages import RankStage
 
 _READ_CPUS = _WRITE_CPUS = 0.25

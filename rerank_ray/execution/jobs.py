@@ -17,7 +17,8 @@ from rerank_ray.models.resolve import resolve
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, inspect_input, ranking_from_row, read_rows
-from rerank_ray.settings import CombineSettings, DistillSettings, LabelSettings, LimitSettings, RerankSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.jobs import CombineSettings, LabelSettings, LimitSettings, RerankSettings
 
 
 def label(settings: LabelSettings, run_uri: str, console: Console, *, retry_errors: bool = False) -> RunFolder:

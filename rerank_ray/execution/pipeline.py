@@ -15,9 +15,9 @@ from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_trec
-from rerank_ray.pipeline_settings import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
 from rerank_ray.runs import RunFolder
-from rerank_ray.settings import EvaluateSettings
+from rerank_ray.settings.jobs import EvaluateSettings
+from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
 
 
 def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> dict[str, Any]:

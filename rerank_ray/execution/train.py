@@ -24,7 +24,7 @@ from rerank_ray.distill.train import World, train
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.runs import RunFolder
-from rerank_ray.settings import DistillSettings
+from rerank_ray.settings.distill import DistillSettings
 
 _SCORE = "validation_ndcg@10"
 _ECHO_EVERY_S = 1.0

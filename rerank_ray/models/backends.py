@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from rerank_ray.models.protocol import Backend
-from rerank_ray.settings import ModelSettings
+from rerank_ray.settings.models import ModelSettings
 
 # Names, not classes: a job imports the one it runs, and a driver that runs none imports no torch (3 of 3.6 s).
 BACKENDS = {

@@ -14,7 +14,7 @@ from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Embed, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
-from rerank_ray.settings import BiEncoderSettings
+from rerank_ray.settings.models import BiEncoderSettings
 
 _POOLING_FILE = "1_Pooling/config.json"
 _POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}

@@ -11,7 +11,7 @@ from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.student import load_student
 from rerank_ray.records import Usage
-from rerank_ray.settings import CrossEncoderSettings
+from rerank_ray.settings.models import CrossEncoderSettings
 
 
 class CrossEncoder:

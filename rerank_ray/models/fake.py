@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rerank_ray.models.protocol import Answer, Call, Embed, Failure, LogLikelihood, NextToken, Pair, Result
 from rerank_ray.records import Usage
-from rerank_ray.settings import FakeSettings
+from rerank_ray.settings.models import FakeSettings
 
 
 class Fake:

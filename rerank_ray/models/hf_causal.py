@@ -14,7 +14,7 @@ from rerank_ray.models.protocol import Answer, Call, Failure, LogLikelihood, Nex
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
 from rerank_ray.records import Usage
-from rerank_ray.settings import HFCausalSettings
+from rerank_ray.settings.models import HFCausalSettings
 
 
 class HFCausal:

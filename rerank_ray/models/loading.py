@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.resolve import ResolvedModel
-from rerank_ray.settings import ModelSettings
+from rerank_ray.settings.models import ModelSettings
 
 # Workers load models side by side; their bars would overwrite the job's own progress.
 logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rerank_ray.records import Usage
 
@@ -16,14 +16,16 @@ from rerank_ray.records import Usage
 class Prompt:
     """Text with slots for passages: `parts[0] + passages[0] + parts[1] + …`; only passages may be truncated.
 
-    `chat` prompts become the user's turn of the tokenizer's chat template, after `system` when there is one. What
-    calls of one query share stands in front, so that a backend may compute it once.
+    `chat` prompts become the user's turn of the tokenizer's chat template, after `system` when there is one; `prefill`
+    is how the model's own turn begins. What calls of one query share stands in front, so that a backend may compute it
+    once.
     """
 
     parts: tuple[str, ...]
     passages: tuple[str, ...]
     system: str | None = None
     chat: bool = True
+    prefill: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,38 @@ class LogLikelihood:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Text that follows the prompt; value: the text, without `prefill`, special tokens and the stop string.
+
+    Generation ends at the model's end-of-turn token, at the first of the strings in `stop`, or after `max_tokens`
+    (`Answer.cut_off` is then True). At temperature 0 it is greedy; above, `seed` makes one call's sample
+    reproducible, and calls that differ in `seed` alone are different samples.
+    """
+
+    prompt: Prompt
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Attention that the tokens of `query` pay to each passage of the prompt (ICR, Chen et al. 2024).
+
+    `query` must occur in the prompt's last part; the span read is its last occurrence. For a document token t, a_t is
+    the mean over the query's tokens of the attention to t, summed over `heads` ((layer, head) pairs from 0; None is
+    all of them). Value: a tuple of float32 arrays, one a passage, [tokens of the passage]; with `each_head`,
+    [tokens, heads] in the order of `heads`, or layer by layer. No layer above the last one in `heads` is computed.
+    """
+
+    prompt: Prompt
+    query: str
+    heads: tuple[tuple[int, int], ...] | None = None
+    each_head: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """Relevance of a text to a query; value: one float, the model's raw score."""
 
@@ -61,15 +95,26 @@ class Embed:
     role: str
 
 
-Call = NextToken | LogLikelihood | Pair | Embed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedTokens:
+    """Late-interaction embedding of a text as `role` query or document; value: float32 array [tokens, dimension] of
+    unit rows."""
+
+    text: str
+    role: str
+
+
+Call = NextToken | LogLikelihood | Generate | Attention | Pair | Embed | EmbedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A call's value, as the call's class documents it, and what it cost."""
 
-    value: tuple[float, ...] | float
+    value: Any
     usage: Usage
+    cut_off: bool = False
+    """A generated text that ended at `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

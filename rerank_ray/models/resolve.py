@@ -15,7 +15,7 @@ import pyarrow.fs
 
 from rerank_ray import storage
 from rerank_ray.errors import ModelError
-from rerank_ray.settings import ModelSettings
+from rerank_ray.settings.models import ModelSettings
 
 PACKAGE_SCHEME = "package://"
 _DIGEST_EDGE = 1 << 20

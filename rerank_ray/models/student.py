@@ -22,7 +22,8 @@ from rerank_ray.models import engine
 from rerank_ray.models.attention import GATED
 from rerank_ray.models.loading import load
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.settings import ModelSettings, StudentHead
+from rerank_ray.settings.distill import StudentHead
+from rerank_ray.settings.models import ModelSettings
 
 DESCRIPTION = "student.json"
 HEADS = "heads.safetensors"

@@ -2,12 +2,17 @@
 
 A template file has these keys:
 
+    method: the ranking method it is written for
     about: one line on where it comes from
     system: system message, or left out
     chat: true when the text is the user's turn of a chat
-    text: the prompt, with the slots {query}, {passage} and {instruction}
-    labels: answer words, each one token (next-token methods)
-    continuation: what precedes the text whose likelihood is taken (likelihood methods), and that text's slot
+    text: the prompt. {query} and {instruction} may stand anywhere; {passage} for methods that show one passage,
+        {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its length
+    passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
+    separator: what stands between a list's entries
+    prefill: how the model's own turn begins
+    labels: answer words, each one token
+    continuation: the text whose likelihood is taken; {query} is its slot
 """
 
 from __future__ import annotations
@@ -15,9 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 from pydantic import model_validator
 
@@ -27,63 +33,139 @@ from rerank_ray.models.protocol import Prompt
 from rerank_ray.records import Candidate, Query
 
 _SLOT = re.compile(r"\{(\w+)\}")
+_PASSAGE_SLOT = re.compile(r"(\{passage\}|\{passage_a\}|\{passage_b\}|\{passages\})")
 _DEFAULT_INSTRUCTION = "Given a search query, find passages that answer it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Needs:
+    """What a method's templates hold: slots that `text` has exactly once ({query} at least once), keys, other slots."""
+
+    slots: frozenset[str]
+    keys: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+
+
+_NEEDS = {
+    "yes_no": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
+    "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
+}
+_KEY_HINTS = {"labels": ": [relevant, not relevant]", "continuation": " with the slot {query}"}
 
 
 class Template(Settings):
     """A prompt template of one method."""
 
-    method: Literal["yes_no", "query_likelihood"]
+    method: str
     """The ranking method it is written for."""
     about: str
     system: str | None = None
     chat: bool = True
     text: str
-    labels: tuple[str, str] | None = None
-    """yes_no: the answers that mean relevant and not relevant."""
+    passage: str | None = None
+    """List methods: one entry of the list."""
+    separator: str = "\n"
+    """List methods: what stands between two entries."""
+    prefill: str = ""
+    """How the model's own turn begins."""
+    labels: tuple[str, ...] | None = None
+    """Answer words; yes_no: relevant, not relevant."""
     continuation: str | None = None
     """query_likelihood: the text whose log-likelihood is the score; `{query}` is its slot."""
 
     @model_validator(mode="after")
     def _slots(self) -> Template:
-        needed = {"yes_no": {"query", "passage"}, "query_likelihood": {"passage"}}[self.method]
-        slots = _SLOT.findall(self.text)
-        if missing := needed - set(slots):
+        if self.method not in _NEEDS:
+            raise ValueError(f"method: no method '{self.method}' takes a template; known: {', '.join(sorted(_NEEDS))}")
+        needs = _NEEDS[self.method]
+        found = _SLOT.findall(self.text)
+        if missing := needs.slots - set(found):
             raise ValueError(f"text lacks the slot {{{sorted(missing)[0]}}}")
-        if unknown := set(slots) - {"query", "passage", "instruction"}:
-            raise ValueError(f"text has the unknown slot {{{sorted(unknown)[0]}}}; known: query, passage, instruction")
-        if slots.count("passage") != 1:
-            raise ValueError("text must hold the slot {passage} once")
-        if self.method == "yes_no" and self.labels is None:
-            raise ValueError("a yes_no template needs labels: [relevant, not relevant]")
-        if self.method == "query_likelihood" and "{query}" not in (self.continuation or ""):
-            raise ValueError("a query_likelihood template needs a continuation with the slot {query}")
-        if unknown := set(_SLOT.findall(self.continuation or "")) - {"query", "instruction"}:
-            raise ValueError(f"continuation has the unknown slot {{{sorted(unknown)[0]}}}; known: query, instruction")
+        _refuse_unknown("text", found, ["query", "instruction", *sorted((needs.slots | needs.optional) - {"query"})])
+        for slot in sorted(needs.slots - {"query"}):
+            if found.count(slot) != 1:
+                raise ValueError(f"text must hold the slot {{{slot}}} once")
+        for key in sorted(needs.keys):
+            if getattr(self, key) is None:
+                raise ValueError(f"a {self.method} template needs {key}{_KEY_HINTS.get(key, '')}")
+        if self.method == "yes_no" and len(self.labels) != 2:
+            raise ValueError("labels must be two: [relevant, not relevant]")
+        if self.continuation is not None:
+            _refuse_unknown("continuation", _SLOT.findall(self.continuation), ["query", "instruction"])
+            if "{query}" not in self.continuation:
+                raise ValueError(f"a {self.method} template needs a continuation with the slot {{query}}")
+        if self.passage is not None:
+            entry = _SLOT.findall(self.passage)
+            _refuse_unknown("passage", entry, ["passage", "identifier", "score"])
+            if entry.count("passage") != 1 or "identifier" not in entry:
+                raise ValueError("passage must hold the slot {passage} once, and {identifier}")
         return self
 
     @property
     def digest(self) -> str:
         """Eight hex digits that change with anything the model would see."""
-        content = self.model_dump(mode="json", exclude={"about"})
+        content = self.model_dump(mode="json", exclude={"about"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     def prompt(self, query: Query, candidate: Candidate) -> Prompt:
-        before, after = self.text.split("{passage}")
-        return Prompt(
-            parts=(_fill(before, query), _fill(after, query)),
-            passages=(candidate.contents,),
-            system=self.system,
-            chat=self.chat,
-        )
+        """The prompt for one passage."""
+        return self._made(query, {"{passage}": candidate.contents})
+
+    def pair_prompt(self, query: Query, a: Candidate, b: Candidate) -> Prompt:
+        """The prompt that compares passage A with passage B."""
+        return self._made(query, {"{passage_a}": a.contents, "{passage_b}": b.contents})
+
+    def list_prompt(
+        self,
+        query: Query,
+        passages: Sequence[str],
+        identifiers: Sequence[str],
+        scores: Sequence[float] | None = None,
+    ) -> Prompt:
+        """The prompt over a list of passages; `identifiers` are how the model shall name them."""
+        before, after = self.text.split("{passages}")
+        values = {"count": str(len(passages))}
+        parts, texts = [_fill(before, query, values)], []
+        head, tail = self.passage.split("{passage}")
+        for i, (passage, identifier) in enumerate(zip(passages, identifiers, strict=True)):
+            entry = {"identifier": identifier, "score": "" if scores is None else f"{scores[i]:.2f}"}
+            parts[-1] += (self.separator if i else "") + _fill(head, query, entry)
+            texts.append(passage)
+            parts.append(_fill(tail, query, entry))
+        parts[-1] += _fill(after, query, values)
+        return self._prompt(parts, texts)
 
     def continued(self, query: Query) -> str:
         return _fill(self.continuation, query)
 
+    def _made(self, query: Query, passages: Mapping[str, str]) -> Prompt:
+        parts, texts = [""], []
+        for piece in _PASSAGE_SLOT.split(self.text):
+            if piece in passages:
+                texts.append(passages[piece])
+                parts.append("")
+            else:
+                parts[-1] += _fill(piece, query)
+        return self._prompt(parts, texts)
 
-def _fill(text: str, query: Query) -> str:
-    values = {"query": query.text, "instruction": query.instruction or _DEFAULT_INSTRUCTION}
-    return _SLOT.sub(lambda match: values[match[1]], text)
+    def _prompt(self, parts: Sequence[str], passages: Sequence[str]) -> Prompt:
+        return Prompt(
+            parts=tuple(parts),
+            passages=tuple(passages),
+            system=self.system,
+            chat=self.chat,
+            prefill=self.prefill,
+        )
+
+
+def _refuse_unknown(key: str, slots: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := set(slots) - set(known):
+        raise ValueError(f"{key} has the unknown slot {{{sorted(unknown)[0]}}}; known: {', '.join(known)}")
+
+
+def _fill(text: str, query: Query, values: Mapping[str, str] | None = None) -> str:
+    every = {"query": query.text, "instruction": query.instruction or _DEFAULT_INSTRUCTION, **(values or {})}
+    return _SLOT.sub(lambda match: every[match[1]], text)
 
 
 def load_template(name: str, method: str) -> Template:

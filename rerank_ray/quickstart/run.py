@@ -13,11 +13,11 @@ from rich.console import Console
 from rerank_ray import config, storage
 from rerank_ray.evaluate import EvaluationReport
 from rerank_ray.execution.pipeline import run_pipeline
-from rerank_ray.pipeline_settings import PipelineSettings
 from rerank_ray.quickstart.collection import build_collection
 from rerank_ray.report.page import CurvePoint, PageSystem, render_page
 from rerank_ray.report.tables import print_table
 from rerank_ray.runs import RunFolder
+from rerank_ray.settings.pipeline import PipelineSettings
 
 _TRAIN_QUERIES, _TEST_QUERIES = 150, 60
 _ROLES = {

@@ -7,7 +7,7 @@ import math
 from rerank_ray.models.protocol import Answer, Backend, Embed
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
-from rerank_ray.settings import BiEncoderRankerSettings
+from rerank_ray.settings.rankers import BiEncoderRankerSettings
 
 
 class BiEncoderRanker:

@@ -9,7 +9,7 @@ from rerank_ray.formats.trec import read_collection
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.retrieval.bm25 import BM25Index
-from rerank_ray.settings import BM25Settings
+from rerank_ray.settings.rankers import BM25Settings
 
 
 class BM25:

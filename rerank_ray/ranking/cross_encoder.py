@@ -5,7 +5,7 @@ from __future__ import annotations
 from rerank_ray.models.protocol import Backend, Pair
 from rerank_ray.ranking.pointwise import Steps, score_each
 from rerank_ray.records import CandidateList
-from rerank_ray.settings import CrossEncoderRankerSettings
+from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 
 class CrossEncoderRanker:

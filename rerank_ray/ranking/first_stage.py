@@ -6,7 +6,7 @@ import math
 
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
-from rerank_ray.settings import FirstStageSettings
+from rerank_ray.settings.rankers import FirstStageSettings
 
 
 class FirstStage:

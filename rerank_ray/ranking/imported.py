@@ -10,7 +10,7 @@ from rerank_ray.formats.lines import BadLines, first_character
 from rerank_ray.formats.trec import read_run
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
-from rerank_ray.settings import ImportedSettings
+from rerank_ray.settings.rankers import ImportedSettings
 
 
 class Imported:

@@ -6,7 +6,7 @@ from rerank_ray.models.protocol import Backend, LogLikelihood
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, score_each
 from rerank_ray.records import CandidateList
-from rerank_ray.settings import QueryLikelihoodSettings
+from rerank_ray.settings.rankers import QueryLikelihoodSettings
 
 
 class QueryLikelihood:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 from rerank_ray import storage
 from rerank_ray.errors import ConfigError, InputError
@@ -10,25 +11,26 @@ from rerank_ray.models.backends import load_backend
 from rerank_ray.models.resolve import resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
-from rerank_ray.ranking.bi_encoder import BiEncoderRanker
-from rerank_ray.ranking.bm25 import BM25
-from rerank_ray.ranking.cross_encoder import CrossEncoderRanker
-from rerank_ray.ranking.first_stage import FirstStage
-from rerank_ray.ranking.imported import Imported
-from rerank_ray.ranking.query_likelihood import QueryLikelihood
-from rerank_ray.ranking.yes_no import YesNo
 from rerank_ray.records import CandidateList
-from rerank_ray.settings import ModelSettings, RankerSettings
+from rerank_ray.settings.models import ModelSettings
+from rerank_ray.settings.rankers import RankerSettings
 
+# Names, not classes: a job imports the method it runs.
 METHODS = {
-    "yes_no": YesNo,
-    "query_likelihood": QueryLikelihood,
-    "cross_encoder": CrossEncoderRanker,
-    "bi_encoder": BiEncoderRanker,
-    "bm25": BM25,
-    "first_stage": FirstStage,
-    "imported": Imported,
+    "yes_no": "rerank_ray.ranking.yes_no:YesNo",
+    "query_likelihood": "rerank_ray.ranking.query_likelihood:QueryLikelihood",
+    "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
+    "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",
+    "bm25": "rerank_ray.ranking.bm25:BM25",
+    "first_stage": "rerank_ray.ranking.first_stage:FirstStage",
+    "imported": "rerank_ray.ranking.imported:Imported",
 }
+
+
+def method_class(name: str) -> type:
+    """The class of a ranking method; its settings are `rerank_ray.settings.rankers`' of the same `method`."""
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def preflight(settings: RankerSettings) -> None:
@@ -58,7 +60,7 @@ class Ranker:
             ConfigError: the model does not answer a call that the method makes.
             ModelError: the model can't be loaded.
         """
-        method = METHODS[settings.method]
+        method = method_class(settings.method)
         model = getattr(settings, "model", None)
         self._backend = None if model is None else load_backend(model)
         missing = method.needs - (self._backend.answers if self._backend else frozenset())

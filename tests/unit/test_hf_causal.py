@@ -17,7 +17,8 @@ from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Failure, LogLikelihood, NextToken, Prompt
 from rerank_ray.models.resolve import resolve
 from rerank_ray.ranking.rankers import Ranker
-from rerank_ray.settings import HFCausalSettings, ModelSettings, QueryLikelihoodSettings, YesNoSettings
+from rerank_ray.settings.models import HFCausalSettings, ModelSettings
+from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
 
 PASSAGES = ["cat", "the dog of beta " * 12, "", "café 😀 שלום", "alpha {query} gamma", "x" * 90] * 11
 

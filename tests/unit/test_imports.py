@@ -21,7 +21,6 @@ BRACKETS = [
     ["storage"],
     ["schema", "config"],
     ["settings", "runs"],
-    ["pipeline_settings"],
     ["formats", "prompts", "models", "losses", "metrics", "report"],
     ["retrieval"],
     ["ranking", "distill"],

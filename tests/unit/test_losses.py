@@ -16,7 +16,7 @@ from rerank_ray.losses.divergence import kl
 from rerank_ray.losses.layerwise import self_distillation
 from rerank_ray.losses.masking import masked_log_softmax, masked_zscore
 from rerank_ray.losses.pairwise import ranknet
-from rerank_ray.settings import LossSettings, ObjectiveSettings
+from rerank_ray.settings.distill import LossSettings, ObjectiveSettings
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

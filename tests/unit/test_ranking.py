@@ -25,14 +25,12 @@ from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.yes_no import YesNo
 from rerank_ray.records import Candidate, CandidateList, Query, Scores, Usage, ranking_of, with_gains
 from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, candidate_row, labels_from_row, ranking_from_row
-from rerank_ray.settings import (
+from rerank_ray.settings.models import CrossEncoderSettings, FakeSettings, HFCausalSettings
+from rerank_ray.settings.rankers import (
     BiEncoderRankerSettings,
     BM25Settings,
     CrossEncoderRankerSettings,
-    CrossEncoderSettings,
-    FakeSettings,
     FirstStageSettings,
-    HFCausalSettings,
     ImportedSettings,
     QueryLikelihoodSettings,
     YesNoSettings,

@@ -12,7 +12,9 @@ import pytest
 
 from rerank_ray.errors import RunError
 from rerank_ray.runs import RunFolder, resolve_input
-from rerank_ray.settings import ExecutionSettings, FakeSettings, LabelSettings, LimitSettings, YesNoSettings
+from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, LimitSettings
+from rerank_ray.settings.models import FakeSettings
+from rerank_ray.settings.rankers import YesNoSettings
 
 INPUTS = {"in": "0123"}
 

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from rerank_ray import config, pipeline_settings, settings
+from rerank_ray import config
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.jobs import LabelSettings, RerankSettings
+from rerank_ray.settings.pipeline import PipelineSettings
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
-    "label": settings.LabelSettings,
-    "distill": settings.DistillSettings,
-    "rerank": settings.RerankSettings,
-    "pipelines": pipeline_settings.PipelineSettings,
-    "quickstart": pipeline_settings.PipelineSettings,
+    "label": LabelSettings,
+    "distill": DistillSettings,
+    "rerank": RerankSettings,
+    "pipelines": PipelineSettings,
+    "quickstart": PipelineSettings,
 }
 FILES = sorted([*ROOT.glob("configs/*/*.yaml"), *ROOT.glob("rerank_ray/quickstart/*.yaml")])
 

@@ -29,7 +29,7 @@ from rerank_ray.models.bi_encoder import BiEncoder
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.protocol import Embed, Pair
 from rerank_ray.models.student import Student, load_student, new_student
-from rerank_ray.settings import BiEncoderSettings, CrossEncoderSettings, ModelSettings
+from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, ModelSettings
 
 QUERIES = ["cat", "alpha query", "the dog of beta", "iota"] * 2
 DOCUMENTS = [

@@ -14,7 +14,7 @@ from fixtures.tiny_models import WORDS
 
 from rerank_ray.distill.train import Trainer, World, train
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings import DistillSettings
+from rerank_ray.settings.distill import DistillSettings
 
 CANDIDATES = 6
 

@@ -6,15 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rerank_ray.config import Settings
-from rerank_ray.settings import (
-    CombineSettings,
-    DistillSettings,
-    EvaluateSettings,
-    Fraction,
-    LabelSettings,
-    RerankSettings,
-)
+from rerank_ray.config import Fraction, Settings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.jobs import CombineSettings, EvaluateSettings, LabelSettings, RerankSettings
 
 
 class BeirIngestSettings(Settings):

@@ -1,0 +1,91 @@
+"""Jobs over rows: label, rerank, combine, evaluate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from rerank_ray.config import Fraction, Settings
+from rerank_ray.settings.rankers import RankerSettings
+
+
+class ExecutionSettings(Settings):
+    """How rows are spread over the cluster; none of it changes a score, so a resumed run may change it."""
+
+    actors: PositiveInt = 1
+    """Model replicas."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """Logical CPUs a replica reserves; on a CPU replica also its torch threads, at least one."""
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs a replica reserves."""
+    memory_gb_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    """Memory a replica reserves, in GiB; 0 reserves none."""
+    rows_per_batch: PositiveInt = 16
+    """Queries that one call of a replica ranks side by side."""
+    rows_per_block: PositiveInt = 32
+    """Queries per output file: what a crash may cost."""
+    max_crashes_per_row: PositiveInt = 2
+    """A row whose work ended the replica's process this often becomes a row with `error`."""
+    no_progress_timeout_s: PositiveInt = 1800
+    """A run in which nothing finished for this long ends with an error."""
+
+
+class LimitSettings(Settings):
+    """Bounds beyond which a finished job counts as failed; its output is kept."""
+
+    max_error_rate: Fraction = 0.01
+    """Rows with `error` / rows."""
+    max_defect_rate: Fraction = 0.05
+    """Rows with at least one defect / rows."""
+
+
+class RankJobSettings(Settings):
+    """What the label and the rerank job share."""
+
+    input: str
+    """Candidate Parquet: a file, a folder or a run folder."""
+    execution: ExecutionSettings = ExecutionSettings()
+    limits: LimitSettings = LimitSettings()
+
+
+class LabelSettings(RankJobSettings):
+    """`rerank-ray label`: candidate lists to soft labels."""
+
+    teacher: RankerSettings
+
+
+class RerankSettings(RankJobSettings):
+    """`rerank-ray rerank`: candidate lists to rankings."""
+
+    ranker: RankerSettings
+    trec_run: bool = True
+    """Also write `run.trec` into the run folder."""
+
+
+class CombineSettings(Settings):
+    """`rerank-ray combine`: several label runs over the same candidates to one."""
+
+    inputs: Annotated[list[str], Field(min_length=2)]
+    """Label runs (folders)."""
+    method: Literal["zscore", "minmax", "rrf", "borda"] = "zscore"
+    """How scores of one query become comparable before they are averaged."""
+    weights: list[PositiveFloat] | None = None
+    """One weight a run; null weighs all alike."""
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_input(self) -> CombineSettings:
+        if self.weights is not None and len(self.weights) != len(self.inputs):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.inputs)} inputs")
+        return self
+
+
+class EvaluateSettings(Settings):
+    """`rerank-ray evaluate`: rankings against qrels."""
+
+    rankings: Annotated[dict[str, str], Field(min_length=1)]
+    """Name in the table -> run folder, candidate Parquet or TREC run."""
+    qrels: str
+    """TREC qrels or BEIR TSV."""
+    metrics: tuple[str, ...] = ("ndcg@10", "mrr@10")
+    """ranx names: ndcg@k, mrr@k, map@k, recall@k, precision@k; `-l2` counts gains from 2 as relevant."""

@@ -1,0 +1,84 @@
+"""Ranking methods: what a teacher, a baseline or a reranker is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from rerank_ray.config import Fraction, Settings
+from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, HFCausalSettings
+
+
+class YesNoSettings(Settings):
+    """Relevance generation: logit(yes) − logit(no) at the next position."""
+
+    method: Literal["yes_no"] = "yes_no"
+    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    prompt: str = "yes_no"
+    """A built-in template's name or the path of a YAML template."""
+
+
+class QueryLikelihoodSettings(Settings):
+    """Mean log-probability of the query's tokens after the passage."""
+
+    method: Literal["query_likelihood"] = "query_likelihood"
+    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    prompt: str = "query_likelihood"
+    """A built-in template's name or the path of a YAML template."""
+
+
+class CrossEncoderRankerSettings(Settings):
+    """The score of a cross-encoder."""
+
+    method: Literal["cross_encoder"] = "cross_encoder"
+    model: Annotated[CrossEncoderSettings | FakeSettings, Field(discriminator="kind")]
+
+
+class BiEncoderRankerSettings(Settings):
+    """Cosine of the query's and the document's embeddings."""
+
+    method: Literal["bi_encoder"] = "bi_encoder"
+    model: Annotated[BiEncoderSettings | FakeSettings, Field(discriminator="kind")]
+
+
+class BM25Settings(Settings):
+    """BM25 over a collection (Lucene's idf), whatever the first stage was."""
+
+    method: Literal["bm25"] = "bm25"
+    corpus: str
+    """The collection: `corpus.jsonl` in BEIR form, or TSV `id<tab>text`; each worker holds its index in memory."""
+    k1: PositiveFloat = 0.9
+    """Term-frequency saturation."""
+    b: Fraction = 0.4
+    """Length normalisation."""
+
+
+class FirstStageSettings(Settings):
+    """The first stage's score, as the candidates carry it."""
+
+    method: Literal["first_stage"] = "first_stage"
+
+
+class ImportedSettings(Settings):
+    """Scores read from a run file, for example another system's."""
+
+    method: Literal["imported"] = "imported"
+    run: Annotated[list[str], Field(min_length=1)]
+    """TREC run or hits files (JSON, JSONL, `.gz`); each worker holds them in memory."""
+    outside: Literal["missing", "lowest"] = "missing"
+    """A candidate outside the query's imported list: `missing` leaves it without a score (losses ignore it); `lowest`
+    gives it the list's lowest score, right when the list is the top of a full ranking, so that whatever it leaves out
+    scores no higher."""
+
+
+RankerSettings = Annotated[
+    YesNoSettings
+    | QueryLikelihoodSettings
+    | CrossEncoderRankerSettings
+    | BiEncoderRankerSettings
+    | BM25Settings
+    | FirstStageSettings
+    | ImportedSettings,
+    Field(discriminator="method"),
+]
