@@ -81,3 +81,7 @@ class FakeSettings(Settings):
     """Calls whose text holds this string fail."""
     crash_on: str | None = None
     """Calls whose text holds this string end the process at once, like a segmentation fault."""
+
+
+LanguageModelSettings = Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+"""Every kind of model that reads prompts, chosen by `kind`; a method that needs calls it does not answer refuses it."""

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat
 
 from rerank_ray.config import Fraction, Settings
-from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, HFCausalSettings
+from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, LanguageModelSettings
 
 
 class YesNoSettings(Settings):
     """Relevance generation: logit(yes) − logit(no) at the next position."""
 
     method: Literal["yes_no"] = "yes_no"
-    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    model: LanguageModelSettings
     prompt: str = "yes_no"
     """A built-in template's name or the path of a YAML template."""
 
@@ -23,7 +23,7 @@ class QueryLikelihoodSettings(Settings):
     """Mean log-probability of the query's tokens after the passage."""
 
     method: Literal["query_likelihood"] = "query_likelihood"
-    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    model: LanguageModelSettings
     prompt: str = "query_likelihood"
     """A built-in template's name or the path of a YAML template."""
 
