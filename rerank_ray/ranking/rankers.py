@@ -63,11 +63,12 @@ class Ranker:
         method = method_class(settings.method)
         model = getattr(settings, "model", None)
         self._backend = None if model is None else load_backend(model)
-        missing = method.needs - (self._backend.answers if self._backend else frozenset())
+        self._method = method(settings, self._backend)
+        # Of the object, not its class: what some methods ask depends on their settings.
+        missing = self._method.needs - (self._backend.answers if self._backend else frozenset())
         if missing:
             names = sorted(call.__name__ for call in missing)
             raise ConfigError(f"method {settings.method} needs {names}, which {self._backend.name} does not answer")
-        self._method = method(settings, self._backend)
 
     @property
     def name(self) -> str:
