@@ -1,7 +1,9 @@
 """What a model's text says: a permutation, scores or a label, with every repair recorded as a defect.
 
 No text makes a parser fail. A text that answers nothing (empty, a refusal, no answer in it) gives `None`, never a
-ranking made up by the repairs, and callers turn that into a missing label.
+ranking made up by the repairs, and callers turn that into a missing label. Each parser reads the answer that follows a
+text's reasoning. Patterns are possessive (`++`): a model may repeat one character a thousand times, and no such text
+may cost more than its length.
 """
 
 from __future__ import annotations
@@ -15,24 +17,40 @@ from dataclasses import dataclass
 from rerank_ray.records import Defect, DefectKind
 
 _QUOTED_CHARACTERS = 80
-_NUMBER = re.compile(r"\d+")
-# A decimal is one number: 8.5 is neither 8 nor 5.
-_DECIMAL = re.compile(r"[-+]?(?:\d+(?:[.,]\d+)?|\.\d+)(?:\s*/\s*\d+(?:\.\d+)?)?")
-_REFUSAL = re.compile(
-    r"\b(?:i['\u2019]?m sorry|i am sorry|i apologi[sz]e|sorry, (?:but )?i|as an ai\b"
-    r"|i (?:can(?:no|')t|cannot|can\u2019t|am unable|won['\u2019]t|will not|must decline)|i['\u2019]m unable"
-    r"|unable to (?:rank|comply|assist|help))",
-    re.IGNORECASE,
+_NAMES_IN_DETAIL = 20
+# Decimals are one number: 8.5 is neither 8 nor 5. So is 7/10, and so is 8,5, but not 1,000.
+_NUMBER = r"[-+]?+(?:[0-9]++(?:\.[0-9]++|,[0-9]{1,2}+(?![0-9]))?+|\.[0-9]++)"
+_FRACTION = re.compile(rf"(?<![\w.,])({_NUMBER})(?:\s*+(?:/|out\s+of)\s*+({_NUMBER}))?+(?!\w|,[0-9])", re.I)
+_CALLED_SCORE = re.compile(r"\b(?:scores?|rating|relevance|grade|answer)[\"'\s]*+(?:is|of|:|=)?+[\"'\s(\[]*+\Z", re.I)
+_SCALE = re.compile(
+    r"\b(?:scale|range|from|between)\b[^.\n0-9]{0,20}+[0-9]++\s*+(?:to|and|-|–)\s*+[0-9]++|\([0-9]++\s*+[-–]\s*+[0-9]++\)",
+    re.I,
 )
-_REASONING_END = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(?:i['’]?m sorry|i am sorry|i apologi[sz]e|sorry, (?:but )?i|as an ai\b"
+    r"|(?:i|we) (?:can(?:['’]?t| ?not)|could(?: not|n['’]t)|am unable|won['’]t|will not|must decline|refuse)\b"
+    r"|i['’]m (?:unable|not able)|unable to (?:rank|rate|score|comply|assist|help|determine)"
+    r"|(?:is|it['’]s) not possible to|impossible to|none of (?:the|these)\b)",
+    re.I,
+)
+_NOISE = re.compile(r"[*`#]|\b(?:passage|document|doc|candidate)s?\b", re.I)
+_ANOTHER_LABEL = re.compile(
+    r"[\s\]]*+(?:[,/&|]|and\b|or\b)[\s\[,]*+(?:(?:and|or)\b)?[\s\[]*+(?:(?:passage|document)\s*+\[?)?(\w++)",
+    re.I,
+)
+_THINK_TAG = re.compile(r"</?think(?:ing)?>", re.I)
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*+)(</answer>)?+", re.DOTALL | re.I)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permutation:
-    """`order`: a permutation of 0..N−1, best first, or None when the text ranks nothing; with the repairs made."""
+    """`order`: a permutation of 0..N−1, best first, or None when the text ranks nothing; with the repairs made.
+
+    The first `named` entries are the text's own; missing ones were appended after them.
+    """
 
     order: tuple[int, ...] | None
+    named: int = 0
     defects: tuple[Defect, ...] = ()
 
 
@@ -41,6 +59,14 @@ class ParsedScores:
     """One score for each identifier asked for; NaN where the text gives none."""
 
     scores: tuple[float, ...]
+    defects: tuple[Defect, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedScoreRows:
+    """One tuple of numbers for each identifier asked for; None where the text gives none."""
+
+    rows: tuple[tuple[float, ...] | None, ...]
     defects: tuple[Defect, ...] = ()
 
 
@@ -61,172 +87,273 @@ class ParsedLabel:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """A reasoning model's text as (rationale, answer): around `</think>`, then inside `<answer>` where there is one."""
-    end = _REASONING_END.match(text)
-    rationale, rest = (text[: end.end()], text[end.end() :]) if end else ("", text)
-    answers = _ANSWER.findall(rest)
-    if answers:
-        rationale, rest = rationale or rest[: rest.lower().rfind("<answer>")], answers[-1]
-    rationale = re.sub(r"</?think(?:ing)?>", "", rationale, flags=re.IGNORECASE).strip()
-    return rationale, rest.strip()
+    """A reasoning model's text as (rationale, answer): around `</think>`, then inside `<answer>` where there is one.
+
+    Reasoning that never ends has no answer. Where the prompt's prefill opens the think block, `text` is prefill + text,
+    or a text that was cut off while the model still reasoned could pass for an answer.
+    """
+    tags = list(_THINK_TAG.finditer(text))
+    if tags and not tags[-1][0].startswith("</"):
+        return _without_tags(text), ""
+    end = tags[-1].end() if tags else 0
+    answers = list(_ANSWER.finditer(text, end))
+    if not answers:
+        return _without_tags(text[:end]), text[end:].strip()
+    answer = next((a for a in reversed(answers) if a[2]), answers[-1])
+    return _without_tags(text[: end or answer.start()]), answer[1].strip()
+
+
+def _without_tags(text: str) -> str:
+    return _THINK_TAG.sub("", text).strip()
 
 
 def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = False) -> Permutation:
     """Read `[2] > [1] > …`; the first of repeated identifiers counts, unknown ones are dropped, and missing ones follow
     in input order (RankGPT, Sun et al. 2023).
 
+    A chain of bracketed identifiers is a ranking whatever stands around it. Anything less (bare numbers, a list, prose
+    that mentions passages) must name half of the passages, or be the whole answer: an order that is mostly the input's
+    is not the model's.
+
     Args:
         identifiers: the labels of the N passages as the prompt shows them, "1", "2", … or "A", "B", …
         cut_off: the text ended at its token limit.
     """
-    defects = [Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text))] if cut_off else []
-    nothing = _nothing_in(text)
+    _, answer = split_reasoning(text)
+    cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
     index_of = {name.upper(): i for i, name in enumerate(identifiers)}
-    found = [] if nothing else _identifiers_in(text, identifiers)
+    found, rivals, kind = _ranked_names(answer, index_of, cut_off)
     known = [index_of[name] for name in found if name in index_of]
     if not known:
-        kind = nothing or (DefectKind.OUT_OF_RANGE if found else DefectKind.UNPARSED)
-        return Permutation(order=None, defects=(*defects, Defect(kind=kind, detail=_quoted(text))))
-    order = list(dict.fromkeys(known))
-    missing = [i for i in range(len(identifiers)) if i not in set(order)]
-    strangers = [name for name in found if name not in index_of]
-    repeated = [identifiers[i] for i in order if known.count(i) > 1]
-    for kind, names in (
-        (DefectKind.OUT_OF_RANGE, strangers),
-        (DefectKind.REPEATED, repeated),
+        kind = kind or (DefectKind.OUT_OF_RANGE if found else DefectKind.UNPARSED)
+        return Permutation(order=None, defects=(*cut, Defect(kind=kind, detail=_quoted(answer))))
+    named = list(dict.fromkeys(known))
+    missing = [i for i in range(len(identifiers)) if i not in set(named)]
+    repeated = [identifiers[i] for i in named if known.count(i) > 1]
+    defects = _defects(
+        f" in {_quoted(answer)}",
+        (DefectKind.OUT_OF_RANGE, [name for name in found if name not in index_of]),
+        (DefectKind.REPEATED, repeated or (["two different rankings"] if rivals else [])),
         (DefectKind.MISSING, [identifiers[i] for i in missing]),
-    ):
-        if names:
-            defects.append(Defect(kind=kind, detail=f"{', '.join(names[:20])} in {_quoted(text)}"))
-    return Permutation(order=(*order, *missing), defects=tuple(defects))
+    )
+    return Permutation(order=(*named, *missing), named=len(named), defects=(*cut, *defects))
 
 
-def _identifiers_in(text: str, identifiers: Sequence[str]) -> list[str]:
-    """Bracketed identifiers, upper-case; bare ones where the text brackets nothing."""
-    if all(name.isdigit() for name in identifiers):
-        bracketed = [str(int(n)) for inner in re.findall(r"\[([\d,;>\s]+)\]", text) for n in _NUMBER.findall(inner)]
-        if bracketed:
-            return bracketed
-        # A bare list: numbers joined by '>' or ',' and nothing else, so that "the 3 passages" ranks nothing.
-        chains = re.findall(r"\d+(?:\s*[>,]\s*\d+)+", text)
-        chain = max(chains, key=len, default="")
-        return [str(int(n)) for n in _NUMBER.findall(chain or (text if text.strip().isdigit() else ""))]
-    bracketed = [n.upper() for n in re.findall(r"\[\s*([A-Za-z]{1,2})\s*\]", text)]
-    if bracketed:
-        return bracketed
-    chains = re.findall(r"\b[A-Z]{1,2}(?:\s*[>,]\s*[A-Z]{1,2}\b)+", text)
-    chain = max(chains, key=len, default="")
-    alone = text.strip(" .\n")
-    return re.findall(r"[A-Z]{1,2}", chain) or ([alone.upper()] if re.fullmatch(r"[A-Za-z]{1,2}", alone) else [])
+def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[list[str], bool, DefectKind | None]:
+    """(identifiers in the answer's order, whether it also ranks the same ones otherwise, why it holds none)."""
+    if not answer:
+        return [], False, DefectKind.EMPTY
+    numeric = all(name.isdigit() for name in known)
+    text = _NOISE.sub("", answer)
+    if cut_off and numeric:
+        # The last number may lack digits.
+        text = re.sub(r"(?<![0-9])[0-9]++\s*+\Z", "", text)
+    bracketed = r"\[\s*+[0-9]++\s*+\]" if numeric else r"\[\s*+[A-Za-z]\s*+\]"
+    bare = r"(?<![\w.])[0-9]++(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))" if numeric else r"(?<!\w)[A-Z](?!\w)"
+    item = rf"(?:{bracketed}|{bare})"
+    chains = [(m.start(), _names(m[0])) for m in re.finditer(rf"{item}(?:\s*+>\s*+{item})++", text)]
+    refusal = _REFUSAL.search(text)
+    if chains:
+        start, best = max(enumerate(chains), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))[1]
+        count = len(set(best) & set(known))
+        refused = refusal is not None and refusal.start() < start
+        if 2 * count >= len(known) or ("[" in text[start : start + 1] and not refused):
+            return best, any(sorted(other) == sorted(best) and other != best for _, other in chains), None
+    lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:[\s,;]++{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
+    found = [(m.start(), _names(m[1] or m[2])) for m in re.finditer(lists, text, re.MULTILINE)]
+    mentions = list(re.finditer(bracketed, text))
+    found += [(mentions[0].start(), _names(" ".join(m[0] for m in mentions)))] if mentions else []
+    whole = re.fullmatch(rf"\s*+({item})[\s.]*+", text)
+    found += [(0, _names(whole[1]))] if whole else []
+    start, names = max(found, key=lambda f: len(set(f[1]) & set(known)), default=(len(text), []))
+    if refusal and refusal.start() < start:
+        return [], False, DefectKind.REFUSAL
+    count = len(set(names) & set(known))
+    nothing_else = re.fullmatch(rf"(?:{item}|[\s,;>.])*+", text)
+    return (names, False, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], False, None)
 
 
-def parse_scores(text: str, identifiers: Sequence[str], *, low: float, high: float) -> ParsedScores:
+def _names(text: str) -> list[str]:
+    """Every number without leading zeros, or letter, of a text that holds nothing else but separators."""
+    return [n.lstrip("0") or "0" if n[0].isdigit() else n.upper() for n in re.findall(r"[0-9]++|[A-Za-z]", text)]
+
+
+def parse_scores(
+    text: str, identifiers: Sequence[str], *, low: float, high: float, cut_off: bool = False
+) -> ParsedScores:
     """Read one number an identifier from JSON (`{"1": 7, …}`) or from lines such as `[1]: 7`.
 
     A member that is left out, or whose number lies outside [low, high], has no score: it is missing, not 0
     (GroupRank, Sun et al. 2025).
     """
-    nothing = _nothing_in(text)
-    missing_all = tuple(math.nan for _ in identifiers)
-    if nothing:
-        return ParsedScores(scores=missing_all, defects=(Defect(kind=nothing, detail=_quoted(text)),))
-    entries = _json_entries(text) or _line_entries(text)
-    if not entries:
-        return ParsedScores(scores=missing_all, defects=(Defect(kind=DefectKind.UNPARSED, detail=_quoted(text)),))
-    values: dict[str, float] = {}
-    repeated, outside, strangers = [], [], []
+    parsed = parse_score_rows(text, identifiers, [(low, high)], cut_off=cut_off)
+    scores = tuple(math.nan if row is None else row[0] for row in parsed.rows)
+    return ParsedScores(scores=scores, defects=parsed.defects)
+
+
+def parse_score_rows(
+    text: str, identifiers: Sequence[str], bounds: Sequence[tuple[float, float]], *, cut_off: bool = False
+) -> ParsedScoreRows:
+    """Read `len(bounds)` numbers an identifier from JSON (`{"1": [7, 4.5], …}`) or from lines such as `[1]: 7, 4.5`.
+
+    The first of repeated identifiers counts. One that is left out, or has a number outside its [low, high] or another
+    count of numbers, has none.
+
+    Args:
+        bounds: (low, high) of each number, both included.
+        cut_off: the text ended at its token limit; a number at its very end is not read.
+    """
+    _, answer = split_reasoning(text)
+    cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
+    if cut_off:
+        answer = re.sub(r"(?<![0-9.])[0-9.]++\s*+\Z", "", answer)
     known = {name.upper() for name in identifiers}
-    for raw_name, value in entries:
-        name = raw_name.upper()
-        if name not in known:
-            strangers.append(raw_name)
-        elif name in values:
-            repeated.append(raw_name)
+    entries = _json_entries(answer, known, {high for _, high in bounds}) or _line_entries(answer, bounds)
+    if not entries:
+        kind = _nothing_in(answer) or DefectKind.UNPARSED
+        nothing = (*cut, Defect(kind=kind, detail=_quoted(text)))
+        return ParsedScoreRows(rows=(None,) * len(identifiers), defects=nothing)
+    rows: dict[str, tuple[float, ...] | None] = {}
+    repeated, outside, strangers = [], [], []
+    for name, values in entries:
+        if name.upper() not in known:
+            strangers.append(name)
+        elif name.upper() in rows:
+            repeated.append(name)
         else:
-            if not low <= value <= high:
-                outside.append(f"{raw_name}={value:g}")
-            values[name] = value if low <= value <= high else math.nan
-    missing = [name for name in identifiers if name.upper() not in values]
-    defects = [
-        Defect(kind=kind, detail=", ".join(names[:20]))
-        for kind, names in (
-            (DefectKind.OUT_OF_RANGE, strangers + outside),
-            (DefectKind.REPEATED, repeated),
-            (DefectKind.MISSING, missing),
-        )
-        if names
-    ]
-    scores = tuple(values.get(name.upper(), math.nan) for name in identifiers)
-    return ParsedScores(scores=scores, defects=tuple(defects))
+            fits = len(values) == len(bounds) and all(lo <= v <= hi for v, (lo, hi) in zip(values, bounds, strict=True))
+            rows[name.upper()] = values if fits else None
+            if not fits:
+                outside.append(f"{name}={', '.join(f'{v:g}' for v in values)}")
+    defects = _defects(
+        "",
+        (DefectKind.OUT_OF_RANGE, strangers + outside),
+        (DefectKind.REPEATED, repeated),
+        (DefectKind.MISSING, [name for name in identifiers if name.upper() not in rows]),
+    )
+    return ParsedScoreRows(rows=tuple(rows.get(n.upper()) for n in identifiers), defects=(*cut, *defects))
 
 
-def _json_entries(text: str) -> list[tuple[str, float]]:
-    """(identifier, number) of the last JSON object in the text, repeats kept; [] when there is none."""
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs)
-    for start in reversed([m.start() for m in re.finditer(r"\{", text)]):
+def _json_entries(text: str, known: set[str], wholes: set[float]) -> list[tuple[str, tuple[float, ...]]]:
+    """(identifier, numbers) of the JSON object that names most identifiers, the last of equals; repeats are kept."""
+    # Integers as floats: Python refuses to read an integer of 5,000 digits.
+    decoder = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float)
+    best, most = [], 0
+    for start in (m.start() for m in re.finditer(r"\{", text)):
         try:
-            pairs, _ = decoder.raw_decode(text[start:])
+            pairs, _ = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
-        entries = []
-        for name, value in pairs:
-            if isinstance(value, str):
-                number = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*(?:/\s*\d+)?\s*", value)
-                value = float(number[1]) if number else None
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                entries.append((name.strip(" []"), float(value)))
-        if entries:
-            return entries
-    return []
+        numbers = [(_NOISE.sub("", name).strip(" []."), _numbers(value, wholes)) for name, value in pairs]
+        entries = [(name, values) for name, values in numbers if values]
+        count = len({name.upper() for name, _ in entries} & known)
+        if entries and count >= most:
+            best, most = entries, count
+    return best
 
 
-def _line_entries(text: str) -> list[tuple[str, float]]:
-    pattern = re.compile(r"\[?\s*(\d+|[A-Za-z])\s*\]?\s*[:=]\s*([-+]?\d+(?:\.\d+)?)")
-    return [(m[1], float(m[2])) for m in pattern.finditer(text)]
+def _numbers(value: object, wholes: set[float]) -> tuple[float, ...]:
+    """A JSON value as finite numbers: 7, "7", "7/10" where 10 is among `wholes`, [7, 4.5]; () for anything else."""
+    values = value if isinstance(value, list) else [value]
+    read = []
+    for v in values:
+        match = _FRACTION.fullmatch(v.strip()) if isinstance(v, str) else None
+        read.append(_as_float(match[1]) if match and (match[2] is None or _as_float(match[2]) in wholes) else v)
+    return tuple(read) if all(isinstance(v, float) and math.isfinite(v) for v in read) else ()
 
 
-def parse_score(text: str, *, low: float, high: float) -> ParsedScore:
-    """The number a text answers with: the last one of its answer. Decimals are read whole, and 7/10 is 7."""
-    nothing = _nothing_in(text)
-    if nothing:
-        return ParsedScore(score=None, defects=(Defect(kind=nothing, detail=_quoted(text)),))
-    numbers = [m[0] for m in _DECIMAL.finditer(text)]
-    if not numbers:
-        return ParsedScore(score=None, defects=(Defect(kind=DefectKind.UNPARSED, detail=_quoted(text)),))
-    value = float(numbers[-1].split("/")[0].strip().replace(",", "."))
-    if not low <= value <= high:
-        return ParsedScore(score=None, defects=(Defect(kind=DefectKind.OUT_OF_RANGE, detail=_quoted(text)),))
-    return ParsedScore(score=value)
+def _line_entries(text: str, bounds: Sequence[tuple[float, float]]) -> list[tuple[str, tuple[float, ...]]]:
+    number = r"[-+]?+[0-9]++(?:\.[0-9]++)?+"
+    pattern = re.compile(
+        r"(?:^|[,;{(])[\s\-•\"']*+\[?\s*+([0-9]++|[A-Za-z])\s*+\]?[\s\"']*+[:=]\s*+\[?\s*+"
+        rf"({number}(?:\s*+,\s*+{number}){{{len(bounds) - 1}}})(?![\w]|\.[0-9])(?:\s*+/\s*+([0-9]++))?+",
+        re.MULTILINE,
+    )
+    return [
+        (m[1].lstrip("0") or "0" if m[1].isdigit() else m[1], tuple(float(n) for n in re.findall(number, m[2])))
+        for m in pattern.finditer(_NOISE.sub("", text))
+        if m[3] is None or float(m[3]) == bounds[-1][1]
+    ]
 
 
-def parse_label(text: str, labels: Sequence[str]) -> ParsedLabel:
-    """The one label that a text names, alone or as "Passage A", "[A]", "A."; two different ones name none."""
-    nothing = _nothing_in(text)
-    if nothing:
-        return ParsedLabel(index=None, defects=(Defect(kind=nothing, detail=_quoted(text)),))
+def parse_score(text: str, *, low: float, high: float, cut_off: bool = False) -> ParsedScore:
+    """The number a text answers with: the last one said to be the score, or the only one there is.
+
+    "8", "8. It …" and "the score is 8" say so. Decimals are read whole; 7/10 and "7 out of 10" are 7 where 10 is
+    `high`, and no score otherwise. A text that was cut off may not have come to its answer, so that an only number
+    means nothing there.
+    """
+    _, answer = split_reasoning(text)
+    cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
+    plain = _SCALE.sub("", answer)
+    numbers = [m for m in _FRACTION.finditer(plain) if not (cut_off and m.end() == len(plain))]
+    stated = [m for m in numbers if _is_stated(plain, m)]
+    kind = None if stated else _nothing_in(answer)
+    alone = not cut_off and kind is None and len({m[0] for m in numbers}) == 1
+    if not stated and not alone:
+        defect = Defect(kind=kind or DefectKind.UNPARSED, detail=_quoted(text))
+        return ParsedScore(score=None, defects=(*cut, defect))
+    chosen = (stated or numbers)[-1]
+    value = _as_float(chosen[1])
+    if not low <= value <= high or (chosen[2] is not None and _as_float(chosen[2]) != high):
+        return ParsedScore(score=None, defects=(*cut, Defect(kind=DefectKind.OUT_OF_RANGE, detail=_quoted(text))))
+    return ParsedScore(score=value, defects=cut)
+
+
+def _is_stated(text: str, number: re.Match) -> bool:
+    before = text[max(0, number.start() - 40) : number.start()]
+    if _CALLED_SCORE.search(before):
+        return True
+    return not text[: number.start()].strip(" \n\t\"'([") and re.match(r"[ \t]++\w", text[number.end() :]) is None
+
+
+def _as_float(number: str) -> float:
+    return float(number.replace(",", "."))
+
+
+def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> ParsedLabel:
+    """The one label that a text names, alone or as "Passage A", "[A]", "A."; two different ones name none.
+
+    Args:
+        cut_off: the text ended at its token limit; a defect only where it names no label.
+    """
+    _, answer = split_reasoning(text)
     index_of = {label.upper(): i for i, label in enumerate(labels)}
-    start = re.match(r"\W*(?:(?:passage|document|answer(?:\s+is)?)\W+)*(\w+)", text, re.IGNORECASE)
-    if start and start[1].upper() in index_of and (len(start[1]) > 1 or _stands_alone(text, start.end(1))):
+    start = re.match(r"\W*+(?:(?:the|passage|document|answer|is)\b\W*+)*+(\w++)", answer, re.I)
+    if start and start[1].upper() in index_of and _stands_alone(answer, start, index_of):
         return ParsedLabel(index=index_of[start[1].upper()])
-    pattern = r"(?:\[\s*|\b(?:passage|document)\s+\[?)({})\b".format("|".join(re.escape(n) for n in labels))
-    named = list(dict.fromkeys(index_of[m.upper()] for m in re.findall(pattern, text, re.IGNORECASE)))
-    if len(named) == 1:
-        return ParsedLabel(index=named[0])
-    stranger = re.match(r"\W*(?:passage\s+)?\[?([A-Z]|\d+)\]?\W*$", text)
-    kind = DefectKind.OUT_OF_RANGE if stranger else DefectKind.UNPARSED
-    return ParsedLabel(index=None, defects=(Defect(kind=kind, detail=_quoted(text)),))
+    kind = _nothing_in(answer)
+    if kind is None:
+        choices = "|".join(re.escape(n) for n in sorted(labels, key=len, reverse=True))
+        pattern = rf"(?:\[\s*+|\b(?:passage|document)\s++\[?)({choices})(?!\w)"
+        named = list(dict.fromkeys(index_of[m.upper()] for m in re.findall(pattern, answer, re.I)))
+        if len(named) == 1:
+            return ParsedLabel(index=named[0])
+        stranger = re.fullmatch(r"\W*+(?:(?i:passage)\s++)?\[?([A-Z]|[0-9]++)\]?\W*+", answer)
+        kind = DefectKind.OUT_OF_RANGE if stranger else DefectKind.UNPARSED
+    return ParsedLabel(
+        index=None, defects=(Defect(kind=DefectKind.CUT_OFF if cut_off else kind, detail=_quoted(text)),)
+    )
 
 
-def _stands_alone(text: str, end: int) -> bool:
-    """A one-letter label is a label when no sentence follows it: "A" or "A." or "A\\n…", not "A good question"."""
-    return re.match(r"\s*(?:[\W_]|$)", text[end:]) is not None and not re.match(r"[ \t]+\w", text[end:])
+def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> bool:
+    """Whether a label at the start is the answer: "A", "A." or "A\\n…", but not "A good question", nor "A or B"."""
+    rest = answer[label.end() :]
+    if re.match(r"[.,][0-9]", rest) or (len(label[1]) == 1 and re.match(r"[ \t]++\w", rest)):
+        return False
+    other = _ANOTHER_LABEL.match(rest)
+    return other is None or other[1].upper() not in index_of or other[1].upper() == label[1].upper()
 
 
 def _nothing_in(text: str) -> DefectKind | None:
     """Why a text holds no answer at all: it is empty, or it refuses."""
     if not text.strip():
         return DefectKind.EMPTY
-    return DefectKind.REFUSAL if _REFUSAL.search(text[:400]) else None
+    return DefectKind.REFUSAL if _REFUSAL.search(text) else None
+
+
+def _defects(where: str, *kinds: tuple[DefectKind, Sequence[str]]) -> list[Defect]:
+    return [Defect(kind=k, detail=f"{', '.join(n[:_NAMES_IN_DETAIL])}{where}") for k, n in kinds if n]
 
 
 def _quoted(text: str) -> str:
