@@ -115,6 +115,8 @@ class Answer:
     usage: Usage
     cut_off: bool = False
     """A generated text that ended at `max_tokens`."""
+    log_probability: float | None = None
+    """Natural-log probability of a generated text, the sum over its tokens; None where the backend does not know it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ A template file has these keys:
     about: one line on where it comes from
     system: system message, or left out
     chat: true when the text is the user's turn of a chat
+    instruction: what {instruction} is for a query that has none
     text: the prompt. {query} and {instruction} may stand anywhere; {passage} for methods that show one passage,
         {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its length
     passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
@@ -34,7 +35,6 @@ from rerank_ray.records import Candidate, Query
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _PASSAGE_SLOT = re.compile(r"(\{passage\}|\{passage_a\}|\{passage_b\}|\{passages\})")
-_DEFAULT_INSTRUCTION = "Given a search query, find passages that answer it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +49,10 @@ class _Needs:
 _NEEDS = {
     "yes_no": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
+    "fine_grained": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
+    "erank": _Needs(slots=frozenset({"query", "passage"})),
 }
-_KEY_HINTS = {"labels": ": [relevant, not relevant]", "continuation": " with the slot {query}"}
+_KEY_HINTS = {"labels": ": answer words", "continuation": " with the slot {query}"}
 
 
 class Template(Settings):
@@ -61,6 +63,8 @@ class Template(Settings):
     about: str
     system: str | None = None
     chat: bool = True
+    instruction: str = "Given a search query, find passages that answer it"
+    """What `{instruction}` is for a query that has none."""
     text: str
     passage: str | None = None
     """List methods: one entry of the list."""
@@ -69,7 +73,7 @@ class Template(Settings):
     prefill: str = ""
     """How the model's own turn begins."""
     labels: tuple[str, ...] | None = None
-    """Answer words; yes_no: relevant, not relevant."""
+    """Answer words; yes_no: relevant, not relevant; fine_grained: from the least relevant level to the most."""
     continuation: str | None = None
     """query_likelihood: the text whose log-likelihood is the score; `{query}` is its slot."""
 
@@ -90,6 +94,8 @@ class Template(Settings):
                 raise ValueError(f"a {self.method} template needs {key}{_KEY_HINTS.get(key, '')}")
         if self.method == "yes_no" and len(self.labels) != 2:
             raise ValueError("labels must be two: [relevant, not relevant]")
+        if self.method == "fine_grained" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError("labels must be two or more different levels, the least relevant first")
         if self.continuation is not None:
             _refuse_unknown("continuation", _SLOT.findall(self.continuation), ["query", "instruction"])
             if "{query}" not in self.continuation:
@@ -125,18 +131,22 @@ class Template(Settings):
         """The prompt over a list of passages; `identifiers` are how the model shall name them."""
         before, after = self.text.split("{passages}")
         values = {"count": str(len(passages))}
-        parts, texts = [_fill(before, query, values)], []
+        parts, texts = [self._fill(before, query, values)], []
         head, tail = self.passage.split("{passage}")
         for i, (passage, identifier) in enumerate(zip(passages, identifiers, strict=True)):
             entry = {"identifier": identifier, "score": "" if scores is None else f"{scores[i]:.2f}"}
-            parts[-1] += (self.separator if i else "") + _fill(head, query, entry)
+            parts[-1] += (self.separator if i else "") + self._fill(head, query, entry)
             texts.append(passage)
-            parts.append(_fill(tail, query, entry))
-        parts[-1] += _fill(after, query, values)
+            parts.append(self._fill(tail, query, entry))
+        parts[-1] += self._fill(after, query, values)
         return self._prompt(parts, texts)
 
     def continued(self, query: Query) -> str:
-        return _fill(self.continuation, query)
+        return self._fill(self.continuation, query)
+
+    def _fill(self, text: str, query: Query, values: Mapping[str, str] | None = None) -> str:
+        every = {"query": query.text, "instruction": query.instruction or self.instruction, **(values or {})}
+        return _SLOT.sub(lambda match: every[match[1]], text)
 
     def _made(self, query: Query, passages: Mapping[str, str]) -> Prompt:
         parts, texts = [""], []
@@ -145,7 +155,7 @@ class Template(Settings):
                 texts.append(passages[piece])
                 parts.append("")
             else:
-                parts[-1] += _fill(piece, query)
+                parts[-1] += self._fill(piece, query)
         return self._prompt(parts, texts)
 
     def _prompt(self, parts: Sequence[str], passages: Sequence[str]) -> Prompt:
@@ -161,11 +171,6 @@ class Template(Settings):
 def _refuse_unknown(key: str, slots: Sequence[str], known: Sequence[str]) -> None:
     if unknown := set(slots) - set(known):
         raise ValueError(f"{key} has the unknown slot {{{sorted(unknown)[0]}}}; known: {', '.join(known)}")
-
-
-def _fill(text: str, query: Query, values: Mapping[str, str] | None = None) -> str:
-    every = {"query": query.text, "instruction": query.instruction or _DEFAULT_INSTRUCTION, **(values or {})}
-    return _SLOT.sub(lambda match: every[match[1]], text)
 
 
 def load_template(name: str, method: str) -> Template:

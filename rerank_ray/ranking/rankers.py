@@ -18,6 +18,8 @@ from rerank_ray.settings.rankers import RankerSettings
 # Names, not classes: a job imports the method it runs.
 METHODS = {
     "yes_no": "rerank_ray.ranking.yes_no:YesNo",
+    "fine_grained": "rerank_ray.ranking.fine_grained:FineGrained",
+    "erank": "rerank_ray.ranking.erank:ERank",
     "query_likelihood": "rerank_ray.ranking.query_likelihood:QueryLikelihood",
     "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
     "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",

@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
-from rerank_ray.models.protocol import Backend, NextToken
+import math
+from collections.abc import Sequence
+
+from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, NextToken, Result
+from rerank_ray.prompts.parse import parse_label
 from rerank_ray.prompts.render import load_template
-from rerank_ray.ranking.pointwise import Steps, score_each
+from rerank_ray.ranking.pointwise import Steps, Value, score_each, scores_from
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.rankers import YesNoSettings
 
 
 class YesNo:
-    """Score = log p(yes) − log p(no) at the next position; the sigmoid of it is p(yes) among the two."""
+    """Score = log p(yes) − log p(no) at the next position, or another reading of the same position.
 
-    needs = frozenset({NextToken})
+    `probability` is p(yes) among the two answers. `sampled` is 1 + p where the answer is yes and 1 − p where it is no,
+    p the answer's probability: the form for servers that tell one sampled token's probability and no other's. From a
+    backend that has both answers' logits, p is that of the likelier one among the two.
+    """
 
     def __init__(self, settings: YesNoSettings, backend: Backend) -> None:
         self.template = load_template(settings.prompt, "yes_no")
-        if hasattr(backend, "check_labels"):
+        self.generates = settings.score == "sampled" and NextToken not in backend.answers
+        self.needs = frozenset({Generate if self.generates else NextToken})
+        if hasattr(backend, "check_labels") and not self.generates:
             backend.check_labels(self.template.labels)
-        self.name = f"yes_no:{backend.name}:prompt={self.template.digest}"
+        self.read = {"log_odds": _log_odds, "probability": _probability, "sampled": _sampled}[settings.score]
+        form = "" if settings.score == "log_odds" else f":score={settings.score}"
+        self.name = f"yes_no:{backend.name}:prompt={self.template.digest}{form}"
 
     def rank(self, request: CandidateList) -> Steps:
-        calls = [
-            NextToken(prompt=self.template.prompt(request.query, c), labels=self.template.labels)
-            for c in request.candidates
-        ]
-        return score_each(request, calls, lambda logits: logits[0] - logits[1])
+        prompts = [self.template.prompt(request.query, c) for c in request.candidates]
+        if not self.generates:
+            calls = [NextToken(prompt=prompt, labels=self.template.labels) for prompt in prompts]
+            return score_each(request, calls, self.read)
+        return self._rank_by_generating(request, [Generate(prompt=prompt, max_tokens=1) for prompt in prompts])
+
+    def _rank_by_generating(self, request: CandidateList, calls: Sequence[Generate]) -> Steps:
+        results = yield list(calls)
+        return scores_from(request, [_generated(result, self.template.labels) for result in results])
+
+
+def _log_odds(logits: Sequence[float]) -> float:
+    return logits[0] - logits[1]
+
+
+def _probability(logits: Sequence[float]) -> float:
+    """The softmax of two is the sigmoid of their difference, here without overflow."""
+    return 0.5 * (1.0 + math.tanh(0.5 * _log_odds(logits)))
+
+
+def _sampled(logits: Sequence[float]) -> float:
+    yes = _probability(logits)
+    return 1.0 + yes if yes >= 0.5 else yes
+
+
+def _generated(result: Result, labels: Sequence[str]) -> Value:
+    if not isinstance(result, Answer):
+        return result
+    label = parse_label(result.value, labels)
+    if label.index is None:
+        return label.defects[0]
+    if result.log_probability is None:
+        return Failure(reason="the backend did not tell the probability of its answer")
+    p = math.exp(result.log_probability)
+    return 1.0 + p if label.index == 0 else 1.0 - p

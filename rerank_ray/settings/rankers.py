@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, LanguageModelSettings
@@ -17,6 +17,41 @@ class YesNoSettings(Settings):
     model: LanguageModelSettings
     prompt: str = "yes_no"
     """A built-in template's name or the path of a YAML template."""
+    score: Literal["log_odds", "probability", "sampled"] = "log_odds"
+    """log_odds: log p(yes) − log p(no); probability: p(yes) among the two; sampled: 1 + p if the answer is yes and
+    1 − p if it is no, for servers that tell the probability of a sampled token only."""
+
+
+class FineGrainedSettings(Settings):
+    """Relevance on a scale, or in several levels in words."""
+
+    method: Literal["fine_grained"] = "fine_grained"
+    model: LanguageModelSettings
+    prompt: str = "fine_grained"
+    """A built-in template's name (`fine_grained`: 0 to 4; `fine_grained_levels`: three levels in words) or the path of
+    a YAML template."""
+    score: Literal["expectation", "top"] = "expectation"
+    """expectation: Σ p_k·k over the levels 0..K; top: the log-likelihood of the most relevant level."""
+    read: Literal["next_token", "log_likelihood"] = "next_token"
+    """expectation: levels of one token from the next token's logits, one call a candidate; or levels of any length from
+    their log-likelihoods, one call a candidate and level."""
+
+
+class ERankSettings(Settings):
+    """An integer 0 to 10 after reasoning; the reasoning is kept as the rationale."""
+
+    method: Literal["erank"] = "erank"
+    model: LanguageModelSettings
+    prompt: str = "erank"
+    """A built-in template's name or the path of a YAML template."""
+    score: Literal["weighted", "integer"] = "weighted"
+    """weighted: the integer times its probability, which takes a second call a candidate; integer: as it is."""
+    max_tokens: PositiveInt = 1024
+    """Of reasoning and answer together."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 is greedy."""
+    seed: NonNegativeInt = 0
+    """Of sampling."""
 
 
 class QueryLikelihoodSettings(Settings):
@@ -74,6 +109,8 @@ class ImportedSettings(Settings):
 
 RankerSettings = Annotated[
     YesNoSettings
+    | FineGrainedSettings
+    | ERankSettings
     | QueryLikelihoodSettings
     | CrossEncoderRankerSettings
     | BiEncoderRankerSettings

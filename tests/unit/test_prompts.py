@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.config import validate
+from rerank_ray.config import read_yaml, validate
 from rerank_ray.errors import ConfigError
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Candidate, Query
@@ -59,7 +59,7 @@ def test_the_title_stands_before_the_passage():
             "unknown slot {document}; known: query, instruction, passage",
         ),
         (YES_NO | {"text": "{query} {passage} {passage}"}, "text must hold the slot {passage} once"),
-        (YES_NO | {"labels": None}, "a yes_no template needs labels: [relevant, not relevant]"),
+        (YES_NO | {"labels": None}, "a yes_no template needs labels: answer words"),
         (YES_NO | {"labels": ["Yes"]}, "labels"),
         (YES_NO | {"labels": [True, "No"]}, "labels.0: Input should be a valid string (given: True)"),
         (LIKELIHOOD | {"continuation": None}, "needs continuation with the slot {query}"),
@@ -95,15 +95,17 @@ def test_the_digest_changes_with_what_the_model_sees():
     "name", [f.name.removesuffix(".yaml") for f in (resources.files("rerank_ray.prompts") / "templates").iterdir()]
 )
 def test_every_built_in_template_is_valid(name: str):
-    """Each is named after the method it is written for, and loads from a path too."""
-    made = load_template(name, name)
-    assert made.method == name
+    """A method's own template has its name, every other one names its method, and each loads from a path."""
     path = str(resources.files("rerank_ray.prompts") / "templates" / f"{name}.yaml")
-    assert load_template(path, name) == made
+    method = read_yaml(path)["method"]
+    assert load_template(path, method) == load_template(name, method)
+    assert load_template(method, method).method == method
 
 
 def test_templates_that_are_not_there():
-    with pytest.raises(ConfigError, match=r"no built-in template 'yesno'; known: query_likelihood, yes_no, or give a"):
+    with pytest.raises(
+        ConfigError, match=r"no built-in template 'yesno'; known: .*query_likelihood, .*yes_no.*, or give"
+    ):
         load_template("yesno", "yes_no")
     with pytest.raises(ConfigError, match=r"no/such\.yaml: no such config file"):
         load_template("no/such.yaml", "yes_no")
