@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 from rerank_ray import storage
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.config import Settings
+from rerank_ray.errors import ConfigError, InputError, RerankRayError
 from rerank_ray.models.backends import load_backend
+from rerank_ray.models.protocol import Backend
 from rerank_ray.models.resolve import resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
+from rerank_ray.ranking.composition import Child
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.models import ModelSettings
-from rerank_ray.settings.rankers import RankerSettings
+from rerank_ray.settings.rankers import CompositionSettings, RankerSettings
 
 # Names, not classes: a job imports the method it runs.
 METHODS = {
@@ -26,6 +30,9 @@ METHODS = {
     "bm25": "rerank_ray.ranking.bm25:BM25",
     "first_stage": "rerank_ray.ranking.first_stage:FirstStage",
     "imported": "rerank_ray.ranking.imported:Imported",
+    "ensemble": "rerank_ray.ranking.composition:Ensemble",
+    "cascade": "rerank_ray.ranking.composition:Cascade",
+    "selective": "rerank_ray.ranking.composition:Selective",
 }
 
 
@@ -41,6 +48,12 @@ def preflight(settings: RankerSettings) -> None:
     Raises:
         RerankRayError: naming the setting and the fix.
     """
+    if isinstance(settings, CompositionSettings):
+        for path, child in settings.children.items():
+            try:
+                preflight(child)
+            except RerankRayError as error:
+                raise type(error)(f"{path}: {error}") from error
     model = getattr(settings, "model", None)
     if isinstance(model, ModelSettings):
         resolve(model)
@@ -53,24 +66,48 @@ def preflight(settings: RankerSettings) -> None:
 
 
 class Ranker:
-    """Ranks candidate lists: a teacher when it labels, a student or baseline when it reranks."""
+    """Ranks candidate lists: a teacher when it labels, a student or baseline when it reranks.
 
-    def __init__(self, settings: RankerSettings) -> None:
-        """Load the model, if the method has one.
+    It is one method on one model, or a composition of other rankers.
+    """
+
+    def __init__(self, settings: RankerSettings, loaded: dict[str, Backend] | None = None) -> None:
+        """Load the model, if the method has one, or the rankers that it is made of.
+
+        Args:
+            loaded: what rankers of the same composition have loaded, by their model's settings: equal ones share it.
 
         Raises:
             ConfigError: the model does not answer a call that the method makes.
             ModelError: the model can't be loaded.
         """
+        loaded = {} if loaded is None else loaded
+        if isinstance(settings, CompositionSettings):
+            self._compose(settings, loaded)
+        else:
+            self._load(settings, loaded)
+
+    def _compose(self, settings: CompositionSettings, loaded: dict[str, Backend]) -> None:
+        rankers = {path: Ranker(child, loaded) for path, child in settings.children.items()}
+        children = {path: Child(path=path, name=r.name, rank=r.rank) for path, r in rankers.items()}
+        self._method = method_class(settings.method)(settings, children)
+        self._backends = {id(b): b for r in rankers.values() for b in r._backends.values()}
+        self.exit_layer = None
+        self._rank = self._method.rank
+
+    def _load(self, settings: RankerSettings, loaded: dict[str, Backend]) -> None:
         method = method_class(settings.method)
         model = getattr(settings, "model", None)
-        self._backend = None if model is None else load_backend(model)
-        self._method = method(settings, self._backend)
+        backend = None if model is None else _load_once(model, loaded)
+        self._method = method(settings, backend)
         # Of the object, not its class: what some methods ask depends on their settings.
-        missing = self._method.needs - (self._backend.answers if self._backend else frozenset())
+        missing = self._method.needs - (backend.answers if backend else frozenset())
         if missing:
             names = sorted(call.__name__ for call in missing)
-            raise ConfigError(f"method {settings.method} needs {names}, which {self._backend.name} does not answer")
+            raise ConfigError(f"method {settings.method} needs {names}, which {backend.name} does not answer")
+        self._backends = {} if backend is None else {id(backend): backend}
+        self.exit_layer = None if backend is None else backend.exit_layer
+        self._rank = partial(scheduler.run, self._method, backend)
 
     @property
     def name(self) -> str:
@@ -78,13 +115,16 @@ class Ranker:
         return self._method.name
 
     @property
-    def exit_layer(self) -> int | None:
-        return None if self._backend is None else self._backend.exit_layer
-
-    @property
     def parameters(self) -> int:
-        """Parameters of the model; 0 for methods without one."""
-        return 0 if self._backend is None else self._backend.parameters
+        """Parameters of the models, one that is shared counted once; 0 for methods without one."""
+        return sum(b.parameters for b in self._backends.values())
 
     def rank(self, requests: Sequence[CandidateList]) -> list[scheduler.Outcome]:
-        return scheduler.run(self._method, self._backend, requests)
+        return self._rank(requests)
+
+
+def _load_once(model: Settings, loaded: dict[str, Backend]) -> Backend:
+    key = model.model_dump_json()
+    if key not in loaded:
+        loaded[key] = load_backend(model)
+    return loaded[key]

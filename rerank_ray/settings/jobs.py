@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Fraction, Settings
-from rerank_ray.settings.rankers import RankerSettings
+from rerank_ray.settings.rankers import FusionMethod, RankerSettings
 
 
 class ExecutionSettings(Settings):
@@ -68,7 +68,7 @@ class CombineSettings(Settings):
 
     inputs: Annotated[list[str], Field(min_length=2)]
     """Label runs (folders)."""
-    method: Literal["zscore", "minmax", "rrf", "borda"] = "zscore"
+    method: FusionMethod = "zscore"
     """How scores of one query become comparable before they are averaged."""
     weights: list[PositiveFloat] | None = None
     """One weight a run; null weighs all alike."""

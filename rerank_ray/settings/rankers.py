@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, LanguageModelSettings
+
+FusionMethod = Literal["zscore", "minmax", "rrf", "borda"]
+UncertaintyCriterion = Literal["entropy", "margin"]
 
 
 class YesNoSettings(Settings):
@@ -107,6 +111,79 @@ class ImportedSettings(Settings):
     scores no higher."""
 
 
+class CompositionSettings(Settings):
+    """Base of the rankers that are made of other rankers, which may be compositions themselves."""
+
+    @property
+    @abstractmethod
+    def children(self) -> dict[str, RankerSettings]:
+        """The rankers by their path in this config."""
+
+
+class EnsembleSettings(CompositionSettings):
+    """Several rankers' scores, made comparable within each query and averaged; `uncertainty` is their disagreement."""
+
+    method: Literal["ensemble"] = "ensemble"
+    rankers: Annotated[list[RankerSettings], Field(min_length=1)]
+    """Each ranks every query."""
+    combine: FusionMethod = "zscore"
+    """How scores of one query become comparable before they are averaged."""
+    weights: list[PositiveFloat] | None = None
+    """One weight a ranker; null weighs all alike."""
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_ranker(self) -> EnsembleSettings:
+        if self.weights is not None and len(self.weights) != len(self.rankers):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.rankers)} rankers")
+        return self
+
+    @property
+    def children(self) -> dict[str, RankerSettings]:
+        return {f"rankers.{i}": ranker for i, ranker in enumerate(self.rankers)}
+
+
+class CascadeStageSettings(Settings):
+    """One stage of a cascade."""
+
+    ranker: RankerSettings
+    """Reranks what the stages before it left on top."""
+    keep: PositiveInt | None = None
+    """How many candidates of the order so far it reranks; the others keep their order below. null is all of them."""
+
+
+class CascadeSettings(CompositionSettings):
+    """Stages one after another, each of which reranks the top of the order that the one before it left."""
+
+    method: Literal["cascade"] = "cascade"
+    stages: Annotated[list[CascadeStageSettings], Field(min_length=1)]
+    """From the cheapest to the most expensive."""
+
+    @property
+    def children(self) -> dict[str, RankerSettings]:
+        return {f"stages.{i}.ranker": stage.ranker for i, stage in enumerate(self.stages)}
+
+
+class SelectiveSettings(CompositionSettings):
+    """An expensive ranker for the queries alone whose cheap ranking is uncertain."""
+
+    method: Literal["selective"] = "selective"
+    cheap: RankerSettings
+    """Ranks every query."""
+    expensive: RankerSettings
+    """Reranks the top `k` of the uncertain ones."""
+    k: PositiveInt
+    """Candidates that the expensive ranker reranks; uncertainty is read off the same top `k` of the cheap scores."""
+    criterion: UncertaintyCriterion = "entropy"
+    """With p the softmax of the top `k` scores: `entropy` is p's entropy / log k, `margin` is 1 − (p₁ − p₂)."""
+    threshold: Annotated[float, Field(ge=-1.0, le=1.0)]
+    """Queries whose uncertainty, between 0 and 1, lies above it take the expensive ranker: −1 sends all, 1 none.
+    `rerank-ray selectivity` finds the threshold for a budget."""
+
+    @property
+    def children(self) -> dict[str, RankerSettings]:
+        return {"cheap": self.cheap, "expensive": self.expensive}
+
+
 RankerSettings = Annotated[
     YesNoSettings
     | FineGrainedSettings
@@ -116,6 +193,11 @@ RankerSettings = Annotated[
     | BiEncoderRankerSettings
     | BM25Settings
     | FirstStageSettings
-    | ImportedSettings,
+    | ImportedSettings
+    | EnsembleSettings
+    | CascadeSettings
+    | SelectiveSettings,
     Field(discriminator="method"),
 ]
+for _recursive in (EnsembleSettings, CascadeStageSettings, CascadeSettings, SelectiveSettings):
+    _recursive.model_rebuild()

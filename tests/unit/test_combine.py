@@ -11,9 +11,10 @@ from fixtures.rows import label_row, make_list, write_labels
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.combine import combine, ensemble
+from rerank_ray.combine import combine
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import CandidateList
 from rerank_ray.schema import LABELS, labels_from_row, read_rows
 from rerank_ray.settings.jobs import CombineSettings
@@ -23,7 +24,7 @@ IDS = ["a", "b", "c"]
 
 
 def scores_of(rows: list[list[float]], method: str, weights: list[float] | None = None) -> list[float]:
-    return list(ensemble(np.array(rows), method, weights or [1.0] * len(rows), IDS[: len(rows[0])]).scores)
+    return list(fuse(np.array(rows), method, weights or [1.0] * len(rows), IDS[: len(rows[0])]).scores)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +70,16 @@ def test_weights_by_hand():
 
 def test_uncertainty_by_hand():
     """The weighted population deviation: 0 and 1 at weights 3 and 1 have variance 3/4·(1/4)² + 1/4·(3/4)² = 3/16."""
-    result = ensemble(np.array([[5.0, 9.0], [8.0, 2.0]]), "minmax", [3.0, 1.0], IDS[:2])
+    result = fuse(np.array([[5.0, 9.0], [8.0, 2.0]]), "minmax", [3.0, 1.0], IDS[:2])
     assert result.uncertainty == pytest.approx([math.sqrt(3) / 4] * 2)
-    agreed = ensemble(np.array([[5.0, 9.0], [1.0, 2.0]]), "minmax", [3.0, 1.0], IDS[:2])
+    agreed = fuse(np.array([[5.0, 9.0], [1.0, 2.0]]), "minmax", [3.0, 1.0], IDS[:2])
     assert agreed.uncertainty == pytest.approx([0.0, 0.0])
 
 
 def test_a_missing_score_is_left_out_of_the_mean():
     """b has the second teacher's score only, and is ranked by it among the two that it scored; c has none at all."""
     rows = [[4.0, NAN, NAN], [1.0, 3.0, NAN]]
-    result = ensemble(np.array(rows), "minmax", [1.0, 1.0], IDS)
+    result = fuse(np.array(rows), "minmax", [1.0, 1.0], IDS)
     np.testing.assert_allclose(result.scores, [(0.5 + 0.0) / 2, 1.0, NAN])
     np.testing.assert_allclose(result.uncertainty, [0.25, 0.0, NAN])
     assert [str(d) for d in result.defects] == ["unscored: c: no teacher scored it"]
@@ -97,8 +98,8 @@ finite = st.floats(-100, 100, width=32)
 def test_a_teachers_scale_does_not_matter(scores: list[float], factor: float):
     """Scaled by a power of two, which is exact, and shifted by nothing: the same ensemble."""
     for method in ("zscore", "minmax", "rrf", "borda"):
-        once = ensemble(np.array([scores]), method, [1.0], [""] * len(scores)).scores
-        scaled = ensemble(np.array([scores]) * factor, method, [1.0], [""] * len(scores)).scores
+        once = fuse(np.array([scores]), method, [1.0], [""] * len(scores)).scores
+        scaled = fuse(np.array([scores]) * factor, method, [1.0], [""] * len(scores)).scores
         assert once == pytest.approx(scaled, abs=1e-9)
 
 

@@ -1,0 +1,74 @@
+"""Fusion: the scores that several rankers give one query's candidates become one, with their disagreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rerank_ray.records import Defect, DefectKind, Scores
+from rerank_ray.settings.rankers import FusionMethod
+
+_RRF_K = 60
+
+
+def fuse(scores: np.ndarray, method: FusionMethod, weights: Sequence[float], doc_ids: Sequence[str]) -> Scores:
+    """Weighted mean of rankers' scores made comparable within the query.
+
+    Args:
+        scores: [rankers, candidates]; NaN where a ranker gave none. A candidate is averaged over the rankers that
+            scored it, and stays NaN, with a defect, when none did.
+        method: zscore (mean 0, population deviation 1), minmax (0..1), rrf (1/(60 + rank), Cormack et al. 2009) or
+            borda (share of the scored candidates ranked below).
+
+    Returns:
+        The means and, as uncertainty, the weighted population deviation between the rankers.
+    """
+    comparable = np.stack([_COMPARABLE[method](row) for row in scores])
+    weight = np.where(np.isnan(comparable), 0.0, np.asarray(weights, dtype=float)[:, None])
+    total = weight.sum(0)
+    values = np.where(np.isnan(comparable), 0.0, comparable)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (weight * values).sum(0) / total
+        deviation = np.sqrt((weight * (values - mean) ** 2).sum(0) / total)
+    defects = tuple(
+        Defect(kind=DefectKind.UNSCORED, detail=f"{doc_id}: no teacher scored it")
+        for doc_id, t in zip(doc_ids, total, strict=True)
+        if t == 0
+    )
+    return Scores(scores=tuple(mean.tolist()), uncertainty=tuple(deviation.tolist()), defects=defects)
+
+
+def _zscore(row: np.ndarray) -> np.ndarray:
+    if np.isnan(row).all():
+        return row
+    # The deviation of equal scores need not be 0: their mean is rounded.
+    if np.nanmax(row) == np.nanmin(row):
+        return np.where(np.isnan(row), row, 0.0)
+    return (row - np.nanmean(row)) / np.nanstd(row)
+
+
+def _minmax(row: np.ndarray) -> np.ndarray:
+    if np.isnan(row).all():
+        return row
+    span = np.nanmax(row) - np.nanmin(row)
+    return (row - np.nanmin(row)) / span if span > 0 else np.where(np.isnan(row), row, 0.5)
+
+
+def _ranks(row: np.ndarray) -> np.ndarray:
+    """Ranks from 1, best first; ties share the mean of their ranks, NaN stays."""
+    from scipy.stats import rankdata
+
+    return rankdata(-row, method="average", nan_policy="omit")
+
+
+def _rrf(row: np.ndarray) -> np.ndarray:
+    return 1.0 / (_RRF_K + _ranks(row))
+
+
+def _borda(row: np.ndarray) -> np.ndarray:
+    count = np.count_nonzero(~np.isnan(row))
+    return (count - _ranks(row)) / max(1, count - 1)
+
+
+_COMPARABLE = {"zscore": _zscore, "minmax": _minmax, "rrf": _rrf, "borda": _borda}
