@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -63,6 +64,19 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
     return batches
 
 
+@dataclass(slots=True, kw_only=True)
+class BatchStats:
+    """What a runner has computed so far: the sequences' own tokens, and the same with their padding."""
+
+    tokens: int = 0
+    padded_tokens: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """The part of the computed positions that was padding, 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
 class BatchRunner:
     """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
 
@@ -73,9 +87,16 @@ class BatchRunner:
     def __init__(self, tokens_per_batch: int | None, device: torch.device) -> None:
         default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
         self.tokens_per_batch = tokens_per_batch or default
+        self.stats = BatchStats()
 
-    def run(self, lengths: Sequence[int], forward: Callable[[list[int]], Sequence]) -> list:
-        """Call `forward(indices)` for each batch; it returns one output per index."""
+    def run(
+        self, lengths: Sequence[int], forward: Callable[[list[int]], Sequence], held: Sequence[int] | None = None
+    ) -> list:
+        """Call `forward(indices)` for each batch; it returns one output per index.
+
+        `held` is how many of a sequence's tokens take memory but are not computed by `forward` in one pass: a prefix
+        that is already there, room for an answer.
+        """
         outputs: list = [None] * len(lengths)
         waiting = list(range(len(lengths)))
         while waiting:
@@ -92,6 +113,9 @@ class BatchRunner:
                     break
                 for index, result in zip(indices, results, strict=True):
                     outputs[index] = result
+                computed = [lengths[i] - (held[i] if held else 0) for i in indices]
+                self.stats.tokens += sum(computed)
+                self.stats.padded_tokens += len(computed) * padded_length(max(computed), None)
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
 

@@ -7,15 +7,30 @@ import os
 import time
 from collections.abc import Sequence
 
-from rerank_ray.models.protocol import Answer, Call, Embed, Failure, LogLikelihood, NextToken, Pair, Result
+import numpy as np
+
+from rerank_ray.models.protocol import (
+    Answer,
+    Call,
+    Embed,
+    EmbedTokens,
+    Failure,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Pair,
+    Result,
+)
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import FakeSettings
 
+_DIMENSION = 4
+
 
 class Fake:
-    """Answers every kind of call with numbers in (−1, 0] that depend on the call and the seed alone."""
+    """Answers calls with numbers in (−1, 0], rankings and unit rows that depend on the call and the seed alone."""
 
-    answers = frozenset({NextToken, LogLikelihood, Pair, Embed})
+    answers = frozenset({NextToken, LogLikelihood, Generate, Pair, Embed, EmbedTokens})
     exit_layer = None
     parameters = 0
 
@@ -33,10 +48,32 @@ class Fake:
         if self.settings.fail_on is not None and self.settings.fail_on in text:
             return Failure(reason=f"the call holds {self.settings.fail_on!r}")
         time.sleep(self.settings.seconds_per_call)
-        size = {NextToken: lambda: len(call.labels), LogLikelihood: lambda: len(call.continuation.split()) or 1}
-        numbers = _numbers(f"{self.settings.seed}:{text}", size.get(type(call), lambda: 4)())
         usage = Usage(calls=1, prompt_tokens=len(text.split()))
-        return Answer(value=numbers[0] if isinstance(call, Pair) else numbers, usage=usage)
+        return Answer(value=_value(call, f"{self.settings.seed}:{text}"), usage=usage)
+
+
+def _value(call: Call, text: str) -> float | str | tuple[float, ...] | np.ndarray:
+    match call:
+        case NextToken():
+            return _numbers(text, len(call.labels))
+        case LogLikelihood():
+            return _numbers(text, len(call.continuation.split()) or 1)
+        case Generate():
+            return _permutation(text, len(call.prompt.passages))
+        case Pair():
+            return _numbers(text, 1)[0]
+        case Embed():
+            return _numbers(text, _DIMENSION)
+        case EmbedTokens():
+            count = len(call.text.split()) or 1
+            rows = np.array(_numbers(text, count * _DIMENSION), dtype=np.float32).reshape(count, _DIMENSION)
+            return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _permutation(text: str, count: int) -> str:
+    """A ranking of the prompt's passages as listwise methods ask for it: `[2] > [1] > [3]`."""
+    numbers = _numbers(text, count)
+    return " > ".join(f"[{i + 1}]" for i in sorted(range(count), key=numbers.__getitem__))
 
 
 def _numbers(text: str, count: int) -> tuple[float, ...]:

@@ -1,30 +1,56 @@
-"""Decoder LLMs on transformers: next-token logits and log-likelihoods, from safetensors or GGUF."""
+"""Decoder LLMs on transformers: next-token logits, log-likelihoods and generation, from safetensors or GGUF."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models import engine
+from rerank_ray.models import decoding, engine
 from rerank_ray.models.loading import load
-from rerank_ray.models.protocol import Answer, Call, Failure, LogLikelihood, NextToken, Result
+from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
+from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFCausalSettings
 
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One call's tokens; the first `shared` are those of prefix `group`, whose keys and values are computed once."""
+
+    call: Call
+    prompt: list[int]
+    continuation: list[int]
+    group: int = 0
+    shared: int = 0
+    cached: int = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens that take memory but are not computed with the prompt: what is shared, and room for an answer."""
+        return self.shared + (self.call.max_tokens if isinstance(self.call, Generate) else 0)
+
+    @property
+    def computed(self) -> list[int]:
+        return (self.prompt + self.continuation)[self.shared :]
+
 
 class HFCausal:
-    """Answers `NextToken` and `LogLikelihood`.
+    """Answers `NextToken`, `LogLikelihood` and `Generate`.
 
     Sequences are padded on the right and need no attention mask: a causal model's real tokens never see what follows
-    them. Logits are computed only at the positions that some sequence of the batch is asked for.
+    them. Logits are computed only at the positions that are asked for. Prompts that begin alike share the keys and
+    values of their beginning.
     """
 
-    answers = frozenset({NextToken, LogLikelihood})
+    answers = frozenset({NextToken, LogLikelihood, Generate})
     exit_layer = None
 
     def __init__(self, settings: HFCausalSettings) -> None:
@@ -42,6 +68,16 @@ class HFCausal:
             )
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self._prefix_runner.stats = self.runner.stats
+        self._positions = limit
+        self._ends = end_ids(self.tokenizer, self.model.generation_config)
+        self.share_prefix = settings.share_prefix
+        if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= _CACHED_LAYERS:
+            # States of recurrent layers can't be cut into rows and columns as keys and values can.
+            self.answers, self.share_prefix = self.answers - {Generate}, False
+        self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._select)
         self._label_ids: dict[tuple[str, ...], list[int]] = {}
 
     def check_labels(self, labels: tuple[str, ...]) -> None:
@@ -51,49 +87,137 @@ class HFCausal:
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         continuations = [self._continuation(c) for c in calls]
-        prompts = self.encoder.encode([c.prompt for c in calls], reserved=[len(c) for c in continuations])
+        reserved = [
+            call.max_tokens if isinstance(call, Generate) else len(continuation)
+            for call, continuation in zip(calls, continuations, strict=True)
+        ]
+        prompts = self.encoder.encode([c.prompt for c in calls], reserved)
         results: list[Result | None] = [
             Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
         ]
         ready = [i for i, r in enumerate(results) if r is None]
-        lengths = [len(prompts[i]) + len(continuations[i]) for i in ready]
-        values = self.runner.run(
-            lengths,
-            lambda batch: self._forward(
-                [(calls[i], prompts[i], continuations[i]) for i in map(ready.__getitem__, batch)]
-            ),
-        )
-        for i, value in zip(ready, values, strict=True):
-            usage = Usage(calls=1, prompt_tokens=len(prompts[i]), output_tokens=len(continuations[i]))
-            results[i] = Answer(value=value, usage=usage)
+        for generates, forward in ((False, self._score), (True, self._generate)):
+            chosen = [i for i in ready if isinstance(calls[i], Generate) is generates]
+            rows = [_Row(call=calls[i], prompt=prompts[i], continuation=continuations[i]) for i in chosen]
+            for i, answer in zip(chosen, self._answers(rows, forward), strict=True):
+                results[i] = answer
         return results
 
     def _continuation(self, call: Call) -> list[int]:
         if isinstance(call, NextToken):
             self.check_labels(call.labels)
+        if not isinstance(call, LogLikelihood):
             return []
         return self.tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
 
+    def _answers(
+        self, rows: list[_Row], forward: Callable[[list[_Row], Prefixes | None], list[Answer]]
+    ) -> list[Answer]:
+        """Answer rows in batches: those that share a prefix with others first, then the rest."""
+        groups = shared_prefixes([r.prompt for r in rows]) if self.share_prefix else []
+        answers: list[Answer | None] = [None] * len(rows)
+
+        def run(members: list[int], prefixes: Prefixes | None) -> None:
+            held = [rows[i].held for i in members]
+            lengths = [len(rows[i].computed) + h for i, h in zip(members, held, strict=True)]
+            results = self.runner.run(lengths, lambda batch: forward([rows[members[b]] for b in batch], prefixes), held)
+            for i, answer in zip(members, results, strict=True):
+                answers[i] = answer
+
+        def run_groups(chosen: list[int]) -> list[int]:
+            for slot, group in enumerate(groups[g] for g in chosen):
+                for i in group.members:
+                    cached = 0 if i == min(group.members) else group.length
+                    rows[i] = replace(rows[i], group=slot, shared=group.length, cached=cached)
+            members = [i for g in chosen for i in groups[g].members]
+            run(members, self._prefixes([rows[groups[g].members[0]].prompt[: groups[g].length] for g in chosen]))
+            return chosen
+
+        self._prefix_runner.run([g.length for g in groups], run_groups)
+        run([i for i, answer in enumerate(answers) if answer is None], None)
+        return answers
+
     @torch.inference_mode()
-    def _forward(self, batch: list[tuple[Call, list[int], list[int]]]) -> list[tuple[float, ...]]:
-        ids, _ = engine.right_pad([prompt + continuation for _, prompt, continuation in batch], pad_id=0)
+    def _prefixes(self, sequences: list[list[int]]) -> Prefixes:
+        """Compute the keys and values of several prefixes in one pass."""
+        ids, lengths = engine.right_pad(sequences, pad_id=0, limit=self._positions)
+        cache = DynamicCache()
+        self._logits([], [], input_ids=ids.to(self.device), past_key_values=cache)
+        return Prefixes(cache, lengths.to(self.device))
+
+    @torch.inference_mode()
+    def _score(self, rows: list[_Row], prefixes: Prefixes | None) -> list[Answer]:
         # The logits after position p predict token p + 1: a prompt's last position, and each continuation token's but
         # the last.
-        wanted = [range(len(p) - 1, len(p) + max(len(c) - 1, 0)) for _, p, c in batch]
-        positions = sorted({p for span in wanted for p in span})
-        row_of = {position: row for row, position in enumerate(positions)}
-        output = self.model(
-            input_ids=ids.to(self.device), use_cache=False, logits_to_keep=torch.tensor(positions, device=self.device)
-        )
+        wanted = [range(len(r.prompt) - 1, len(r.prompt) + max(len(r.continuation) - 1, 0)) for r in rows]
+        cache = None if prefixes is None else self._cache_of(rows, prefixes)
+        logits = self._forward(rows, wanted, cache).split([len(span) for span in wanted])
+        return [_answer(row, self._value(row, at), len(row.continuation)) for row, at in zip(rows, logits, strict=True)]
+
+    def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
+        """Read one call's value off its logits [positions, vocabulary]."""
+        if isinstance(row.call, NextToken):
+            return tuple(logits[0, self._label_ids[row.call.labels]].float().tolist())
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+        target = torch.tensor(row.continuation, device=logits.device)
+        return tuple(log_probabilities.gather(1, target[:, None])[:, 0].tolist())
+
+    @torch.inference_mode()
+    def _generate(self, rows: list[_Row], prefixes: Prefixes | None) -> list[Answer]:
+        cache = DynamicCache() if prefixes is None else self._cache_of(rows, prefixes)
+        logits = self._forward(rows, [range(len(r.prompt) - 1, len(r.prompt)) for r in rows], cache)
+        front = max(r.shared for r in rows)
+        behind = [cache.get_seq_length() - front - len(r.computed) for r in rows]
+        align_right(cache, torch.tensor(behind, device=self.device))
+        state = decoding.CausalState(self.model, cache, torch.tensor([len(r.prompt) for r in rows], device=self.device))
+        texts = decoding.generate(state, logits, [r.call for r in rows], self.tokenizer, self._ends)
         return [
-            self._value(call, continuation, output.logits[i, row_of[span[0]] : row_of[span[-1]] + 1])
-            for i, ((call, _, continuation), span) in enumerate(zip(batch, wanted, strict=True))
+            _answer(row, text.text, text.tokens, cut_off=text.cut_off) for row, text in zip(rows, texts, strict=True)
         ]
 
-    def _value(self, call: Call, continuation: list[int], logits: torch.Tensor) -> tuple[float, ...]:
-        """Read one call's value off its logits [positions, vocabulary]."""
-        if isinstance(call, NextToken):
-            return tuple(logits[0, self._label_ids[call.labels]].float().tolist())
-        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-        target = torch.tensor(continuation, device=logits.device)
-        return tuple(log_probabilities.gather(1, target[:, None])[:, 0].tolist())
+    def _cache_of(self, rows: list[_Row], prefixes: Prefixes) -> DynamicCache:
+        return prefixes.cache(torch.tensor([r.group for r in rows], device=self.device))
+
+    def _forward(self, rows: list[_Row], wanted: list[range], cache: DynamicCache | None) -> torch.Tensor:
+        """Logits [N, vocabulary] at each row's wanted positions, row after row; `cache` ends with the shared prefixes,
+        and what is computed goes behind them."""
+        front = max(r.shared for r in rows)
+        limit = None if self._positions is None else self._positions - front
+        ids, _ = engine.right_pad([r.computed for r in rows], pad_id=0, limit=limit)
+        arguments = {}
+        shared = torch.tensor([r.shared for r in rows])[:, None]
+        if shared.min() < front:
+            arguments["attention_mask"] = torch.arange(front + ids.shape[1]) >= front - shared
+            positions = shared + torch.arange(ids.shape[1])
+            arguments["position_ids"] = positions if limit is None else positions.clamp(max=self._positions - 1)
+        return self._logits(
+            [i for i, span in enumerate(wanted) for _ in span],
+            [position - row.shared for row, span in zip(rows, wanted, strict=True) for position in span],
+            input_ids=ids.to(self.device),
+            past_key_values=cache,
+            **{name: value.to(self.device) for name, value in arguments.items()},
+        )
+
+    def _logits(self, rows: list[int], positions: list[int], *, past_key_values: DynamicCache | None, **inputs):
+        """Logits [N, vocabulary] at (row, position) pairs; the output layer computes no others."""
+        self._wanted = (torch.tensor(rows, dtype=torch.long), torch.tensor(positions, dtype=torch.long))
+        try:
+            output = self.model(past_key_values=past_key_values, use_cache=past_key_values is not None, **inputs)
+        finally:
+            self._wanted = None
+        return output.logits[0]
+
+    def _select(self, _output_layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Leave only the wanted hidden states [1, N, hidden] of [B, L, hidden] for the output layer.
+
+        A hook, because models do more to logits than this layer (scales, soft caps), each in its own way.
+        """
+        if self._wanted is None:
+            return None
+        rows, positions = (index.to(inputs[0].device) for index in self._wanted)
+        return (inputs[0][rows, positions][None],)
+
+
+def _answer(row: _Row, value: tuple[float, ...] | str, output_tokens: int, cut_off: bool = False) -> Answer:
+    usage = Usage(calls=1, prompt_tokens=len(row.prompt), cached_tokens=row.cached, output_tokens=output_tokens)
+    return Answer(value=value, usage=usage, cut_off=cut_off)

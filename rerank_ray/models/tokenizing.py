@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
 
 _SLOT = "\ue000PASSAGE\ue001"
+_THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
 class PromptTooLongError(Exception):
@@ -28,7 +30,7 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[list[int] | PromptTooLongError]:
         """Token ids of each prompt, at most `max_length − reserved` long; passages are cut at a token's end to fit."""
-        frames = [self._framed(p.parts, p.system, p.chat and self.chat) for p in prompts]
+        frames = [self._framed(p.parts, p.system, p.prefill, p.chat and self.chat) for p in prompts]
         texts = [_fill(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
         special = [not (p.chat and self.chat) for p in prompts]
         encoded: list[list[int] | PromptTooLongError] = self._encode_texts(texts, special)
@@ -38,17 +40,21 @@ class PromptEncoder:
                 encoded[i] = self._truncated(frames[i], prompt, limit, special[i])
         return encoded
 
-    def _frame(self, parts: tuple[str, ...], system: str | None, chat: bool) -> tuple[str, ...]:
-        """The text around the passages, with the chat template applied."""
+    def _frame(self, parts: tuple[str, ...], system: str | None, prefill: str, chat: bool) -> tuple[str, ...]:
+        """The text around the passages, with the chat template and the prefill applied."""
         if not chat:
-            return (f"{system}\n\n{parts[0]}", *parts[1:]) if system else parts
+            head = f"{system}\n\n{parts[0]}" if system else parts[0]
+            return _prefilled((head, *parts[1:]), prefill)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": _SLOT.join(parts)})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         frame = tuple(text.split(_SLOT))
         if len(frame) != len(parts):
             raise ModelError("the tokenizer's chat template changes or repeats the user's text; set chat: false")
-        return frame
+        if prefill.startswith("<think>"):
+            # Some templates open a think block of their own, or write an empty one; the prefill's takes its place.
+            frame = (*frame[:-1], _THINK_BLOCK.sub("", frame[-1]))
+        return _prefilled(frame, prefill)
 
     def _encode_texts(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
         encoded: list[list[int]] = [[] for _ in texts]
@@ -81,6 +87,11 @@ class PromptEncoder:
             # Joining a cut passage to its frame can give a token or two more than the parts counted apart.
             cap -= max(1, (len(ids) - limit) // len(cut))
         return PromptTooLongError(f"no passage fits the {limit} tokens that max_length leaves: raise max_length")
+
+
+def _prefilled(frame: tuple[str, ...], prefill: str) -> tuple[str, ...]:
+    """The prefill is no message of the conversation: templates edit those (Qwen3's drops think blocks from them)."""
+    return (*frame[:-1], frame[-1] + prefill)
 
 
 def _fill(frame: Sequence[str], passages: Sequence[str]) -> str:
@@ -120,3 +131,18 @@ def label_ids(tokenizer, labels: Sequence[str]) -> list[int]:
     if len(set(ids)) != len(ids):
         raise ModelError(f"labels {list(labels)} are not different tokens")
     return ids
+
+
+def end_ids(tokenizer, generation_config) -> frozenset[int]:
+    """The tokens that end the model's turn: end-of-sequence tokens, and what the chat template puts after it."""
+    ids = {tokenizer.eos_token_id, *_as_list(generation_config.eos_token_id)}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SLOT}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SLOT)[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ids.update([t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in special][:1])
+    return frozenset(ids - {None})
+
+
+def _as_list(ids: int | list[int] | None) -> list[int | None]:
+    return ids if isinstance(ids, list) else [ids]

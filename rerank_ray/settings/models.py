@@ -47,6 +47,8 @@ class HFCausalSettings(ModelSettings):
     max_length: PositiveInt = 1024
     chat: bool | None = None
     """Wrap prompts in the tokenizer's chat template; null does so when it has one and the prompt is a chat prompt."""
+    share_prefix: bool = True
+    """Compute what prompts have in common at their beginning once."""
 
 
 class CrossEncoderSettings(ModelSettings):

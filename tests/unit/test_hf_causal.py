@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_an_answer_is_the_same_alone_and_among_64(tiny_llama: Path):
     for i in (0, 1, 2, 31, 63):
         (alone,) = model.run([calls[i]])
         assert alone.value == pytest.approx(together[i].value, abs=1e-4)
-        assert alone.usage == together[i].usage
+        assert alone.usage == dataclasses.replace(together[i].usage, cached_tokens=0)
     backwards = model.run(calls[::-1])[::-1]
     for a, b in zip(together, backwards, strict=True):
         assert a.value == pytest.approx(b.value, abs=1e-4)

@@ -6,10 +6,11 @@ import pytest
 from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 
 LLAMA, PLAIN, BERT = tiny_llama_tokenizer(), tiny_llama_tokenizer(chat=False), tiny_bert_tokenizer()
 HEAD, TAIL = "Query: alpha\nPassage: ", "\nAnswer Yes or No."
@@ -154,3 +155,48 @@ def test_labels_that_are_the_same_token():
     """An uncased tokenizer can't tell Cat from cat."""
     with pytest.raises(ModelError, match=r"labels \['Cat', 'cat'\] are not different tokens"):
         label_ids(BERT, ["Cat", "cat"])
+
+
+# How the model's own turn begins
+
+
+def prefilled(prefill: str, chat: bool = True) -> Prompt:
+    return Prompt(parts=(HEAD, TAIL), passages=("cat",), prefill=prefill, chat=chat)
+
+
+def test_a_prefill_begins_the_models_turn():
+    encoder = PromptEncoder(LLAMA, 512, None)
+    expected = f"<|user|>{HEAD}cat{TAIL}<|end|><|assistant|>Answer: ["
+    assert encode_one(encoder, prefilled("Answer: [")) == LLAMA(expected, add_special_tokens=False)["input_ids"]
+    plain = f"{HEAD}cat{TAIL} Relevant:"
+    assert encode_one(encoder, prefilled(" Relevant:", chat=False)) == LLAMA(plain)["input_ids"]
+    assert encode_one(encoder, prefilled("")) == encode_one(encoder, prompt("cat"))
+
+
+def test_a_prefill_is_never_cut():
+    ids = encode_one(PromptEncoder(LLAMA, 70, None), Prompt(parts=(HEAD, TAIL), passages=("dog " * 90,), prefill="Yes"))
+    assert 66 <= len(ids) <= 70
+    assert LLAMA.decode(ids).endswith(f"{TAIL}<|end|><|assistant|>Yes")
+
+
+@pytest.mark.parametrize("written", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n", "<think></think>"])
+def test_one_think_block_whatever_the_template_writes(written: str):
+    """Qwen3's template drops think blocks of the assistant's messages or adds an empty one, others open one."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>" + written + "{% endif %}"
+    )
+    encoder = PromptEncoder(tokenizer, 512, None)
+    ids = encode_one(encoder, prefilled("<think>\n\n</think>\n\n"))
+    assert tokenizer.decode(ids).endswith("<|end|><|assistant|><think>\n\n</think>\n\n")
+    assert tokenizer.decode(ids).count("<think>") == 1
+    assert tokenizer.decode(encode_one(encoder, prefilled("Yes"))).endswith(f"<|assistant|>{written}Yes")
+
+
+def test_the_tokens_that_end_a_turn():
+    """All of the generation config's, the tokenizer's, and the chat template's end of turn, where there is one."""
+    end, turn = LLAMA.eos_token_id, LLAMA.convert_tokens_to_ids("<|end|>")
+    assert end_ids(LLAMA, GenerationConfig(eos_token_id=[7, 9])) == {end, turn, 7, 9}
+    assert end_ids(PLAIN, GenerationConfig(eos_token_id=8)) == {end, 8}
+    assert end_ids(PLAIN, GenerationConfig()) == {end}

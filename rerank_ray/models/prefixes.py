@@ -1,0 +1,81 @@
+"""Prefixes that several sequences share: which they are, and caches of keys and values that are computed once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+_FEWEST_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Sequences, by index, whose first `length` tokens are the same."""
+
+    length: int
+    members: tuple[int, ...]
+
+
+def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[Group]:
+    """Divide sequences into groups of two or more that share a prefix; those without one are in no group.
+
+    Sorted sequences with a common prefix lie side by side, and the prefix of a stretch is the shortest between two
+    neighbours. A stretch is one group, or is cut where neighbours have least in common, whichever leaves fewer tokens
+    to compute: 64 queries that share a chat template become 64 groups that share their query as well. The last token of
+    a sequence is never part of a prefix: a call's first logits stand there.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    common = [_common_length(sequences[a], sequences[b]) for a, b in itertools.pairwise(order)]
+    _, groups = _divide(common, 0, len(order))
+    return [Group(length=length, members=tuple(order[start:end])) for length, start, end in groups]
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    most = min(len(a), len(b)) - 1
+    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
+
+
+def _divide(common: list[int], start: int, end: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Tokens saved and (prefix, start, end) of the best groups of a stretch; `common[i]` is between i and i + 1."""
+    if end - start < 2:
+        return 0, []
+    shortest = min(common[start : end - 1])
+    cuts = [i + 1 for i in range(start, end - 1) if common[i] == shortest]
+    parts = [_divide(common, a, b) for a, b in zip([start, *cuts], [*cuts, end], strict=True)]
+    saved, groups = sum(p[0] for p in parts), [g for p in parts for g in p[1]]
+    together = (end - start - 1) * shortest if shortest >= _FEWEST_TOKENS else 0
+    return (together, [(shortest, start, end)]) if together > saved else (saved, groups)
+
+
+class Prefixes:
+    """Keys and values of several prefixes, from which each batch takes those of its rows."""
+
+    def __init__(self, cache: DynamicCache, lengths: torch.Tensor) -> None:
+        """Take a cache [G, L] that was filled from prefixes padded on the right, and their lengths [G]."""
+        align_right(cache, cache.get_seq_length() - lengths)
+        self._cache = cache
+        self.lengths = lengths
+
+    def cache(self, rows: torch.Tensor) -> DynamicCache:
+        """A cache [B, L] of the prefixes with these indices [B], which end at its last column."""
+        columns = int(self.lengths[rows].max())
+        return DynamicCache([(x.keys[rows, :, -columns:], x.values[rows, :, -columns:]) for x in self._cache.layers])
+
+
+def align_right(cache: DynamicCache, gaps: torch.Tensor) -> None:
+    """Move each row's columns to the right by its gap [B], in place.
+
+    The padding behind a row's tokens comes to stand in front of them, so that what is appended follows them without a
+    hole: masks of sliding windows count columns. Keys keep the positions they were computed at.
+    """
+    if not gaps.any():
+        return
+    length = cache.get_seq_length()
+    source = (torch.arange(length, device=gaps.device) - gaps[:, None]) % length
+    for layer in cache.layers:
+        layer.keys = layer.keys.gather(2, source[:, None, :, None].expand_as(layer.keys))
+        layer.values = layer.values.gather(2, source[:, None, :, None].expand_as(layer.values))
