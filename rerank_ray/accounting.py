@@ -12,27 +12,65 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import RunError
-from rerank_ray.records import Usage
+from rerank_ray.records import PARSE_FAILURES, Usage
 from rerank_ray.schema import ROWS_PER_GROUP, id_hash
+from rerank_ray.settings.jobs import LimitSettings
 
 _EXAMPLES = 20
 
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """Totals over a run's output; `examples` names the first rows with an error."""
+    """Totals over a run's output; `examples` names the first rows with an error.
+
+    `rows_with_defects` counts rows that were scored all the same; the counts by kind include rows with an error.
+    """
 
     rows: int = 0
     ok: int = 0
     errors: int = 0
     rows_with_defects: int = 0
+    rows_with_parse_failures: int = 0
     pairs: int = 0
     defects: dict[str, int] = field(default_factory=dict)
+    """Kind -> how many there are."""
+    rows_by_defect: dict[str, int] = field(default_factory=dict)
+    """Kind -> rows with at least one of it."""
     examples: list[str] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=lambda: asdict(Usage()))
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def rates(self) -> dict:
+        """The totals as rates; a parse failure is an answer that holds none (empty, refusal, unparsed)."""
+        rows, calls = max(1, self.rows), self.usage["calls"]
+        failures = sum(self.defects.get(kind, 0) for kind in PARSE_FAILURES)
+        return {
+            "error": self.errors / rows,
+            "defect": self.rows_with_defects / rows,
+            "defects": {
+                kind: {"per_row": count / rows, "rows_affected": self.rows_by_defect[kind] / rows}
+                for kind, count in self.defects.items()
+            },
+            "parse_failure": {
+                "per_call": failures / calls if calls else None,
+                "rows_affected": self.rows_with_parse_failures / rows,
+            },
+        }
+
+
+def passed_bounds(counts: Counts, limits: LimitSettings) -> list[str]:
+    """One line for each bound that a run's output passes."""
+    rates = counts.rates()
+    bounds = [
+        ("error rate", rates["error"], "max_error_rate", limits.max_error_rate),
+        ("defect rate", rates["defect"], "max_defect_rate", limits.max_defect_rate),
+    ]
+    for kind, bound in limits.max_defect_rates.items():
+        rate = counts.rows_by_defect.get(kind, 0) / max(1, counts.rows)
+        bounds.append((f"rate of rows with {kind} defects", rate, f"max_defect_rates.{kind}", bound))
+    return [f"{what} {rate:.4f} is above limits.{name} {bound}" for what, rate, name, bound in bounds if rate > bound]
 
 
 def count_output(data_uri: str, expected_rows: int) -> Counts:
@@ -41,7 +79,7 @@ def count_output(data_uri: str, expected_rows: int) -> Counts:
     Raises:
         RunError: rows are missing or repeated.
     """
-    counts, defects = Counts(), Counter()
+    counts, defects, rows_by_defect = Counts(), Counter(), Counter()
     hashes: list[np.ndarray] = []
     fs, _ = storage.open_filesystem(data_uri)
     for path in storage.list_files(data_uri, ".parquet"):
@@ -50,8 +88,9 @@ def count_output(data_uri: str, expected_rows: int) -> Counts:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=names)
                 hashes.append(np.array([id_hash(i) for i in table["query_id"].to_pylist()], dtype=np.uint64))
-                _add(counts, defects, table)
+                _add(counts, defects, rows_by_defect, table)
     counts.defects = dict(defects.most_common())
+    counts.rows_by_defect = {kind: rows_by_defect[kind] for kind in counts.defects}
     every_hash = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
     distinct = len(np.unique(every_hash))
     if counts.rows != expected_rows or distinct != expected_rows:
@@ -62,7 +101,7 @@ def count_output(data_uri: str, expected_rows: int) -> Counts:
     return counts
 
 
-def _add(counts: Counts, defects: Counter, table: pa.Table) -> None:
+def _add(counts: Counts, defects: Counter, rows_by_defect: Counter, table: pa.Table) -> None:
     counts.rows += table.num_rows
     failed = pc.is_valid(table["error"])
     errors = pc.sum(failed).as_py() or 0
@@ -73,8 +112,12 @@ def _add(counts: Counts, defects: Counter, table: pa.Table) -> None:
         rows = table.select(["query_id", "error"]).filter(failed).slice(0, _EXAMPLES - len(counts.examples))
         counts.examples += [f"{r['query_id']}: {r['error']}" for r in rows.to_pylist()]
     if "defects" in table.column_names:
-        counts.rows_with_defects += pc.sum(pc.greater(pc.list_value_length(table["defects"]), 0)).as_py() or 0
-        defects.update(d.partition(":")[0] for d in pc.list_flatten(table["defects"]).to_pylist())
+        for row, has_error in zip(table["defects"].to_pylist(), failed.to_pylist(), strict=True):
+            kinds = [d.partition(":")[0] for d in row or ()]
+            counts.rows_with_defects += bool(kinds) and not has_error
+            counts.rows_with_parse_failures += not PARSE_FAILURES.isdisjoint(kinds)
+            defects.update(kinds)
+            rows_by_defect.update(set(kinds))
     if "usage" in table.column_names:
         for name in counts.usage:
             counts.usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0

@@ -67,6 +67,10 @@ class DefectKind(StrEnum):
     INCONSISTENT = "inconsistent"
 
 
+PARSE_FAILURES = frozenset({DefectKind.EMPTY, DefectKind.REFUSAL, DefectKind.UNPARSED})
+"""Texts that hold no answer at all; the other defects of a text were repaired."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defect:
     """One flaw in a teacher's answer; stored as `kind: detail`, so that rates by kind can be counted."""

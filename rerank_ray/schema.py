@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError, RowError
-from rerank_ray.records import Candidate, CandidateList, Labels, Query, Ranking, Scores, Usage
+from rerank_ray.records import Candidate, CandidateList, Defect, Labels, Query, Ranking, Scores, Usage
 
 VERSION = 1
 ROWS_PER_GROUP = 16
@@ -187,15 +187,21 @@ def candidate_row(candidate_list: CandidateList) -> dict:
     }
 
 
-def label_columns(teacher: str, scores: Scores | None, usage: Usage | None = None, error: str | None = None) -> dict:
-    """The columns that `labels` adds to the candidate columns."""
+def label_columns(
+    teacher: str,
+    scores: Scores | None,
+    usage: Usage | None = None,
+    error: str | None = None,
+    defects: Sequence[Defect] = (),
+) -> dict:
+    """The columns that `labels` adds to the candidate columns; `defects` are those of a row without scores."""
     usage = usage or Usage()
     return {
         "teacher": teacher,
         "scores": scores and scores.scores,
         "uncertainty": scores and scores.uncertainty,
         "rationales": scores and scores.rationales,
-        "defects": [str(d) for d in scores.defects] if scores else [],
+        "defects": [str(d) for d in (scores.defects if scores else defects)],
         "usage": {
             "calls": usage.calls,
             "prompt_tokens": usage.prompt_tokens,

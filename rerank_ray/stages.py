@@ -49,7 +49,7 @@ class RankStage:
         rows = [
             label_columns(self.ranker.name, None, error=r)
             if isinstance(r, str)
-            else label_columns(self.ranker.name, r.scores, r.usage, r.error)
+            else label_columns(self.ranker.name, r.scores, r.usage, r.error, r.defects)
             for r in results
         ]
         added = pa.Table.from_pylist(rows, schema=pa.schema([f for f in LABELS if f.name not in CANDIDATES.names]))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, count_output
+from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.errors import RunError
@@ -66,10 +66,8 @@ def _ranked_rows(run: RunFolder):
 
 def _finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict) -> None:
     """Record the totals; a run past its bounds is failed, with its output kept."""
-    rates = {"error": counts.errors / counts.rows, "defect": counts.rows_with_defects / counts.rows}
-    bounds = {"error": limits.max_error_rate, "defect": limits.max_defect_rate}
-    over = [f"{n} rate {rates[n]:.4f} is above limits.max_{n}_rate {bounds[n]}" for n in rates if rates[n] > bounds[n]]
-    run.update(state="failed" if over else "done", counts=counts.to_dict(), timings=timings)
+    over = passed_bounds(counts, limits)
+    run.update(state="failed" if over else "done", counts=counts.to_dict(), rates=counts.rates(), timings=timings)
     if over:
         examples = "".join(f"\n  {e}" for e in counts.examples[:5])
         raise RunError(
@@ -84,7 +82,7 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
     rows = {
         "rows": f"{counts.rows:,} = {counts.ok:,} ok + {counts.errors:,} with error",
         "pairs scored": f"{counts.pairs:,}",
-        "rows with defects": f"{counts.rows_with_defects:,} {counts.defects or ''}",
+        "rows with defects": _defects_line(counts),
         "model calls": f"{usage['calls']:,}",
         "prompt tokens": f"{usage['prompt_tokens']:,}, {usage['cached_tokens']:,} of them cached",
         "output tokens": f"{usage['output_tokens']:,}",
@@ -95,6 +93,17 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
         if usage["calls"] or not name.endswith(("calls", "tokens")):
             table.add_row(name, value)
     console.print(table)
+
+
+def _defects_line(counts: Counts) -> str:
+    rates = counts.rates()
+    kinds = [
+        f"{kind} {count:,} in {rates['defects'][kind]['rows_affected']:.2%} of rows"
+        for kind, count in counts.defects.items()
+    ]
+    if rates["parse_failure"]["per_call"]:
+        kinds.append(f"answers that could not be read: {rates['parse_failure']['per_call']:.2%} of model calls")
+    return "; ".join([f"{counts.rows_with_defects:,} ({rates['defect']:.2%})", *kinds])
 
 
 def combine_runs(settings: CombineSettings, run_uri: str, console: Console) -> RunFolder:

@@ -48,11 +48,12 @@ class _Merged:
     def take(self, child: Child, outcome: Outcome, candidates: Sequence[int]) -> Scores | None:
         """Add a child's outcome over these candidates; returns its scores, or None when it failed."""
         self.usage = self.usage + outcome.usage
-        if outcome.error is not None:
+        scores = outcome.scores
+        defects = scores.defects if scores else outcome.defects
+        self.defects += [replace(d, detail=f"{child.path}: {d.detail}") for d in defects]
+        if scores is None:
             self.error = f"{child.path}: {outcome.error}"
             return None
-        scores = outcome.scores
-        self.defects += [replace(d, detail=f"{child.path}: {d.detail}") for d in scores.defects]
         for i, text in zip(candidates, scores.rationales or (), strict=False):
             if text:
                 self.rationales.setdefault(i, []).append(text)
@@ -61,7 +62,8 @@ class _Merged:
     def outcome(self, scores: Scores | None) -> Outcome:
         """The query's outcome: these scores with what the children added to them, or the error."""
         if self.error is not None:
-            return Outcome(request=self.request, scores=None, usage=self.usage, error=self.error)
+            defects = tuple(self.defects)
+            return Outcome(request=self.request, scores=None, usage=self.usage, error=self.error, defects=defects)
         texts = ["\n\n".join(self.rationales.get(i, ())) for i in range(len(self.request))]
         scores = replace(
             scores,

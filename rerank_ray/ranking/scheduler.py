@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from rerank_ray.errors import RerankRayError
 from rerank_ray.models.protocol import Answer, Backend, Call, Failure, Result
 from rerank_ray.ranking.pointwise import Steps
-from rerank_ray.records import CandidateList, Scores, Usage
+from rerank_ray.records import CandidateList, Defect, Scores, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,8 @@ class Outcome:
     scores: Scores | None
     usage: Usage
     error: str | None = None
+    defects: tuple[Defect, ...] = ()
+    """Of a list with `error`: what the method found wrong; other lists have theirs in `scores`."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class _Progress:
     usage: Usage = field(default_factory=Usage)
     scores: Scores | None = None
     error: str | None = None
+    defects: tuple[Defect, ...] = ()
 
     @property
     def running(self) -> bool:
@@ -55,6 +58,7 @@ class _Progress:
         if all(score != score for score in scores.scores):
             first = f", for example {scores.defects[0]}" if scores.defects else ""
             self.error = f"no candidate could be scored{first}"
+            self.defects = scores.defects
         else:
             self.scores = scores
 
@@ -99,7 +103,7 @@ def _run(method, backend: Backend | None, requests: Sequence[CandidateList]) -> 
             start += len(results)
             task.usage = sum((r.usage for r in results if isinstance(r, Answer)), start=task.usage)
             task.advance(results)
-    return [Outcome(request=t.request, scores=t.scores, usage=t.usage, error=t.error) for t in tasks]
+    return [Outcome(request=t.request, scores=t.scores, usage=t.usage, error=t.error, defects=t.defects) for t in tasks]
 
 
 def _answer(backend: Backend | None, calls: list[Call]) -> list[Result]:

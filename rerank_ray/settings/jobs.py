@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Fraction, Settings
+from rerank_ray.records import DefectKind
 from rerank_ray.settings.rankers import FusionMethod, RankerSettings
 
 
@@ -37,7 +38,10 @@ class LimitSettings(Settings):
     max_error_rate: Fraction = 0.01
     """Rows with `error` / rows."""
     max_defect_rate: Fraction = 0.05
-    """Rows with at least one defect / rows."""
+    """Rows that were scored, with at least one defect / rows."""
+    max_defect_rates: dict[DefectKind, Fraction] = Field(default={})
+    """Bounds for single kinds of defects, for example `{refusal: 0.001}`: rows with at least one of the kind, scored or
+    not / rows."""
 
 
 class RankJobSettings(Settings):

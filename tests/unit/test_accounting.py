@@ -10,10 +10,12 @@ import pytest
 from fixtures.rows import label_row, make_list, write_labels
 
 from rerank_ray import schema, storage
-from rerank_ray.accounting import count_output, drop_errors
-from rerank_ray.errors import RunError
+from rerank_ray.accounting import count_output, drop_errors, passed_bounds
+from rerank_ray.config import validate
+from rerank_ray.errors import ConfigError, RunError
 from rerank_ray.records import Defect, DefectKind, Ranking, Scores, Usage
 from rerank_ray.schema import LABELS, RANKINGS
+from rerank_ray.settings.jobs import LimitSettings
 
 
 def good(query_id: str) -> dict:
@@ -48,11 +50,49 @@ def test_counts_of_labels(tmp_path: Path):
         "ok": 2,
         "errors": 1,
         "rows_with_defects": 1,
+        "rows_with_parse_failures": 0,
         "pairs": 6,
         "defects": {"unscored": 1, "not_in_run": 1},
+        "rows_by_defect": {"unscored": 1, "not_in_run": 1},
         "examples": ["q3: out of luck"],
         "usage": {"calls": 3, "prompt_tokens": 30, "cached_tokens": 5, "output_tokens": 2},
     }
+
+
+def test_rates_and_bounds_by_hand(tmp_path: Path):
+    """Four rows, ten calls: two refusals and a repair in one, a refusal in a row that is an error for it, two clean."""
+    refusal, repair = (Defect(kind=k, detail="x") for k in (DefectKind.REFUSAL, DefectKind.MISSING))
+    scored = Scores(scores=(1.0, 2.0, float("nan")), defects=(refusal, refusal, repair))
+    rows = [
+        schema.candidate_row(make_list("q1")) | schema.label_columns("t", scored, Usage(calls=9)),
+        schema.candidate_row(make_list("q2")) | schema.label_columns("t", None, Usage(calls=1), "none", [refusal]),
+        good("q3"),
+        good("q4"),
+    ]
+    write_labels(tmp_path, rows)
+    counts = count_output(str(tmp_path), 4)
+    assert counts.rates() == {
+        "error": 0.25,
+        "defect": 0.25,
+        "defects": {
+            "refusal": {"per_row": 0.75, "rows_affected": 0.5},
+            "missing": {"per_row": 0.25, "rows_affected": 0.25},
+        },
+        "parse_failure": {"per_call": 0.3, "rows_affected": 0.5},
+    }
+    at_the_bound = {"max_error_rate": 0.25, "max_defect_rate": 0.25, "max_defect_rates": {"refusal": 0.5}}
+    assert passed_bounds(counts, LimitSettings(**at_the_bound)) == []
+    below = {"max_error_rate": 0.2, "max_defect_rate": 0.1, "max_defect_rates": {"refusal": 0.4, "empty": 0.0}}
+    assert passed_bounds(counts, LimitSettings(**below)) == [
+        "error rate 0.2500 is above limits.max_error_rate 0.2",
+        "defect rate 0.2500 is above limits.max_defect_rate 0.1",
+        "rate of rows with refusal defects 0.5000 is above limits.max_defect_rates.refusal 0.4",
+    ]
+
+
+def test_a_bound_for_a_kind_that_does_not_exist():
+    with pytest.raises(ConfigError, match=r"max_defect_rates\.refusals.*'refusal'"):
+        validate(LimitSettings, {"max_defect_rates": {"refusals": 0.1}}, "limits")
 
 
 def test_counts_of_rankings(tmp_path: Path):

@@ -365,6 +365,7 @@ def test_a_teacher_that_fails_leaves_the_row_without_labels():
     (outcome,) = Ranker(teacher).rank([make_list("q1")])
     assert outcome.scores is None
     assert outcome.error.startswith("rankers.1: no candidate could be scored, for example unscored: d0")
+    assert [str(d).split(": the call")[0] for d in outcome.defects] == [f"unscored: rankers.1: d{i}" for i in range(3)]
 
 
 @pytest.mark.parametrize(

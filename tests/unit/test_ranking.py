@@ -424,6 +424,9 @@ def test_a_label_stage_gives_one_row_for_each():
     assert "'query' is empty" in errors["empty query"]
     assert "'text' is null" in errors["null text"]
     assert errors["fails"].startswith("no candidate could be scored")
+    defects = {r["query_id"]: r["defects"] for r in rows if r["error"]}
+    assert len(defects.pop("fails")) == 3
+    assert not any(defects.values())
 
 
 def test_a_ranking_stage_gives_one_row_for_each():
