@@ -51,6 +51,20 @@ _NEEDS = {
     "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
     "fine_grained": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "erank": _Needs(slots=frozenset({"query", "passage"})),
+    "prp": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),
+    "duot5": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),
+    "setwise": _Needs(
+        slots=frozenset({"query", "passages"}), keys=frozenset({"passage", "labels"}), optional=frozenset({"count"})
+    ),
+    "rank_r1": _Needs(
+        slots=frozenset({"query", "passages"}), keys=frozenset({"passage"}), optional=frozenset({"count"})
+    ),
+}
+# Methods whose labels are two, and what they say.
+_TWO_LABELS = {
+    "yes_no": "[relevant, not relevant]",
+    "prp": "[passage A, passage B]",
+    "duot5": "[the first passage, the second]",
 }
 _KEY_HINTS = {"labels": ": answer words", "continuation": " with the slot {query}"}
 
@@ -73,7 +87,8 @@ class Template(Settings):
     prefill: str = ""
     """How the model's own turn begins."""
     labels: tuple[str, ...] | None = None
-    """Answer words; yes_no: relevant, not relevant; fine_grained: from the least relevant level to the most."""
+    """Answer words; yes_no: relevant, not relevant; fine_grained: from the least relevant level to the most; prp: passage
+    A, passage B; setwise: the passages' identifiers."""
     continuation: str | None = None
     """query_likelihood: the text whose log-likelihood is the score; `{query}` is its slot."""
 
@@ -92,8 +107,8 @@ class Template(Settings):
         for key in sorted(needs.keys):
             if getattr(self, key) is None:
                 raise ValueError(f"a {self.method} template needs {key}{_KEY_HINTS.get(key, '')}")
-        if self.method == "yes_no" and len(self.labels) != 2:
-            raise ValueError("labels must be two: [relevant, not relevant]")
+        if self.method in _TWO_LABELS and len(self.labels) != 2:
+            raise ValueError(f"labels must be two: {_TWO_LABELS[self.method]}")
         if self.method == "fine_grained" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError("labels must be two or more different levels, the least relevant first")
         if self.continuation is not None:
@@ -140,6 +155,21 @@ class Template(Settings):
             parts.append(self._fill(tail, query, entry))
         parts[-1] += self._fill(after, query, values)
         return self._prompt(parts, texts)
+
+    def identifiers(self, count: int) -> tuple[str, ...]:
+        """How `count` passages of a list are named: the labels, or 1, 2, … in a template without.
+
+        Raises:
+            ConfigError: there are fewer labels than passages.
+        """
+        if self.labels is None:
+            return tuple(str(n) for n in range(1, count + 1))
+        if len(self.labels) < count:
+            raise ConfigError(
+                f"prompt: {count} passages at once need as many labels, but the {self.method} template has "
+                f"{len(self.labels)}: show fewer passages at once or add labels"
+            )
+        return self.labels[:count]
 
     def continued(self, query: Query) -> str:
         return self._fill(self.continuation, query)

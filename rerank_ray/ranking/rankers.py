@@ -25,6 +25,10 @@ METHODS = {
     "fine_grained": "rerank_ray.ranking.fine_grained:FineGrained",
     "erank": "rerank_ray.ranking.erank:ERank",
     "query_likelihood": "rerank_ray.ranking.query_likelihood:QueryLikelihood",
+    "prp": "rerank_ray.ranking.prp:PRP",
+    "duot5": "rerank_ray.ranking.duot5:DuoT5",
+    "setwise": "rerank_ray.ranking.setwise:Setwise",
+    "rank_r1": "rerank_ray.ranking.setwise:Setwise",
     "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
     "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",
     "bm25": "rerank_ray.ranking.bm25:BM25",
@@ -58,7 +62,9 @@ def preflight(settings: RankerSettings) -> None:
     if isinstance(model, ModelSettings):
         resolve(model)
     if hasattr(settings, "prompt"):
-        load_template(settings.prompt, settings.method)
+        template = load_template(settings.prompt, settings.method)
+        if hasattr(settings, "children"):
+            template.identifiers(settings.children + 1)
     files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
     for path in files:
         if not storage.exists(path):

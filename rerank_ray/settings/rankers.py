@@ -67,6 +67,96 @@ class QueryLikelihoodSettings(Settings):
     """A built-in template's name or the path of a YAML template."""
 
 
+class PRPSettings(Settings):
+    """Pairwise ranking prompting: which of two passages is more relevant, asked in both orders."""
+
+    method: Literal["prp"] = "prp"
+    model: LanguageModelSettings
+    prompt: str = "prp"
+    """A built-in template's name or the path of a YAML template."""
+    strategy: Literal["allpair", "heapsort", "sliding"] = "heapsort"
+    """allpair compares every two passages and counts; heapsort and sliding (k passes from the bottom up) sort the first
+    k places and leave the first stage's order below."""
+    k: PositiveInt = 10
+    """heapsort, sliding: places that are sorted."""
+    mode: Literal["scoring", "generation"] = "scoring"
+    """scoring compares the logits of the two labels; generation reads the label off a generated text."""
+    max_tokens: PositiveInt = 16
+    """generation: tokens of the text."""
+
+
+class DuoT5Settings(Settings):
+    """The probability that one passage is more relevant than another, over all ordered pairs of the first passages."""
+
+    method: Literal["duot5"] = "duot5"
+    model: LanguageModelSettings
+    prompt: str = "duot5"
+    """A built-in template's name or the path of a YAML template."""
+    top: PositiveInt = 50
+    """Candidates that are compared, top × (top − 1) prompts; the others follow in their order."""
+    aggregation: Literal["sum", "sum_log", "sym_sum", "sym_sum_log"] = "sym_sum"
+    """How the probabilities of a passage's pairs become its score: of p_ij alone (sum), or of p_ij and 1 − p_ji
+    (sym_sum), as they are or as logarithms."""
+
+
+class SetwiseSettings(Settings):
+    """Which of several passages is the most relevant."""
+
+    method: Literal["setwise"] = "setwise"
+    model: LanguageModelSettings
+    prompt: str = "setwise"
+    """A built-in template's name or the path of a YAML template."""
+    strategy: Literal["heapsort", "bubblesort"] = "heapsort"
+    """Both sort the first k places; bubblesort asks more and is steadier against wrong answers."""
+    k: PositiveInt = 10
+    """Places that are sorted; below them the first stage's order stays."""
+    children: PositiveInt = 2
+    """A prompt shows a passage and this many others."""
+    mode: Literal["likelihood", "generation"] = "likelihood"
+    """likelihood takes the label of the highest logit; generation reads the label off a generated text."""
+    permutations: PositiveInt = 1
+    """Orders in which each set is asked; the most votes win."""
+    max_tokens: PositiveInt = 16
+    """generation: tokens of the text."""
+
+    @model_validator(mode="after")
+    def _a_heap_has_branches(self) -> SetwiseSettings:
+        return _refuse_a_chain(self)
+
+
+class RankR1Settings(Settings):
+    """Setwise with reasoning before the answer (Rank-R1)."""
+
+    method: Literal["rank_r1"] = "rank_r1"
+    model: LanguageModelSettings
+    prompt: str = "rank_r1"
+    """A built-in template's name or the path of a YAML template."""
+    strategy: Literal["heapsort", "bubblesort"] = "heapsort"
+    """Both sort the first k places."""
+    k: PositiveInt = 10
+    """Places that are sorted; below them the first stage's order stays."""
+    children: PositiveInt = 19
+    """A prompt shows a passage and this many others."""
+    permutations: PositiveInt = 1
+    """Orders in which each set is asked; the most votes win."""
+    max_tokens: PositiveInt = 2048
+    """Tokens of reasoning and answer."""
+
+    @property
+    def mode(self) -> Literal["reasoning"]:
+        return "reasoning"
+
+    @model_validator(mode="after")
+    def _a_heap_has_branches(self) -> RankR1Settings:
+        return _refuse_a_chain(self)
+
+
+def _refuse_a_chain(settings: SetwiseSettings | RankR1Settings) -> SetwiseSettings | RankR1Settings:
+    if settings.strategy == "heapsort" and settings.children == 1:
+        raise ValueError("children: a heap with one child a node is a chain; take 2 or more, or strategy bubblesort")
+    return settings
+
+
 class CrossEncoderRankerSettings(Settings):
     """The score of a cross-encoder."""
 
@@ -189,6 +279,10 @@ RankerSettings = Annotated[
     | FineGrainedSettings
     | ERankSettings
     | QueryLikelihoodSettings
+    | PRPSettings
+    | DuoT5Settings
+    | SetwiseSettings
+    | RankR1Settings
     | CrossEncoderRankerSettings
     | BiEncoderRankerSettings
     | BM25Settings

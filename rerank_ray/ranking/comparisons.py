@@ -1,0 +1,101 @@
+"""What methods that compare passages share: which labels an answer chooses, and what becomes of comparisons that have
+no answer.
+
+1. A comparison without an answer decides nothing, and is a defect.
+2. A candidate whose comparisons all went without an answer has no score: its place would be the first stage's.
+3. A list where more than half of the comparisons went without an answer is an error: its order would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rerank_ray.errors import RowError
+from rerank_ray.models.protocol import Failure, Result
+from rerank_ray.prompts.parse import parse_label, split_reasoning
+from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The labels that an answer prefers to all others: one, several that are exactly equal, or none."""
+
+    labels: tuple[int, ...]
+    rationale: str = ""
+    defect: Defect | None = None
+
+
+def read_choice(result: Result, labels: Sequence[str], *, tagged: bool = False) -> Choice:
+    """Read a `NextToken` answer (the highest logits) or a `Generate` answer (the label that the text names).
+
+    Args:
+        tagged: the text must give its answer as `<answer>…`; a label that its reasoning mentions is none.
+    """
+    if isinstance(result, Failure):
+        return Choice(labels=(), defect=Defect(kind=DefectKind.UNSCORED, detail=result.reason))
+    if not isinstance(result.value, str):
+        if not all(map(math.isfinite, result.value)):
+            return Choice(
+                labels=(), defect=Defect(kind=DefectKind.UNSCORED, detail="a label's logit is not a finite number")
+            )
+        return Choice(labels=tuple(i for i, logit in enumerate(result.value) if logit == max(result.value)))
+    rationale, answer = split_reasoning(result.value)
+    parsed = parse_label(answer, labels)
+    text = result.value.lower()
+    if ("<answer>" not in text) if tagged else ("<think" in text and "</think" not in text):
+        kind = DefectKind.CUT_OFF if result.cut_off else DefectKind.UNPARSED
+        unanswered = Defect(kind=kind, detail="the text ends without an answer")
+        return Choice(labels=(), defect=parsed.defects[0] if parsed.defects and not result.cut_off else unanswered)
+    if parsed.index is None:
+        return Choice(labels=(), defect=parsed.defects[0])
+    return Choice(labels=(parsed.index,), rationale=rationale)
+
+
+class Comparisons:
+    """The comparisons of one query's candidates, answered or not."""
+
+    def __init__(self, request: CandidateList) -> None:
+        self._ids = [c.doc_id for c in request.candidates]
+        self._compared: set[int] = set()
+        self._answered: set[int] = set()
+        self._total = self._unanswered = 0
+        self._flaws: dict[DefectKind, list[str]] = {}
+
+    def add(self, group: Sequence[int], choices: Sequence[Choice], answered: bool) -> None:
+        """Note a comparison of these candidates, what the model chose in each of its calls, and whether that is an
+        answer."""
+        self._total += 1
+        self._unanswered += not answered
+        self._compared.update(group)
+        if answered:
+            self._answered.update(group)
+        for defect in (choice.defect for choice in choices if choice.defect is not None):
+            documents = ", ".join(self._ids[i] for i in group[:3]) + (", …" if len(group) > 3 else "")
+            self._flaws.setdefault(defect.kind, []).append(f"{documents}: {defect.detail}")
+
+    def scores(self, scores: Sequence[float], rationales: Sequence[str] | None = None) -> Scores:
+        """The method's scores, without those of candidates that were compared and never with an answer.
+
+        Raises:
+            RowError: more than half of the comparisons went without an answer.
+        """
+        defects = [
+            Defect(kind=kind, detail=f"{len(details)}×, first of {details[0]}") for kind, details in self._flaws.items()
+        ]
+        if 2 * self._unanswered > self._total:
+            raise RowError(
+                f"{self._unanswered} of {self._total} comparisons have no answer, so the order would be the first "
+                f"stage's ({'; '.join(map(str, defects))})"
+            )
+        unjudged = self._compared - self._answered
+        defects += [
+            Defect(kind=DefectKind.UNSCORED, detail=f"{self._ids[i]}: none of its comparisons has an answer")
+            for i in sorted(unjudged)
+        ]
+        return Scores(
+            scores=tuple(math.nan if i in unjudged else score for i, score in enumerate(scores)),
+            rationales=None if rationales is None else tuple(rationales),
+            defects=tuple(defects),
+        )
