@@ -87,8 +87,8 @@ class Template(Settings):
     prefill: str = ""
     """How the model's own turn begins."""
     labels: tuple[str, ...] | None = None
-    """Answer words; yes_no: relevant, not relevant; fine_grained: from the least relevant level to the most; prp: passage
-    A, passage B; setwise: the passages' identifiers."""
+    """Answer words; yes_no: relevant, not relevant; fine_grained: from the least relevant level to the most; prp:
+    passage A, passage B; setwise: the passages' identifiers."""
     continuation: str | None = None
     """query_likelihood: the text whose log-likelihood is the score; `{query}` is its slot."""
 

@@ -41,15 +41,13 @@ def read_choice(result: Result, labels: Sequence[str], *, tagged: bool = False) 
                 labels=(), defect=Defect(kind=DefectKind.UNSCORED, detail="a label's logit is not a finite number")
             )
         return Choice(labels=tuple(i for i, logit in enumerate(result.value) if logit == max(result.value)))
-    rationale, answer = split_reasoning(result.value)
-    parsed = parse_label(answer, labels)
-    text = result.value.lower()
-    if ("<answer>" not in text) if tagged else ("<think" in text and "</think" not in text):
-        kind = DefectKind.CUT_OFF if result.cut_off else DefectKind.UNPARSED
-        unanswered = Defect(kind=kind, detail="the text ends without an answer")
-        return Choice(labels=(), defect=parsed.defects[0] if parsed.defects and not result.cut_off else unanswered)
+    parsed = parse_label(result.value, labels, cut_off=result.cut_off)
     if parsed.index is None:
         return Choice(labels=(), defect=parsed.defects[0])
+    if tagged and "<answer>" not in result.value.lower():
+        kind = DefectKind.CUT_OFF if result.cut_off else DefectKind.UNPARSED
+        return Choice(labels=(), defect=Defect(kind=kind, detail="the text ends without <answer>"))
+    rationale, _ = split_reasoning(result.value)
     return Choice(labels=(parsed.index,), rationale=rationale)
 
 

@@ -274,6 +274,7 @@ def test_the_winner_keeps_the_rationale():
     [
         ("<think>passage [2] is good", True, "cut_off"),
         ("<think>passage [2] is good</think> It is passage [2].", False, "unparsed"),
+        ("It is passage [2], because it", True, "cut_off"),
         ("I'm sorry, but I can't help with that.", False, "refusal"),
         ("<think>hm</think><answer>[9]", False, "out_of_range"),
         ("<think>hm</think><answer>", False, "empty"),
@@ -293,7 +294,7 @@ def test_reasoning_without_a_label(text: str, cut_off: bool, kind: str):
 
 def test_thinking_that_does_not_end_is_no_answer_elsewhere_either():
     outcome = rank(setwise(b := Script("<think> I like Passage B"), mode="generation", k=1), b, make_list())
-    assert "unparsed: 1×" in outcome.error
+    assert "(empty: 1×" in outcome.error
 
 
 # Company and settings
