@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from harness import publish
 from rich.console import Console
 
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.ingest import ingest_beir
 from rerank_ray.quickstart.collection import build_collection
-from rerank_ray.report.tables import markdown_table
 from rerank_ray.schema import CANDIDATES, read_rows
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.stages import RankStage
@@ -49,7 +49,12 @@ def main() -> None:
         for number in range(options.rounds + 1):
             measured.append((bare_loop(settings), *ray_job(settings, f"{folder}/run-{number}")))
     # The first round warms up the file cache and both engines.
-    print(table(measured[1:], options.rows))
+    publish(
+        "label_job",
+        title="The label job on Ray against the same engine in a bare loop",
+        about=f"{options.rows} rows of {options.depth} candidates, MiniLM bi-encoder, one replica of one thread.",
+        rows=figures(measured[1:], options.rows),
+    )
 
 
 def prepare(folder: Path, rows: int, depth: int) -> str:
@@ -77,14 +82,14 @@ def ray_job(settings: LabelSettings, run: str) -> tuple[float, float]:
     return time.perf_counter() - started, timings["seconds_from_first_to_last_batch"]
 
 
-def table(measured: list[tuple[float, float, float]], rows: int) -> str:
+def figures(measured: list[tuple[float, float, float]], rows: int) -> dict[str, dict]:
     def line(index: int) -> dict:
         return {
             "rows/s": rows / statistics.median(m[index] for m in measured),
             "ratio to the bare loop": statistics.median(m[0] / m[index] for m in measured),
         }
 
-    return markdown_table({"bare loop": line(0), "Ray, ranking": line(2), "Ray, whole job": line(1)}, head="")
+    return {"bare loop": line(0), "Ray, ranking": line(2), "Ray, whole job": line(1)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rerank_ray.report.tables import print_table
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.pipeline import PipelineSettings
 
-_TRAIN_QUERIES, _TEST_QUERIES = 150, 60
+_TRAIN_QUERIES, _TEST_QUERIES = 100, 50
 _ROLES = {
     "BM25": ("first stage", "test"),
     "SmolLM2-135M query likelihood": ("teacher", "llm"),

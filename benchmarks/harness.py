@@ -1,0 +1,88 @@
+"""What every benchmark shares: measuring in alternation, and where the figures go.
+
+A benchmark compares things that are measured in one process and in turn, so that a machine's moods meet all of them,
+and reports the median of each and of the rounds' ratios. `publish` writes `docs/benchmarks/NAME.json` and the section of
+that name in `docs/benchmarks.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from rerank_ray.report.tables import markdown_table
+
+DOCS = Path(__file__).parents[1] / "docs"
+_PACKAGES = ("rerank_ray", "torch", "transformers", "ray", "sentence-transformers")
+
+
+def alternate(subjects: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each subject in each of `rounds` rounds, after one round that warms everything up."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for number in range(rounds + 1):
+        for name, subject in subjects.items():
+            started = time.perf_counter()
+            subject()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """Median of the rounds' ratios: how many times `to` goes into `of`."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def publish(name: str, *, title: str, about: str, rows: Mapping[str, Mapping], facts: Mapping | None = None) -> None:
+    """Print a table of subjects and their figures and put it, with machine and command, into the docs."""
+    table = markdown_table(dict(rows), head="")
+    print(table)
+    command = "python " + " ".join([os.path.relpath(sys.argv[0], DOCS.parent), *sys.argv[1:]])
+    record = {"title": title, "command": command, "machine": machine(), "rows": rows, **(facts or {})}
+    (DOCS / "benchmarks").mkdir(parents=True, exist_ok=True)
+    (DOCS / "benchmarks" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    where = ", ".join(f"{k} {v}" for k, v in record["machine"].items())
+    _put_section(name, f"## {title}\n\n{about}\n\n    {command}\n\n{table}\n\n{where}\n")
+
+
+def _put_section(name: str, text: str) -> None:
+    page = DOCS / "benchmarks.md"
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    old = page.read_text() if page.exists() else "# Benchmarks\n"
+    section = f"{begin}\n{text.rstrip()}\n{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    found = pattern.search(old)
+    page.write_text(pattern.sub(lambda _: section, old) if found else f"{old.rstrip()}\n\n{section}\n")
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores, accelerator and versions."""
+    facts = {"processor": _processor(), "cores": str(os.cpu_count()), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return facts
+
+
+def _processor() -> str:
+    try:
+        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return platform.processor() or platform.machine()
+    found = re.search(r"Model name:\s*(.+)", text)
+    return found[1].strip() if found else platform.machine()
