@@ -1,8 +1,8 @@
 """What every benchmark shares: measuring in alternation, and where the figures go.
 
 A benchmark compares things that are measured in one process and in turn, so that a machine's moods meet all of them,
-and reports the median of each and of the rounds' ratios. `publish` writes `docs/benchmarks/NAME.json` and the section of
-that name in `docs/benchmarks.md`.
+and reports the median of each and of the rounds' ratios. `publish` writes `docs/benchmarks/NAME.json` and the section
+of that name in `docs/benchmarks.md`.
 """
 
 from __future__ import annotations

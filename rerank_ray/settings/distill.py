@@ -30,8 +30,8 @@ class StudentSettings(Settings):
     gate: float = -8.0
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
     scale: PositiveFloat = 8.0
-    """similarity: initial factor of the cosine, which sets the untrained student's scores on the scale of its labels: on
-    SPLADE's lists of TREC-DL 2021 MiniLM's KL to z-scored labels is 0.54 at 8 and 0.86 at 20."""
+    """similarity: initial factor of the cosine, which sets the untrained student's scores on the scale of its labels:
+    on SPLADE's lists of TREC-DL 2021 MiniLM's KL to z-scored labels is 0.54 at 8 and 0.86 at 20."""
     dropout: Fraction | None = 0.0
     """Hidden and attention dropout; null keeps the checkpoint's. Any dropout on attention rules out its fused kernel,
     which doubles the memory of a step."""
