@@ -10,6 +10,7 @@ from rerank_ray.settings.models import ModelSettings
 # Names, not classes: a job imports the one it runs, and a driver that runs none imports no torch (3 of 3.6 s).
 BACKENDS = {
     "hf_causal": "rerank_ray.models.hf_causal:HFCausal",
+    "hf_seq2seq": "rerank_ray.models.hf_seq2seq:HFSeq2Seq",
     "cross_encoder": "rerank_ray.models.cross_encoder:CrossEncoder",
     "bi_encoder": "rerank_ray.models.bi_encoder:BiEncoder",
     "fake": "rerank_ray.models.fake:Fake",

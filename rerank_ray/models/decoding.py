@@ -14,11 +14,12 @@ from rerank_ray.models.protocol import Generate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One call's text and the tokens it took, the one that ended it included."""
+    """One call's text, the number of its tokens, the one that ended it included, and the log-probability of these."""
 
     text: str
     tokens: int
     cut_off: bool
+    log_probability: float
 
 
 class State(Protocol):
@@ -77,15 +78,17 @@ def generate(
             row[: call.max_tokens] = torch.rand(call.max_tokens, generator=generator, dtype=torch.float64)
     draws = draws.to(device)
     written: list[list[int]] = [[] for _ in calls]
-    answers: list[Generated | None] = [None] * len(calls)
+    endings: list[tuple[str, bool] | None] = [None] * len(calls)
+    logs = torch.zeros(len(calls), device=device)
     rows = torch.arange(len(calls), device=device)
     for step in range(longest):
         tokens = choose(logits, temperatures[rows], draws[rows, step])
+        logs[rows] += log_probabilities(logits, tokens)
         unfinished = []
         for place, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
             written[row].append(token)
-            answers[row] = _finished(calls[row], written[row], tokenizer, ends)
-            if answers[row] is None:
+            endings[row] = _ending(calls[row], written[row], tokenizer, ends)
+            if endings[row] is None:
                 unfinished.append(place)
         if not unfinished:
             break
@@ -94,7 +97,10 @@ def generate(
             rows, tokens = rows[kept], tokens[kept]
             state.keep(kept)
         logits = state.step(tokens)
-    return answers
+    return [
+        Generated(text=text, tokens=len(tokens), cut_off=cut_off, log_probability=log)
+        for (text, cut_off), tokens, log in zip(endings, written, logs.tolist(), strict=True)
+    ]
 
 
 def choose(logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -111,18 +117,23 @@ def choose(logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
     return likeliest
 
 
-def _finished(call: Generate, tokens: list[int], tokenizer, ends: frozenset[int]) -> Generated | None:
-    """The call's answer if its last token was the last one."""
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Natural-log probabilities [N] of one token at each position, from logits [N, vocabulary]."""
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[:, None])[:, 0]
+
+
+def _ending(call: Generate, tokens: list[int], tokenizer, ends: frozenset[int]) -> tuple[str, bool] | None:
+    """The call's text and whether it was cut off, if its last token was the last one."""
     if tokens[-1] in ends:
-        return Generated(text=_text(tokenizer, tokens[:-1]), tokens=len(tokens), cut_off=False)
+        return _text(tokenizer, tokens[:-1]), False
     full = len(tokens) == call.max_tokens
     if not (call.stop or full):
         return None
     text = _text(tokenizer, tokens)
     stops = [at for s in call.stop if (at := text.find(s)) >= 0]
     if stops:
-        return Generated(text=text[: min(stops)], tokens=len(tokens), cut_off=False)
-    return Generated(text=text, tokens=len(tokens), cut_off=True) if full else None
+        return text[: min(stops)], False
+    return (text, True) if full else None
 
 
 def _text(tokenizer, tokens: list[int]) -> str:

@@ -158,9 +158,8 @@ class HFCausal:
         """Read one call's value off its logits [positions, vocabulary]."""
         if isinstance(row.call, NextToken):
             return tuple(logits[0, self._label_ids[row.call.labels]].float().tolist())
-        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-        target = torch.tensor(row.continuation, device=logits.device)
-        return tuple(log_probabilities.gather(1, target[:, None])[:, 0].tolist())
+        continuation = torch.tensor(row.continuation, device=logits.device)
+        return tuple(decoding.log_probabilities(logits, continuation).tolist())
 
     @torch.inference_mode()
     def _generate(self, rows: list[_Row], prefixes: Prefixes | None) -> list[Answer]:
@@ -172,7 +171,8 @@ class HFCausal:
         state = decoding.CausalState(self.model, cache, torch.tensor([len(r.prompt) for r in rows], device=self.device))
         texts = decoding.generate(state, logits, [r.call for r in rows], self.tokenizer, self._ends)
         return [
-            _answer(row, text.text, text.tokens, cut_off=text.cut_off) for row, text in zip(rows, texts, strict=True)
+            _answer(row, t.text, t.tokens, cut_off=t.cut_off, log_probability=t.log_probability)
+            for row, t in zip(rows, texts, strict=True)
         ]
 
     def _cache_of(self, rows: list[_Row], prefixes: Prefixes) -> DynamicCache:
@@ -218,6 +218,6 @@ class HFCausal:
         return (inputs[0][rows, positions][None],)
 
 
-def _answer(row: _Row, value: tuple[float, ...] | str, output_tokens: int, cut_off: bool = False) -> Answer:
+def _answer(row: _Row, value: tuple[float, ...] | str, output_tokens: int, **generated) -> Answer:
     usage = Usage(calls=1, prompt_tokens=len(row.prompt), cached_tokens=row.cached, output_tokens=output_tokens)
-    return Answer(value=value, usage=usage, cut_off=cut_off)
+    return Answer(value=value, usage=usage, **generated)

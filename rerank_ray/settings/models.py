@@ -51,6 +51,12 @@ class HFCausalSettings(ModelSettings):
     """Compute what prompts have in common at their beginning once."""
 
 
+class HFSeq2SeqSettings(ModelSettings):
+    """An encoder-decoder LLM of the T5 family run by transformers; `max_length` is the encoder's."""
+
+    kind: Literal["hf_seq2seq"] = "hf_seq2seq"
+
+
 class CrossEncoderSettings(ModelSettings):
     """A cross-encoder: a sequence-classification checkpoint with one output, or a student of ours."""
 
@@ -85,5 +91,5 @@ class FakeSettings(Settings):
     """Calls whose text holds this string end the process at once, like a segmentation fault."""
 
 
-LanguageModelSettings = Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+LanguageModelSettings = Annotated[HFCausalSettings | HFSeq2SeqSettings | FakeSettings, Field(discriminator="kind")]
 """Every kind of model that reads prompts, chosen by `kind`; a method that needs calls it does not answer refuses it."""

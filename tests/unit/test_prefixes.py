@@ -230,4 +230,6 @@ def test_greedy_texts_are_those_of_transformers(ending: Path, share_prefix: bool
         assert result.usage.prompt_tokens == len(ids)
         assert result.value == model.tokenizer.decode(expected[:-1] if ended else expected, skip_special_tokens=True)
         assert result.cut_off is not ended
+        logs = plain(reference, [*ids, *expected[:-1]], len(expected))
+        assert result.log_probability == pytest.approx(logs[range(len(expected)), expected].sum().item(), abs=1e-3)
     assert {r.cut_off for r in results} == {True, False}

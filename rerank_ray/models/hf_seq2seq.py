@@ -1,0 +1,181 @@
+"""Encoder-decoder LLMs of the T5 family on transformers: monoT5, duoT5, FLAN-T5 and whatever else is laid out so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models import decoding, engine
+from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.resolve import resolve
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
+from rerank_ray.records import Usage
+from rerank_ray.settings.models import HFSeq2SeqSettings
+
+# Positions are relative in these, so that padding moves nothing.
+_FAMILY = {"t5", "mt5", "umt5"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One call's tokens: the encoder's, what the decoder has written before it is asked, and what it is asked for."""
+
+    call: Call
+    prompt: list[int]
+    begun: list[int]
+    continuation: list[int]
+
+    @property
+    def decoder_input(self) -> list[int]:
+        return self.begun + self.continuation[:-1]
+
+    @property
+    def held(self) -> int:
+        """Tokens the answer will take."""
+        return self.call.max_tokens if isinstance(self.call, Generate) else 0
+
+
+class HFSeq2Seq:
+    """Answers `NextToken`, `LogLikelihood` and `Generate`.
+
+    The encoder reads the prompt; a prefill, a continuation or a text is the decoder's. The decoder's rows are padded on
+    the right without a mask, as a causal model's may be.
+    """
+
+    answers = frozenset({NextToken, LogLikelihood, Generate})
+    exit_layer = None
+
+    def __init__(self, settings: HFSeq2SeqSettings) -> None:
+        resolved = resolve(settings)
+        self.name = f"hf_seq2seq:{resolved.identity}"
+        self.tokenizer = load(AutoTokenizer, resolved, settings)
+        self.device = engine.pick_device(settings.device)
+        dtype = engine.pick_dtype(settings.dtype, self.device)
+        self.model = load(AutoModelForSeq2SeqLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        if self.model.config.model_type not in _FAMILY:
+            raise ModelError(
+                f"{settings.path}: model type '{self.model.config.model_type}' is none of {sorted(_FAMILY)}, "
+                "the T5 family that hf_seq2seq runs"
+            )
+        self.parameters = engine.count_parameters(self.model)
+        self.encoder = PromptEncoder(self.tokenizer, settings.max_length, chat=False)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self._ends = end_ids(self.tokenizer, self.model.generation_config)
+        self._label_ids: dict[tuple[str, ...], list[int]] = {}
+
+    def check_labels(self, labels: tuple[str, ...]) -> None:
+        """Raise `ModelError` unless every label is one token of this tokenizer."""
+        if labels not in self._label_ids:
+            self._label_ids[labels] = label_ids(self.tokenizer, labels)
+
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        prompts = self.encoder.encode([replace(c.prompt, prefill="") for c in calls], [0] * len(calls))
+        results: list[Result | None] = [
+            Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
+        ]
+        rows = {i: self._row(calls[i], prompts[i]) for i, r in enumerate(results) if r is None}
+        self._run([i for i in rows if not isinstance(calls[i], Generate)], rows, results, self._score)
+        # Texts of one batch begin at one step; a method's prefills are the same, so there are few lengths.
+        for begun in {len(row.begun) for row in rows.values()}:
+            texts = [i for i, row in rows.items() if isinstance(calls[i], Generate) and len(row.begun) == begun]
+            self._run(texts, rows, results, self._generate)
+        return results
+
+    def _row(self, call: Call, prompt: list[int]) -> _Row:
+        if isinstance(call, NextToken):
+            self.check_labels(call.labels)
+        begun = [self.model.config.decoder_start_token_id, *self._tokens(call.prompt.prefill)]
+        continuation = self._tokens(call.continuation) if isinstance(call, LogLikelihood) else []
+        return _Row(call=call, prompt=prompt, begun=begun, continuation=continuation)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _run(
+        self,
+        chosen: list[int],
+        rows: dict[int, _Row],
+        results: list[Result | None],
+        forward: Callable[[list[_Row]], list[Answer]],
+    ) -> None:
+        held = [rows[i].held for i in chosen]
+        lengths = [len(rows[i].prompt) + len(rows[i].decoder_input) + h for i, h in zip(chosen, held, strict=True)]
+        answers = self.runner.run(lengths, lambda batch: forward([rows[chosen[b]] for b in batch]), held)
+        for i, answer in zip(chosen, answers, strict=True):
+            results[i] = answer
+
+    @torch.inference_mode()
+    def _score(self, rows: list[_Row]) -> list[Answer]:
+        logits = self._start(rows, cache=None)[0]
+        return [
+            _answer(
+                row, self._value(row, row_logits[len(row.begun) - 1 : len(row.decoder_input)]), len(row.continuation)
+            )
+            for row, row_logits in zip(rows, logits, strict=True)
+        ]
+
+    def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
+        """Read one call's value off its logits [positions, vocabulary]."""
+        if isinstance(row.call, NextToken):
+            return tuple(logits[0, self._label_ids[row.call.labels]].float().tolist())
+        continuation = torch.tensor(row.continuation, device=logits.device)
+        return tuple(decoding.log_probabilities(logits, continuation).tolist())
+
+    @torch.inference_mode()
+    def _generate(self, rows: list[_Row]) -> list[Answer]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits, encoded, mask = self._start(rows, cache)
+        state = _State(self.model, cache, encoded, mask)
+        texts = decoding.generate(state, logits[:, -1], [r.call for r in rows], self.tokenizer, self._ends)
+        return [
+            _answer(row, t.text, t.tokens, cut_off=t.cut_off, log_probability=t.log_probability)
+            for row, t in zip(rows, texts, strict=True)
+        ]
+
+    def _start(
+        self, rows: list[_Row], cache: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The decoder's logits [B, T, vocabulary], the encoder's states [B, L, hidden] and its mask [B, L]."""
+        ids, lengths = engine.right_pad([r.prompt for r in rows], pad_id=0)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
+        longest = max(len(r.decoder_input) for r in rows)
+        begun = torch.tensor([r.decoder_input + [0] * (longest - len(r.decoder_input)) for r in rows])
+        output = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask,
+            decoder_input_ids=begun.to(self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.logits, output.encoder_last_hidden_state, mask
+
+
+class _State:
+    """A batch of texts that the decoder writes."""
+
+    def __init__(self, model, cache: EncoderDecoderCache, encoded: torch.Tensor, mask: torch.Tensor) -> None:
+        self._model, self._cache, self._encoded, self._mask = model, cache, encoded, mask
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            encoder_outputs=(self._encoded,),
+            attention_mask=self._mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._encoded, self._mask = self._encoded[rows], self._mask[rows]
+
+
+def _answer(row: _Row, value: tuple[float, ...] | str, output_tokens: int, **generated) -> Answer:
+    usage = Usage(calls=1, prompt_tokens=len(row.prompt), output_tokens=output_tokens)
+    return Answer(value=value, usage=usage, **generated)
