@@ -3,7 +3,7 @@ no answer.
 
 1. A comparison without an answer decides nothing, and is a defect.
 2. A candidate whose comparisons all went without an answer has no score: its place would be the first stage's.
-3. A list where more than half of the comparisons went without an answer is an error: its order would be.
+3. A list in which more than half of the comparisons went without an answer has no scores: its order would be.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Failure, Result
 from rerank_ray.prompts.parse import parse_label, split_reasoning
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
@@ -74,26 +73,18 @@ class Comparisons:
             self._flaws.setdefault(defect.kind, []).append(f"{documents}: {defect.detail}")
 
     def scores(self, scores: Sequence[float], rationales: Sequence[str] | None = None) -> Scores:
-        """The method's scores, without those of candidates that were compared and never with an answer.
-
-        Raises:
-            RowError: more than half of the comparisons went without an answer.
-        """
-        defects = [
-            Defect(kind=kind, detail=f"{len(details)}×, first of {details[0]}") for kind, details in self._flaws.items()
-        ]
+        """The method's scores, without those that rest on no answer; all of them are NaN where most comparisons do."""
+        ids = [self._ids[i] for i in sorted(self._compared - self._answered)]
+        unjudged = [f"{doc_id}: none of its comparisons has an answer" for doc_id in ids]
         if 2 * self._unanswered > self._total:
-            raise RowError(
-                f"{self._unanswered} of {self._total} comparisons have no answer, so the order would be the first "
-                f"stage's ({'; '.join(map(str, defects))})"
-            )
-        unjudged = self._compared - self._answered
-        defects += [
-            Defect(kind=DefectKind.UNSCORED, detail=f"{self._ids[i]}: none of its comparisons has an answer")
-            for i in sorted(unjudged)
-        ]
+            share = f"{self._unanswered} of {self._total}"
+            ids, unjudged = self._ids, [f"{share} comparisons have no answer: the order would be the first stage's"]
+        without = set(ids)
         return Scores(
-            scores=tuple(math.nan if i in unjudged else score for i, score in enumerate(scores)),
+            scores=tuple(math.nan if i in without else s for i, s in zip(self._ids, scores, strict=True)),
             rationales=None if rationales is None else tuple(rationales),
-            defects=tuple(defects),
+            defects=(
+                *(Defect(kind=DefectKind.UNSCORED, detail=detail) for detail in unjudged),
+                *(Defect(kind=kind, detail=f"{len(of)}×, first of {of[0]}") for kind, of in self._flaws.items()),
+            ),
         )
