@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
     combine.set_defaults(command=_combine)
     _add_evaluate(commands)
+    _add_audit(commands)
     quickstart = commands.add_parser("quickstart", help="the whole path on a collection made on this machine")
     quickstart.add_argument("--run", default="runs/quickstart", metavar="FOLDER")
     quickstart.set_defaults(command=_quickstart)
@@ -101,6 +102,30 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--metrics", metavar="M,M,…", help="default: ndcg@10,mrr@10,map,recall@100")
     evaluate.add_argument("--json", metavar="FILE", help="also write everything, per-query values included")
     evaluate.set_defaults(command=_evaluate)
+
+
+def _add_audit(commands) -> None:
+    audit = commands.add_parser(
+        "audit", help="what a label run is worth: scores, defects, bias, agreement, calibration"
+    )
+    audit.add_argument("label_run", metavar="RUN", help="label run folder or label Parquet")
+    audit.add_argument("--against", nargs="+", default=[], metavar="RUN", help="label runs of other teachers")
+    audit.add_argument("--shuffled", metavar="RUN", help="the same teacher's run over `rerank-ray shuffle`'s output")
+    audit.add_argument("--repeat", metavar="RUN", help="the same teacher's second run over the same input")
+    audit.add_argument("--qrels", metavar="FILE", help="TREC qrels or BEIR TSV (default: the candidates' own labels)")
+    audit.add_argument("--json", metavar="FILE", help="also write everything as JSON")
+    audit.set_defaults(command=_audit)
+    shuffle = commands.add_parser("shuffle", help="candidate lists in random order, to find a teacher's position bias")
+    shuffle.add_argument("input", metavar="INPUT", help="candidate Parquet or run folder")
+    shuffle.add_argument("--seed", type=int, default=0, metavar="N")
+    shuffle.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
+    shuffle.set_defaults(command=_shuffle)
+    selectivity = commands.add_parser("selectivity", help="the threshold of selective reranking that keeps to a budget")
+    selectivity.add_argument("label_run", metavar="RUN", help="label run of the cheap ranker")
+    selectivity.add_argument("--budget", type=float, required=True, metavar="SHARE", help="of the queries, 0 to 1")
+    selectivity.add_argument("--k", type=int, required=True, help="as the config's `k`")
+    selectivity.add_argument("--criterion", default="entropy", choices=["entropy", "margin"], help="as the config's")
+    selectivity.set_defaults(command=_selectivity)
 
 
 def _ingest(options: argparse.Namespace, console: Console) -> None:
@@ -163,6 +188,37 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     print_report(report, console)
     if options.json:
         storage.write_text(options.json, json.dumps(report.to_dict(), indent=1) + "\n")
+
+
+def _audit(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.audit import audit, print_audit
+
+    report = audit(
+        options.label_run,
+        against=options.against,
+        shuffled=options.shuffled,
+        repeat=options.repeat,
+        qrels=options.qrels,
+    )
+    print_audit(report, console)
+    if options.json:
+        storage.write_text(options.json, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _shuffle(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.shuffle import shuffle
+
+    rows = shuffle(options.input, options.out, options.seed)
+    console.print(f"{options.out}: {rows:,} rows, candidates shuffled with seed {options.seed}", highlight=False)
+
+
+def _selectivity(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.selectivity import threshold_for
+
+    found = threshold_for(options.label_run, options.budget, options.k, options.criterion)
+    share = f"{found.selected:,} of {found.queries:,} queries ({found.selected / found.queries:.1%})"
+    console.print(f"threshold: {found.threshold!r}", highlight=False)
+    console.print(f"sends {share} to the expensive ranker, k {options.k}, {options.criterion}", highlight=False)
 
 
 def _quickstart(options: argparse.Namespace, console: Console) -> None:

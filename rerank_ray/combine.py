@@ -11,19 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import Usage
 from rerank_ray.schema import (
     CANDIDATES,
     LABELS,
-    doc_id_path,
     id_hash,
     inspect_input,
     label_columns,
-    open_parquet,
     read_rows,
+    read_scored,
     write_rows,
 )
 from rerank_ray.settings.jobs import CombineSettings
@@ -65,16 +63,8 @@ def _rows(
 
 def _scores(uri: str, partition: int, partitions: int) -> dict[str, dict]:
     """Query id -> teacher, doc ids, scores and error of one partition, without texts."""
-    fs, _ = storage.open_filesystem(uri)
-    entries = {}
-    for path in storage.list_files(uri, ".parquet"):
-        with open_parquet(fs, path) as file:
-            columns = ["query_id", "teacher", "scores", "error", doc_id_path(file, path)]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    if id_hash(row["query_id"]) % partitions == partition:
-                        entries[row["query_id"]] = _entry(row)
-    return entries
+    rows = (row for row in read_scored(uri) if id_hash(row["query_id"]) % partitions == partition)
+    return {row["query_id"]: _entry(row) for row in rows}
 
 
 def _entry(row: dict) -> dict:

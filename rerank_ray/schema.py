@@ -26,6 +26,7 @@ VERSION = 1
 ROWS_PER_GROUP = 16
 ROWS_PER_FILE = 4096
 _READ_BYTES = 4 << 20
+_SCORED_ROWS = 1024
 
 _CANDIDATE = pa.struct(
     [
@@ -277,6 +278,20 @@ def doc_id_path(file: pq.ParquetFile, path: str) -> str:
     if not ids:
         raise InputError(f"{path}: 'candidates' is not a list of structs with a 'doc_id'")
     return ids[0]
+
+
+def read_scored(uri: str) -> Iterator[dict]:
+    """Stream label rows with `query_id`, `teacher`, `scores`, `error`, and of `candidates` just `doc_id` and `label`.
+
+    Texts are most of a label file, and are not decoded.
+    """
+    fs, _ = storage.open_filesystem(uri)
+    for path in storage.list_files(uri, ".parquet"):
+        with open_parquet(fs, path) as file:
+            ids = doc_id_path(file, path)
+            columns = ["query_id", "teacher", "scores", "error", ids, ids.removesuffix("doc_id") + "label"]
+            for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
+                yield from batch.to_pylist()
 
 
 def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
