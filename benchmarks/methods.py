@@ -120,7 +120,7 @@ def _run(settings: dict, collections: dict, options: argparse.Namespace) -> dict
     loaded: dict[str, Backend] = {}
     ranker = Ranker(TypeAdapter(RankerSettings).validate_python(settings), loaded)
     ranker.rank(next(iter(collections.values()))[0][:1])
-    figures: dict[str, float | int] = {}
+    figures: dict[str, float | int | str] = {}
     for collection, (lists, qrels) in collections.items():
         started = time.perf_counter()
         outcomes = ranker.rank(lists)
@@ -133,7 +133,7 @@ def _run(settings: dict, collections: dict, options: argparse.Namespace) -> dict
             f"{collection} no label": sum(o.scores is None for o in outcomes),
             f"{collection} calls/query": round(usage.calls / len(lists)),
             f"{collection} tokens/query": round((usage.prompt_tokens + usage.output_tokens) / len(lists)),
-            f"{collection} s/query": round(seconds / len(lists), 2),
+            f"{collection} s/query": f"{seconds / len(lists):.2f}",
         }
     return {"settings": settings, "queries": options.queries, "depth": options.depth, "figures": figures}
 
