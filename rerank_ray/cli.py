@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.set_defaults(command=_combine)
     _add_evaluate(commands)
     _add_audit(commands)
+    _add_prompt(commands)
     quickstart = commands.add_parser("quickstart", help="the whole path on a collection made on this machine")
     quickstart.add_argument("--run", default="runs/quickstart", metavar="FOLDER")
     quickstart.set_defaults(command=_quickstart)
@@ -126,6 +127,19 @@ def _add_audit(commands) -> None:
     selectivity.add_argument("--k", type=int, required=True, help="as the config's `k`")
     selectivity.add_argument("--criterion", default="entropy", choices=["entropy", "margin"], help="as the config's")
     selectivity.set_defaults(command=_selectivity)
+
+
+def _add_prompt(commands) -> None:
+    prompt = commands.add_parser("prompt", help="templates, and what a model will see of one")
+    actions = prompt.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print exactly what the model will see for one row")
+    show.add_argument("template", metavar="TEMPLATE", help="built-in name or YAML file")
+    show.add_argument("--row", required=True, metavar="INPUT[:QUERY_ID]", help="candidate Parquet (default: first row)")
+    show.add_argument("--model", metavar="PATH", help="apply this model's tokenizer: chat template, cuts, token count")
+    show.add_argument("--call", type=int, metavar="N", help="of the query's calls (default: first with a passage)")
+    show.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of the method or model")
+    show.set_defaults(command=_prompt_show)
+    actions.add_parser("list", help="the built-in templates").set_defaults(command=_prompt_list)
 
 
 def _ingest(options: argparse.Namespace, console: Console) -> None:
@@ -219,6 +233,24 @@ def _selectivity(options: argparse.Namespace, console: Console) -> None:
     share = f"{found.selected:,} of {found.queries:,} queries ({found.selected / found.queries:.1%})"
     console.print(f"threshold: {found.threshold!r}", highlight=False)
     console.print(f"sends {share} to the expensive ranker, k {options.k}, {options.criterion}", highlight=False)
+
+
+def _prompt_show(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.prompt import show
+
+    shown = show(options.template, options.row, model=options.model, overrides=options.set, number=options.call)
+    console.out(shown.text, highlight=False)
+    # Beside the prompt, so that the output can be piped.
+    for fact in shown.facts:
+        Console(stderr=True, soft_wrap=True).print(f"# {fact}", markup=False, highlight=False)
+
+
+def _prompt_list(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.prompts.render import builtin_templates
+    from rerank_ray.report.tables import print_table
+
+    rows = {name: {"method": t.method, "about": t.about} for name, t in builtin_templates().items()}
+    print_table(rows, console, head="template")
 
 
 def _quickstart(options: argparse.Namespace, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
@@ -15,6 +16,14 @@ _THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 class PromptTooLongError(Exception):
     """The template and query alone leave no room for a passage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedPrompt:
+    """A prompt's token ids, and its passages as far as they are in them."""
+
+    ids: list[int]
+    passages: tuple[str, ...]
 
 
 class PromptEncoder:
@@ -37,8 +46,18 @@ class PromptEncoder:
         for i, prompt in enumerate(prompts):
             limit = self.max_length - reserved[i]
             if len(encoded[i]) > limit:
-                encoded[i] = self._truncated(frames[i], prompt, limit, special[i])
+                fitted = self._truncated(frames[i], prompt, limit, special[i])
+                encoded[i] = fitted.ids if isinstance(fitted, FittedPrompt) else fitted
         return encoded
+
+    def fit(self, prompt: Prompt, reserved: int) -> FittedPrompt | PromptTooLongError:
+        """One prompt as `encode` makes it, with what is left of its passages."""
+        chat = prompt.chat and self.chat
+        frame = self._framed(prompt.parts, prompt.system, prompt.prefill, chat)
+        (ids,) = self._encode_texts([_fill(frame, prompt.passages)], [not chat])
+        if len(ids) <= self.max_length - reserved:
+            return FittedPrompt(ids=ids, passages=prompt.passages)
+        return self._truncated(frame, prompt, self.max_length - reserved, not chat)
 
     def _frame(self, parts: tuple[str, ...], system: str | None, prefill: str, chat: bool) -> tuple[str, ...]:
         """The text around the passages, with the chat template and the prefill applied."""
@@ -68,7 +87,7 @@ class PromptEncoder:
 
     def _truncated(
         self, frame: tuple[str, ...], prompt: Prompt, limit: int, special: bool
-    ) -> list[int] | PromptTooLongError:
+    ) -> FittedPrompt | PromptTooLongError:
         """Give every passage the same number of tokens, the largest that fits."""
         bare = len(self._encode_texts([_fill(frame, [""] * len(prompt.passages))], [special])[0])
         if limit - bare < len(prompt.passages):
@@ -83,7 +102,7 @@ class PromptEncoder:
             cut = [p if len(o) <= cap else p[: o[cap - 1][1]] for p, o in zip(prompt.passages, offsets, strict=True)]
             ids = self._encode_texts([_fill(frame, cut)], [special])[0]
             if len(ids) <= limit:
-                return ids
+                return FittedPrompt(ids=ids, passages=tuple(cut))
             # Joining a cut passage to its frame can give a token or two more than the parts counted apart.
             cap -= max(1, (len(ids) - limit) // len(cut))
         return PromptTooLongError(f"no passage fits the {limit} tokens that max_length leaves: raise max_length")

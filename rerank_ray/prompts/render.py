@@ -203,22 +203,38 @@ def _refuse_unknown(key: str, slots: Sequence[str], known: Sequence[str]) -> Non
         raise ValueError(f"{key} has the unknown slot {{{sorted(unknown)[0]}}}; known: {', '.join(known)}")
 
 
-def load_template(name: str, method: str) -> Template:
-    """Load a built-in template by name, or a YAML file by path.
+def builtin_templates() -> dict[str, Template]:
+    """The templates that come with the package, by name."""
+    folder = resources.files("rerank_ray.prompts") / "templates"
+    names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir())
+    return {name: find_template(name) for name in names}
+
+
+def find_template(name: str) -> Template:
+    """Read a built-in template by name, or a YAML file by path.
 
     Raises:
-        ConfigError: no such template, a bad one, or one written for another method.
+        ConfigError: no such template, or a bad one.
     """
-    builtin = resources.files("rerank_ray.prompts") / "templates" / f"{name}.yaml"
+    folder = resources.files("rerank_ray.prompts") / "templates"
+    builtin = folder / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
     elif builtin.is_file():
         path = Path(str(builtin))
     else:
-        folder = resources.files("rerank_ray.prompts") / "templates"
         known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir())
         raise ConfigError(f"prompt: no built-in template '{name}'; known: {', '.join(known)}, or give a .yaml path")
-    template = validate(Template, read_yaml(path), source=str(path))
+    return validate(Template, read_yaml(path), source=str(path))
+
+
+def load_template(name: str, method: str) -> Template:
+    """A template as `find_template` reads it, for a method.
+
+    Raises:
+        ConfigError: no such template, a bad one, or one written for another method.
+    """
+    template = find_template(name)
     if template.method != method:
         raise ConfigError(f"prompt: template '{name}' is written for {template.method}, not {method}")
     return template

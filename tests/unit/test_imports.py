@@ -24,7 +24,7 @@ BRACKETS = [
     ["formats", "prompts", "models", "losses", "metrics", "report"],
     ["retrieval"],
     ["ranking", "distill"],
-    ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity"],
+    ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity", "prompt"],
     ["audit"],
     ["execution"],
     ["quickstart"],
