@@ -14,6 +14,9 @@ from rerank_ray.models.protocol import Answer, Backend, Call, Failure, Result
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, Scores, Usage
 
+# Many device batches, yet a bound on the token ids in memory: all pairs of 100 candidates are 9,900 prompts a query.
+_CALLS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -111,7 +114,10 @@ def _answer(backend: Backend | None, calls: list[Call]) -> list[Result]:
     if not calls:
         return []
     distinct = list(dict.fromkeys(calls))
-    answered = dict(zip(distinct, backend.run(distinct), strict=True))
+    answered: dict[Call, Result] = {}
+    for start in range(0, len(distinct), _CALLS_AT_ONCE):
+        chunk = distinct[start : start + _CALLS_AT_ONCE]
+        answered.update(zip(chunk, backend.run(chunk), strict=True))
     seen: set[Call] = set()
     results: list[Result] = []
     for call in calls:
