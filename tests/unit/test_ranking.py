@@ -266,6 +266,15 @@ def test_a_repeated_call_that_fails_fails_for_both():
         assert len(outcome.scores.defects) == 2
 
 
+def test_a_large_round_is_handed_over_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    """Five distinct calls by twos; each answer finds its candidate."""
+    monkeypatch.setattr(scheduler, "_CALLS_AT_ONCE", 2)
+    request = make_list(size=5)
+    backend = Oracle(dict(zip(texts_of(request), [3.0, 1.0, 5.0, 2.0, 4.0], strict=True)))
+    assert one_outcome(relevance(backend), backend, request).scores.scores == (3.0, 1.0, 5.0, 2.0, 4.0)
+    assert [len(batch) for batch in backend.batches] == [2, 2, 1]
+
+
 class Tournament:
     """A sequential method: asks for one candidate after another until one scores above `enough`."""
 
