@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("label", "rerank"):
             job.add_argument("--retry-errors", action="store_true", help="do rows with `error` again")
         job.set_defaults(command=_JOBS[name])
+    heads = commands.add_parser("detect-heads", help="find the attention heads that the method core_heads reads")
+    heads.add_argument("config", metavar="CONFIG", help="YAML file")
+    heads.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
+    heads.set_defaults(command=_detect_heads)
     combine = commands.add_parser("combine", help="combine label runs to an ensemble")
     combine.add_argument("runs", nargs="+", metavar="RUN")
     combine.add_argument("--method", default="zscore", choices=["zscore", "minmax", "rrf", "borda"])
@@ -183,6 +187,23 @@ _JOBS = {
     "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
     "pipeline": _pipeline,
 }
+
+
+def _detect_heads(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray import config
+    from rerank_ray.ranking.head_detection import detect_heads
+    from rerank_ray.ranking.heads_file import save_heads
+    from rerank_ray.settings.jobs import DetectHeadsSettings
+
+    settings = config.load(DetectHeadsSettings, options.config, options.set)
+    detection = detect_heads(settings)
+    save_heads(settings.output, detection.heads)
+    for reason, count in detection.skipped.items():
+        console.print(f"{count} queries left out: {reason}", markup=False)
+    best = ", ".join(f"{h.layer}.{h.head} ({h.score:.3f})" for h in detection.heads.heads[:8])
+    console.print(
+        f"{settings.output}: {detection.heads.queries} queries; best heads (layer.head): {best}", markup=False
+    )
 
 
 def _combine(options: argparse.Namespace, console: Console) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rerank_ray.models.protocol import (
     Answer,
+    Attention,
     Call,
     Embed,
     EmbedTokens,
@@ -30,9 +31,10 @@ _DIMENSION = 4
 class Fake:
     """Answers calls with numbers in (−1, 0], rankings and unit rows that depend on the call and the seed alone."""
 
-    answers = frozenset({NextToken, LogLikelihood, Generate, Pair, Embed, EmbedTokens})
+    answers = frozenset({NextToken, LogLikelihood, Generate, Attention, Pair, Embed, EmbedTokens})
     exit_layer = None
     parameters = 0
+    attention_shape = (2, 2)
 
     def __init__(self, settings: FakeSettings) -> None:
         self.settings = settings
@@ -48,6 +50,9 @@ class Fake:
         if self.settings.fail_on is not None and self.settings.fail_on in text:
             return Failure(reason=f"the call holds {self.settings.fail_on!r}")
         time.sleep(self.settings.seconds_per_call)
+        if isinstance(call, Attention):
+            usage = Usage(calls=1 if call.calibration is None else 2, prompt_tokens=len(text.split()))
+            return Answer(value=_attention(call, self.attention_shape, self.settings.seed), usage=usage)
         usage = Usage(calls=1, prompt_tokens=len(text.split()))
         return Answer(value=_value(call, f"{self.settings.seed}:{text}"), usage=usage)
 
@@ -74,6 +79,21 @@ def _permutation(text: str, count: int) -> str:
     """A ranking of the prompt's passages as listwise methods ask for it: `[2] > [1] > [3]`."""
     numbers = _numbers(text, count)
     return " > ".join(f"[{i + 1}]" for i in sorted(range(count), key=numbers.__getitem__))
+
+
+def _attention(call: Attention, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, ...]:
+    """A passage's tokens are its words; what a head pays to them depends on the query and the passage alone."""
+    layers, width = shape
+    heads = call.heads or [(layer, head) for layer in range(layers) for head in range(width)]
+
+    def paid_by(query: str, passage: str) -> np.ndarray:
+        rows = [_numbers(f"{seed}:{head}:{query}:{passage}", len(passage.split())) for head in heads]
+        return -np.array(rows, dtype=np.float32).T
+
+    values = [paid_by(call.query, passage) for passage in call.prompt.passages]
+    if call.calibration is not None:
+        values = [v - paid_by(call.calibration, p) for v, p in zip(values, call.prompt.passages, strict=True)]
+    return tuple(v if call.each_head else v.sum(1) for v in values)
 
 
 def _numbers(text: str, count: int) -> tuple[float, ...]:

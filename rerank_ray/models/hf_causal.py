@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
+from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.loading import load
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
-from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import Answer, Attention, Call, Failure, Generate, LogLikelihood, NextToken, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
@@ -43,14 +44,14 @@ class _Row:
 
 
 class HFCausal:
-    """Answers `NextToken`, `LogLikelihood` and `Generate`.
+    """Answers `NextToken`, `LogLikelihood`, `Generate` and `Attention`.
 
     Sequences are padded on the right and need no attention mask: a causal model's real tokens never see what follows
     them. Logits are computed only at the positions that are asked for. Prompts that begin alike share the keys and
     values of their beginning.
     """
 
-    answers = frozenset({NextToken, LogLikelihood, Generate})
+    answers = frozenset({NextToken, LogLikelihood, Generate, Attention})
     exit_layer = None
 
     def __init__(self, settings: HFCausalSettings) -> None:
@@ -79,6 +80,12 @@ class HFCausal:
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select)
         self._label_ids: dict[tuple[str, ...], list[int]] = {}
+        self._reader = AttentionReader(self.model, self.encoder, self.runner)
+
+    @property
+    def attention_shape(self) -> tuple[int, int]:
+        """Layers, and heads in each; `ModelError` where attention can't be read."""
+        return self._reader.shape
 
     def check_labels(self, labels: tuple[str, ...]) -> None:
         """Raise `ModelError` unless every label is one token of this tokenizer."""
@@ -86,6 +93,8 @@ class HFCausal:
             self._label_ids[labels] = label_ids(self.tokenizer, labels)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
+        if any(isinstance(call, Attention) for call in calls):
+            return answer_apart(calls, Attention, self._reader.run, self.run)
         continuations = [self._continuation(c) for c in calls]
         reserved = [
             call.max_tokens if isinstance(call, Generate) else len(continuation)

@@ -69,12 +69,18 @@ class Attention:
 
     `query` must occur in the prompt's last part; the span read is its last occurrence. For a document token t, a_t is
     the mean over the query's tokens of the attention to t, summed over `heads` ((layer, head) pairs from 0; None is
-    all of them). Value: a tuple of float32 arrays, one a passage, [tokens of the passage]; with `each_head`,
+    all of them). With a `calibration` text the value is a_t minus what that text pays to t in the query's place;
+    passages are cut until the prompt fits with either, so both see the same tokens, and what stands before the query
+    is computed once. Value: a tuple of float32 arrays, one a passage, [tokens of the passage]; with `each_head`,
     [tokens, heads] in the order of `heads`, or layer by layer. No layer above the last one in `heads` is computed.
+
+    A backend that answers this call has an `attention_shape`: how many layers, and how many heads in each. Reading it
+    raises `ModelError` where the model's attention can't be read.
     """
 
     prompt: Prompt
     query: str
+    calibration: str | None = None
     heads: tuple[tuple[int, int], ...] | None = None
     each_head: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
@@ -24,6 +24,19 @@ class FittedPrompt:
 
     ids: list[int]
     passages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpannedPrompt:
+    """A prompt's token ids, and which of them are each passage's and the query's.
+
+    A token belongs to a text when it holds at least one of its characters, so a token that joins a text to its
+    neighbour is the text's.
+    """
+
+    ids: list[int]
+    passages: tuple[range, ...]
+    query: range
 
 
 class PromptEncoder:
@@ -85,27 +98,101 @@ class PromptEncoder:
                     encoded[i] = row
         return encoded
 
+    def encode_spans(self, prompt: Prompt, query: str, others: Sequence[str] = ()) -> list[SpannedPrompt]:
+        """Token ids and spans of the prompt, and of the same prompt with each of `others` in the query's place.
+
+        All of them hold the same passages, cut until the longest fits. The query is its last occurrence in the
+        prompt's last part.
+
+        Raises:
+            PromptTooLongError: no passage fits.
+            ModelError: the query is not there, or the chat template changes the user's text.
+        """
+        query, last = query.strip(), prompt.parts[-1]
+        start = last.rfind(query)
+        if start < 0 or not query:
+            raise ModelError(f"the prompt's last part does not hold the query {query!r}")
+        before, after = last[:start], last[start + len(query) :]
+        queries = [query, *(other.strip() for other in others)]
+        variants = [replace(prompt, parts=(*prompt.parts[:-1], before + q + after)) for q in queries]
+        frames = [self._framed(v.parts, v.system, v.prefill, v.chat and self.chat) for v in variants]
+        for frame, variant in zip(frames, variants, strict=True):
+            # Templates may strip the end of a message, but the query stands where it stood.
+            if not frame[-1].startswith(variant.parts[-1].rstrip()):
+                raise ModelError("the tokenizer's chat template changes the user's text; set chat: false")
+        special = not (prompt.chat and self.chat)
+        passages = prompt.passages
+        texts = [_fill(frame, passages) for frame in frames]
+        if max(map(len, self._encode_texts(texts, [special] * len(texts)))) > self.max_length:
+            passages = self._cut(frames, passages, self.max_length, special)
+        return [
+            self._spanned(frame, passages, range(len(before), len(before) + len(q)), special)
+            for frame, q in zip(frames, queries, strict=True)
+        ]
+
+    def _spanned(self, frame: Sequence[str], passages: Sequence[str], query: range, special: bool) -> SpannedPrompt:
+        """Encode a frame with its passages; `query` are the query's characters in the frame's last part."""
+        characters, end = [], 0
+        for part, passage in zip(frame, passages, strict=False):
+            start = end + len(part)
+            end = start + len(passage)
+            characters.append(range(start, end))
+        characters.append(range(end + query.start, end + query.stop))
+        encoded = self.tokenizer(_fill(frame, passages), add_special_tokens=special, return_offsets_mapping=True)
+        *spans, query_span = _token_spans(encoded["offset_mapping"], characters)
+        return SpannedPrompt(ids=encoded["input_ids"], passages=tuple(spans), query=query_span)
+
     def _truncated(
         self, frame: tuple[str, ...], prompt: Prompt, limit: int, special: bool
     ) -> FittedPrompt | PromptTooLongError:
-        """Give every passage the same number of tokens, the largest that fits."""
-        bare = len(self._encode_texts([_fill(frame, [""] * len(prompt.passages))], [special])[0])
-        if limit - bare < len(prompt.passages):
-            return PromptTooLongError(
+        try:
+            passages = self._cut([frame], prompt.passages, limit, special)
+        except PromptTooLongError as error:
+            return error
+        ids = self._encode_texts([_fill(frame, passages)], [special])[0]
+        return FittedPrompt(ids=ids, passages=tuple(passages))
+
+    def _cut(self, frames: Sequence[tuple[str, ...]], passages: Sequence[str], limit: int, special: bool) -> list[str]:
+        """Give every passage the same number of tokens, the largest with which each of the frames fits.
+
+        Raises:
+            PromptTooLongError: there is no room for a token of each.
+        """
+        specials = [special] * len(frames)
+        bare = max(map(len, self._encode_texts([_fill(f, [""] * len(passages)) for f in frames], specials)))
+        if limit - bare < len(passages):
+            raise PromptTooLongError(
                 f"the prompt takes {bare} tokens without its passage and max_length leaves {limit}: raise max_length"
             )
-        offsets = self.tokenizer(list(prompt.passages), add_special_tokens=False, return_offsets_mapping=True)[
+        offsets = self.tokenizer(list(passages), add_special_tokens=False, return_offsets_mapping=True)[
             "offset_mapping"
         ]
         cap = _largest_cap([len(o) for o in offsets], limit - bare)
         while cap > 0:
-            cut = [p if len(o) <= cap else p[: o[cap - 1][1]] for p, o in zip(prompt.passages, offsets, strict=True)]
-            ids = self._encode_texts([_fill(frame, cut)], [special])[0]
-            if len(ids) <= limit:
-                return FittedPrompt(ids=ids, passages=tuple(cut))
+            cut = [p if len(o) <= cap else p[: o[cap - 1][1]] for p, o in zip(passages, offsets, strict=True)]
+            longest = max(map(len, self._encode_texts([_fill(f, cut) for f in frames], specials)))
+            if longest <= limit:
+                return cut
             # Joining a cut passage to its frame can give a token or two more than the parts counted apart.
-            cap -= max(1, (len(ids) - limit) // len(cut))
-        return PromptTooLongError(f"no passage fits the {limit} tokens that max_length leaves: raise max_length")
+            cap -= max(1, (longest - limit) // len(cut))
+        raise PromptTooLongError(f"no passage fits the {limit} tokens that max_length leaves: raise max_length")
+
+
+def _token_spans(offsets: Sequence[tuple[int, int]], characters: Sequence[range]) -> list[range]:
+    """The tokens that hold characters of each span; `offsets` are the tokens' characters, spans are in order.
+
+    A token between two spans is the first one's: no token is counted twice.
+    """
+    spans, token = [], 0
+    for wanted in characters:
+        while token < len(offsets) and offsets[token][1] <= wanted.start:
+            token += 1
+        first = token
+        # Special tokens have the offsets (0, 0), wherever they stand.
+        while wanted and token < len(offsets) and offsets[token][0] < wanted.stop and offsets[token][1] > wanted.start:
+            token += 1
+        spans.append(range(first, token))
+    return spans
 
 
 def _prefilled(frame: tuple[str, ...], prefill: str) -> tuple[str, ...]:

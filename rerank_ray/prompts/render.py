@@ -49,6 +49,7 @@ class _Needs:
 _NEEDS = {
     "yes_no": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
+    "icr": _Needs(slots=frozenset({"query", "passages"}), keys=frozenset({"passage"}), optional=frozenset({"count"})),
     "fine_grained": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "erank": _Needs(slots=frozenset({"query", "passage"})),
     "prp": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),
@@ -111,6 +112,11 @@ class Template(Settings):
             raise ValueError(f"labels must be two: {_TWO_LABELS[self.method]}")
         if self.method == "fine_grained" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError("labels must be two or more different levels, the least relevant first")
+        if (
+            self.method == "icr"
+            and not self.text.partition("{passages}")[2].count("{query}") == found.count("query") == 1
+        ):
+            raise ValueError("text must hold the slot {query} once, behind {passages}, which are read before the query")
         if self.continuation is not None:
             _refuse_unknown("continuation", _SLOT.findall(self.continuation), ["query", "instruction"])
             if "{query}" not in self.continuation:

@@ -15,6 +15,7 @@ from rerank_ray.models.resolve import resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.composition import Child
+from rerank_ray.ranking.heads_file import load_heads
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.rankers import CompositionSettings, RankerSettings
@@ -29,6 +30,8 @@ METHODS = {
     "duot5": "rerank_ray.ranking.duot5:DuoT5",
     "setwise": "rerank_ray.ranking.setwise:Setwise",
     "rank_r1": "rerank_ray.ranking.setwise:Setwise",
+    "icr": "rerank_ray.ranking.icr:ICR",
+    "core_heads": "rerank_ray.ranking.core_heads:CoReHeads",
     "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
     "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",
     "bm25": "rerank_ray.ranking.bm25:BM25",
@@ -38,6 +41,9 @@ METHODS = {
     "cascade": "rerank_ray.ranking.composition:Cascade",
     "selective": "rerank_ray.ranking.composition:Selective",
 }
+
+# Methods that ask with another method's templates.
+_TEMPLATES_OF = {"core_heads": "icr"}
 
 
 def method_class(name: str) -> type:
@@ -62,9 +68,11 @@ def preflight(settings: RankerSettings) -> None:
     if isinstance(model, ModelSettings):
         resolve(model)
     if hasattr(settings, "prompt"):
-        template = load_template(settings.prompt, settings.method)
+        template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         if hasattr(settings, "children"):
             template.identifiers(settings.children + 1)
+    if hasattr(settings, "heads_file"):
+        load_heads(settings.heads_file).best(settings.count, settings.prune)
     files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
     for path in files:
         if not storage.exists(path):

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.records import DefectKind
+from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import FusionMethod, RankerSettings
 
 
@@ -65,6 +66,32 @@ class RerankSettings(RankJobSettings):
     ranker: RankerSettings
     trec_run: bool = True
     """Also write `run.trec` into the run folder."""
+
+
+class DetectHeadsSettings(Settings):
+    """`rerank-ray detect-heads`: labelled candidate lists to a heads file for the method `core_heads`."""
+
+    input: str
+    """Candidate Parquet with labels: a file, a folder or a run folder."""
+    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    """Its `max_length` must hold a prompt's documents: where it doesn't, all are cut to the same length."""
+    prompt: str = "icr"
+    """A built-in template's name or the path of a YAML template."""
+    output: str
+    """The heads file (JSON)."""
+    documents_per_prompt: Annotated[int, Field(ge=2)] = 20
+    """The first candidates of each list, in random order: the relevant ones and the hard negatives of the first stage.
+    A list without either is left out."""
+    min_gain: float = 1.0
+    """Candidates with this label or a higher one are relevant; all others, unlabelled ones too, are not."""
+    temperature: PositiveFloat = 0.01
+    """T of the softmax: the smaller it is, the more only the highest of the negatives counts."""
+    max_queries: PositiveInt | None = None
+    """Queries to use; null uses all."""
+    queries_per_batch: PositiveInt = 4
+    """Queries that the model reads side by side; it changes no score."""
+    seed: int = 0
+    """Of the documents' order."""
 
 
 class CombineSettings(Settings):

@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Fraction, Settings
-from rerank_ray.settings.models import BiEncoderSettings, CrossEncoderSettings, FakeSettings, LanguageModelSettings
+from rerank_ray.settings.models import (
+    BiEncoderSettings,
+    CrossEncoderSettings,
+    FakeSettings,
+    HFCausalSettings,
+    LanguageModelSettings,
+)
 
 FusionMethod = Literal["zscore", "minmax", "rrf", "borda"]
 UncertaintyCriterion = Literal["entropy", "margin"]
@@ -157,6 +163,36 @@ def _refuse_a_chain(settings: SetwiseSettings | RankR1Settings) -> SetwiseSettin
     return settings
 
 
+class ICRSettings(Settings):
+    """In-context re-ranking: attention from the query to the documents of one prompt, less that from "N/A"."""
+
+    method: Literal["icr"] = "icr"
+    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    """Its `max_length` must hold a prompt's documents: where it doesn't, all are cut to the same length."""
+    prompt: str = "icr"
+    """A built-in template's name or the path of a YAML template."""
+    documents_per_prompt: Annotated[int, Field(ge=2)] = 100
+    """A longer list is ordered window by window, half a window apart, and its scores are N − rank."""
+
+
+class CoReHeadsSettings(Settings):
+    """In-context re-ranking over the heads that tell relevant documents from others best."""
+
+    method: Literal["core_heads"] = "core_heads"
+    model: Annotated[HFCausalSettings | FakeSettings, Field(discriminator="kind")]
+    """Its `max_length` must hold a prompt's documents: where it doesn't, all are cut to the same length."""
+    heads_file: str
+    """What `rerank-ray detect-heads` wrote for this model."""
+    count: PositiveInt = 8
+    """How many of its best heads are read."""
+    prune: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the layers, the last ones, that are not computed; heads are chosen from the others."""
+    prompt: str = "icr"
+    """A built-in template's name or the path of a YAML template."""
+    documents_per_prompt: Annotated[int, Field(ge=2)] = 100
+    """A longer list is ordered window by window, half a window apart, and its scores are N − rank."""
+
+
 class CrossEncoderRankerSettings(Settings):
     """The score of a cross-encoder."""
 
@@ -283,6 +319,8 @@ RankerSettings = Annotated[
     | DuoT5Settings
     | SetwiseSettings
     | RankR1Settings
+    | ICRSettings
+    | CoReHeadsSettings
     | CrossEncoderRankerSettings
     | BiEncoderRankerSettings
     | BM25Settings

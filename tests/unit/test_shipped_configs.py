@@ -8,7 +8,7 @@ import pytest
 
 from rerank_ray import config
 from rerank_ray.settings.distill import DistillSettings
-from rerank_ray.settings.jobs import LabelSettings, RerankSettings
+from rerank_ray.settings.jobs import DetectHeadsSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.pipeline import PipelineSettings
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,7 @@ MODELS = {
     "label": LabelSettings,
     "distill": DistillSettings,
     "rerank": RerankSettings,
+    "heads": DetectHeadsSettings,
     "pipelines": PipelineSettings,
     "quickstart": PipelineSettings,
 }

@@ -6,6 +6,7 @@ import pytest
 from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from rerank_ray.errors import ModelError
@@ -200,3 +201,99 @@ def test_the_tokens_that_end_a_turn():
     assert end_ids(LLAMA, GenerationConfig(eos_token_id=[7, 9])) == {end, turn, 7, 9}
     assert end_ids(PLAIN, GenerationConfig(eos_token_id=8)) == {end, 8}
     assert end_ids(PLAIN, GenerationConfig()) == {end}
+
+
+# Spans
+
+
+def spans_of(encoder: PromptEncoder, p: Prompt, query: str, *others: str) -> list[list[str]]:
+    """Texts of the passages' and the query's tokens, for each of the queries."""
+    return [
+        [encoder.tokenizer.decode(s.ids[span.start : span.stop]) for span in (*s.passages, s.query)]
+        for s in encoder.encode_spans(p, query, others)
+    ]
+
+
+def test_a_token_over_a_joint_belongs_to_the_passage():
+    """ " cat" is one token of the tiny vocabulary, and takes the space before the passage along; "]" stays outside."""
+    p = Prompt(parts=("[1] ", "\n[2]", "\nQuery: the dog end"), passages=("cat", "dog."))
+    assert spans_of(PromptEncoder(LLAMA, 512, None), p, "the dog") == [[" cat", "dog.", " the dog"]]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(passages, min_size=1, max_size=4), query=st.text(min_size=1, max_size=20).filter(str.strip))
+def test_spans_hold_their_texts_and_little_else(chat: bool, texts: list[str], query: str):
+    """In order, apart from each other, and at most one character (a space that a token joins to its word) too long."""
+    middle = [f"\n[{i}] " for i in range(2, len(texts) + 1)]
+    p = Prompt(parts=("Query: ? [1] ", *middle, f"\nQuery: {query}"), passages=tuple(texts), chat=chat)
+    encoder = PromptEncoder(LLAMA, 4096, None)
+    (spanned,) = encoder.encode_spans(p, query)
+    assert spanned.ids == encode_one(encoder, p)
+    assert list(spanned.query)
+    end = 0
+    for span, text in zip((*spanned.passages, spanned.query), (*texts, query.strip()), strict=True):
+        assert end <= span.start <= span.stop <= len(spanned.ids)
+        end = span.stop
+        held = LLAMA.decode(spanned.ids[span.start : span.stop], clean_up_tokenization_spaces=False)
+        assert held.strip(" \n") == text.strip(" \n") or text in held
+        assert len(held) <= len(text) + 2
+        assert bool(list(span)) == bool(text)
+
+
+def test_special_tokens_belong_to_no_text():
+    """The tokenizer ends plain text with a token of no characters; the query before it ends where it ends."""
+    tokenizer = tiny_llama_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    p = Prompt(parts=("", "\nQuery: the dog"), passages=("cat",))
+    assert spans_of(PromptEncoder(tokenizer, 512, None), p, "the dog") == [["cat", " the dog"]]
+
+
+def test_the_query_is_its_last_occurrence_in_the_last_part():
+    p = Prompt(parts=("dog [1] ", "\ndog or dog?"), passages=("dog",))
+    encoder = PromptEncoder(LLAMA, 512, None)
+    first, second = encoder.encode_spans(p, "dog", ["bird"])
+    texts = [LLAMA.decode(s.ids).split("\n")[-1].split("<|end|>")[0] for s in (first, second)]
+    assert texts == ["dog or dog?", "dog or bird?"]
+    assert spans_of(encoder, p, "dog", "bird") == [[" dog", " dog"], [" dog", " bird"]]
+
+
+def test_a_template_that_strips_the_users_text():
+    """The query ends with spaces, and so does the message; neither moves the query."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | trim")
+    p = Prompt(parts=("  [1] ", "\nQuery: the dog  "), passages=("cat",))
+    assert spans_of(PromptEncoder(tokenizer, 512, None), p, "the dog  ") == [[" cat", " the dog"]]
+
+
+def test_a_template_that_changes_the_query():
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content | upper")
+    with pytest.raises(ModelError, match="changes the user's text"):
+        PromptEncoder(tokenizer, 512, None).encode_spans(Prompt(parts=("", " dog"), passages=("cat",)), "dog")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(passages, min_size=1, max_size=4),
+    room=st.integers(1, 120),
+    queries=st.tuples(st.sampled_from(["dog", "the cat of beta", "😀" * 9]), st.sampled_from(["N/A", "bird " * 20])),
+)
+def test_cut_passages_are_the_same_for_all_queries(texts: list[str], room: int, queries: tuple[str, str]):
+    """Both prompts fit, their passages have the same tokens, and the query stays whole."""
+    p = Prompt(parts=("[1] ", *["\n[2] "] * (len(texts) - 1), f"\nQuery: {queries[0]}"), passages=tuple(texts))
+    longest = Prompt(parts=(*p.parts[:-1], f"\nQuery: {max(queries, key=len)}"), passages=("",) * len(texts))
+    bare = len(encode_one(PromptEncoder(LLAMA, 4096, None), longest))
+    encoder = PromptEncoder(LLAMA, bare + room, None)
+    try:
+        first, second = encoder.encode_spans(p, queries[0], queries[1:])
+    except PromptTooLongError:
+        assert room < len(texts) + 4
+        return
+    assert max(len(first.ids), len(second.ids)) <= bare + room
+    for a, b in zip(first.passages, second.passages, strict=True):
+        assert first.ids[a.start : a.stop] == second.ids[b.start : b.stop]
+    for spanned, query in ((first, queries[0]), (second, queries[1])):
+        assert LLAMA.decode(spanned.ids[spanned.query.start : spanned.query.stop]).strip() == query.strip()

@@ -1,0 +1,136 @@
+"""Which attention heads tell relevant documents from hard negatives? (CoRe, Tran et al. 2025)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.models.backends import load_backend
+from rerank_ray.models.protocol import Answer, Attention, Backend
+from rerank_ray.prompts.render import Template, load_template
+from rerank_ray.ranking.heads_file import HeadScore, HeadsFile
+from rerank_ray.records import CandidateList, Query
+from rerank_ray.schema import CANDIDATES, inspect_input, read_candidates
+from rerank_ray.settings.jobs import DetectHeadsSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """The heads' scores, and how many queries could not be used, by reason."""
+
+    heads: HeadsFile
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Example:
+    """One query's documents in the order of its prompt, and which of them are relevant."""
+
+    query: Query
+    passages: tuple[str, ...]
+    relevant: tuple[bool, ...]
+
+
+def detect_heads(settings: DetectHeadsSettings) -> Detection:
+    """Score every head of the model on labelled candidate lists.
+
+    Raises:
+        InputError: the input breaks the contract, or no query of it can be used.
+        ConfigError: the model does not answer `Attention`.
+        ModelError: the model can't be loaded, or its attention can't be read.
+    """
+    template = load_template(settings.prompt, "icr")
+    inspect_input(settings.input, CANDIDATES)
+    backend = load_backend(settings.model)
+    if Attention not in backend.answers:
+        raise ConfigError(f"detect-heads needs ['Attention'], which {backend.name} does not answer")
+    return score_heads(settings, backend, template, read_candidates(settings.input))
+
+
+def score_heads(
+    settings: DetectHeadsSettings, backend: Backend, template: Template, lists: Iterator[CandidateList]
+) -> Detection:
+    """Mean over queries of `contrast`; see `detect_heads`."""
+    layers, width = backend.attention_shape
+    heads = tuple((layer, head) for layer in range(layers) for head in range(width))
+    total, queries, skipped = np.zeros(len(heads)), 0, {}
+
+    def usable() -> Iterator[_Example]:
+        for request in lists:
+            example = _example(request, settings)
+            if isinstance(example, str):
+                skipped[example] = skipped.get(example, 0) + 1
+            else:
+                yield example
+
+    examples = itertools.islice(usable(), settings.max_queries)
+    while batch := list(itertools.islice(examples, settings.queries_per_batch)):
+        results = backend.run([_call(template, example, heads) for example in batch])
+        for example, result in zip(batch, results, strict=True):
+            if not isinstance(result, Answer):
+                skipped[result.reason] = skipped.get(result.reason, 0) + 1
+                continue
+            paid = np.stack([tokens.astype(np.float64).sum(0) for tokens in result.value])
+            total += contrast(paid, example.relevant, settings.temperature)
+            queries += 1
+    if not queries:
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.items()) or "it is empty"
+        raise InputError(f"{settings.input}: no query to detect heads with: {reasons}")
+    scores = [
+        HeadScore(layer=layer, head=head, score=score)
+        for (layer, head), score in zip(heads, (total / queries).tolist(), strict=True)
+    ]
+    found = HeadsFile(
+        model=backend.name,
+        prompt=template.digest,
+        layers=layers,
+        temperature=settings.temperature,
+        queries=queries,
+        heads=tuple(sorted(scores, key=lambda h: -h.score)),
+    )
+    return Detection(heads=found, skipped=skipped)
+
+
+def _example(request: CandidateList, settings: DetectHeadsSettings) -> _Example | str:
+    """The first candidates of a list in random order, or why they can't be used.
+
+    Shuffled, because a head that looks at the ends of the prompt would win wherever the first stage is good.
+    """
+    candidates = [c for c in request.candidates if c.contents.strip()][: settings.documents_per_prompt]
+    random.Random(f"{settings.seed}:{request.query.query_id}").shuffle(candidates)
+    relevant = tuple(c.label is not None and c.label >= settings.min_gain for c in candidates)
+    if not any(relevant):
+        return f"no label of {settings.min_gain:g} or more among the first {settings.documents_per_prompt} candidates"
+    if all(relevant):
+        return f"no negative among the first {settings.documents_per_prompt} candidates"
+    return _Example(query=request.query, passages=tuple(c.contents for c in candidates), relevant=relevant)
+
+
+def _call(template: Template, example: _Example, heads: tuple[tuple[int, int], ...]) -> Attention:
+    identifiers = [str(n + 1) for n in range(len(example.passages))]
+    prompt = template.list_prompt(example.query, example.passages, identifiers)
+    return Attention(prompt=prompt, query=example.query.text, heads=heads, each_head=True)
+
+
+def contrast(paid: np.ndarray, relevant: Sequence[bool], temperature: float) -> np.ndarray:
+    """softmax([a(d⁺), a(d⁻₁), …] / T) at the positive, for each head; the mean over the positives where there are more.
+
+    Args:
+        paid: [documents, heads], attention that each document gets: a(d) = Σ over its tokens.
+        relevant: which documents are positives; each competes with the negatives alone.
+
+    Returns:
+        [heads], in 0..1.
+    """
+    is_relevant = np.asarray(relevant)
+    logits = paid / temperature
+    negatives = logits[~is_relevant]
+    # p = 1 / (1 + Σ exp(a⁻ − a⁺)): exp overflows to inf and p to 0, as it should.
+    with np.errstate(over="ignore"):
+        chances = [1 / (1 + np.exp(negatives - positive).sum(0)) for positive in logits[is_relevant]]
+    return np.mean(chances, axis=0)
