@@ -15,7 +15,7 @@ from rerank_ray import config, storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.fake import Fake
-from rerank_ray.models.protocol import Answer, Call, Embed, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import Answer, Attention, Call, Embed, Generate, LogLikelihood, NextToken, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
 from rerank_ray.prompts.render import find_template
@@ -84,6 +84,9 @@ def show(
         facts.append(f"reads the likelihood of {call.continuation!r} after it")
     if isinstance(call, Generate):
         facts.append(f"generates at most {call.max_tokens} tokens after it")
+    if isinstance(call, Attention):
+        less = "" if call.calibration is None else f", less what {call.calibration!r} pays in its place"
+        facts.append(f"reads the attention that {call.query!r} pays to each passage{less}")
     if tokenizer is None:
         return ShownPrompt(text=_plain(call), facts=tuple(facts))
     text, more = _encoded(call, tokenizer, settings.model)
@@ -182,6 +185,10 @@ def _encoded(call: Call, tokenizer, model: ModelSettings) -> tuple[str, list[str
         reserved = getattr(call, "max_tokens", 0)
         if isinstance(call, LogLikelihood):
             reserved = len(tokenizer(call.continuation, add_special_tokens=False)["input_ids"])
+        if isinstance(call, Attention) and call.calibration is not None:
+            # Passages are cut until the prompt fits with either text.
+            query, calibration = tokenizer([call.query, call.calibration], add_special_tokens=False)["input_ids"]
+            reserved = max(0, len(calibration) - len(query))
     encoder = PromptEncoder(tokenizer, model.max_length, getattr(model, "chat", None) if decoder_only else False)
     fitted = encoder.fit(prompt, reserved)
     if isinstance(fitted, PromptTooLongError):

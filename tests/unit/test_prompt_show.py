@@ -83,6 +83,17 @@ def test_a_pair(rows: str):
     assert "Passage B: beta document 1 of q1" in text
 
 
+def test_an_attention_call_says_whose_attention(rows: str, tiny_llama: Path):
+    """The best candidate stands last. A long passage is cut to the room that the queries leave."""
+    shown = show("icr", rows)
+    assert "[1] gamma document 2 of q1\n\n[2] beta document 1 of q1\n\n[3] alpha document 0 of q1" in shown.text
+    assert (
+        shown.facts[1] == "reads the attention that 'which cat' pays to each passage, less what 'N/A' pays in its place"
+    )
+    facts = show("icr", f"{rows}:q:2", model=str(tiny_llama), overrides=["model.max_length=120"]).facts
+    assert "tokens of at most max_length 120" in facts[2]
+
+
 def test_a_list_is_as_long_as_the_methods_setting(rows: str):
     """Three children and their parent; heapsort begins at the last parent, which has two of the three candidates."""
     text = show("setwise", rows, overrides=["children=3"]).text

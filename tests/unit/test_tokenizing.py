@@ -284,8 +284,8 @@ def test_a_template_that_changes_the_query():
 def test_cut_passages_are_the_same_for_all_queries(texts: list[str], room: int, queries: tuple[str, str]):
     """Both prompts fit, their passages have the same tokens, and the query stays whole."""
     p = Prompt(parts=("[1] ", *["\n[2] "] * (len(texts) - 1), f"\nQuery: {queries[0]}"), passages=tuple(texts))
-    longest = Prompt(parts=(*p.parts[:-1], f"\nQuery: {max(queries, key=len)}"), passages=("",) * len(texts))
-    bare = len(encode_one(PromptEncoder(LLAMA, 4096, None), longest))
+    empty = [Prompt(parts=(*p.parts[:-1], f"\nQuery: {q}"), passages=("",) * len(texts)) for q in queries]
+    bare = max(len(encode_one(PromptEncoder(LLAMA, 4096, None), e)) for e in empty)
     encoder = PromptEncoder(LLAMA, bare + room, None)
     try:
         first, second = encoder.encode_spans(p, queries[0], queries[1:])
