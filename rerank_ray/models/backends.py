@@ -11,6 +11,8 @@ from rerank_ray.settings.models import ModelSettings
 BACKENDS = {
     "hf_causal": "rerank_ray.models.hf_causal:HFCausal",
     "hf_seq2seq": "rerank_ray.models.hf_seq2seq:HFSeq2Seq",
+    "vllm": "rerank_ray.models.vllm:VLLM",
+    "openai_http": "rerank_ray.models.openai_http:OpenAIHTTP",
     "cross_encoder": "rerank_ray.models.cross_encoder:CrossEncoder",
     "bi_encoder": "rerank_ray.models.bi_encoder:BiEncoder",
     "fake": "rerank_ray.models.fake:Fake",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Settings
 
@@ -77,6 +79,111 @@ class BiEncoderSettings(ModelSettings):
     """Put before every document."""
 
 
+class VLLMSettings(ModelSettings):
+    """A decoder LLM run by vLLM in this process (`pip install "rerank_ray[vllm]"`), with prefix caching."""
+
+    kind: Literal["vllm"] = "vllm"
+    device: Literal["auto"] = "auto"
+    """vLLM runs where it was built for; CUDA_VISIBLE_DEVICES, which Ray sets for each replica, chooses the GPUs."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is the checkpoint's, and half precision for float32 checkpoints."""
+    max_length: PositiveInt = 1024
+    tokens_per_batch: PositiveInt | None = None
+    """Tokens in one step of the engine, prompts and generated ones together; null is vLLM's own choice."""
+    chat: bool | None = None
+    """Wrap prompts in the tokenizer's chat template; null does so when it has one and the prompt is a chat prompt."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that share one replica's weights; `gpus_per_actor` must be as many."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of each GPU's memory for weights and key/value cache."""
+    max_num_seqs: PositiveInt | None = None
+    """Sequences that the engine works on at once; null is vLLM's own choice."""
+    enforce_eager: bool = False
+    """Leave out CUDA graphs: a faster start, slower generation."""
+    seed: int = 0
+    """Of the engine; sampled generations have seeds of their own."""
+
+
+class OpenAIHTTPSettings(Settings):
+    """A model behind an OpenAI-compatible HTTP API. Pace and budget hold for each replica (`actors`) and each start."""
+
+    kind: Literal["openai_http"] = "openai_http"
+    url: str
+    """The API's root, for example `https://api.openai.com/v1`; no key, user or password in it."""
+    model: str
+    """The model's name on the server; with the server's host it names the teacher in every label."""
+    api: Literal["chat", "completions"] = "chat"
+    """`chat` sends messages, which the server puts into its chat template. `completions` sends the whole text, or its
+    tokens when there is a `tokenizer`."""
+    api_key_env: str | None = None
+    """Environment variable, on the machines that run replicas, that holds the API key; null sends none."""
+    logprobs: bool = False
+    """The server reports the log-probability of each token that it generates: asked for with every text."""
+    top_logprobs: NonNegativeInt = 0
+    """How many of the most likely tokens the server reports with log-probabilities (OpenAI and vLLM: at most 20);
+    0 when it reports none, and then only generating methods work. A label that is not among them has no score."""
+    echo: bool = False
+    """The server's completions return the log-probabilities of the prompt's tokens, as vLLM's do: needed by query
+    likelihood, with api completions and a tokenizer."""
+    prefill: Literal["none", "last_message", "continue_final_message"] = "none"
+    """How a chat server is told to go on with the beginning of its answer: some do when the last message is the
+    assistant's (llama.cpp), vLLM with `continue_final_message`. With `none`, prompts that prefill get no answer."""
+    tokenizer: str | None = None
+    """The model's tokenizer (hub id, folder or `package://`), for api completions: prompts are put into its chat
+    template, cut to `max_length` tokens, and sent as tokens."""
+    chat: bool | None = None
+    """With a tokenizer: wrap prompts in its chat template; null does so when it has one."""
+    max_length: PositiveInt = 4096
+    """With a tokenizer: tokens per sequence, template and answer included; only passages are cut to fit."""
+    max_passage_words: PositiveInt | None = 300
+    """Passages are cut after so many words; null sends them whole, and the server refuses what is too long for it."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit of generated tokens; OpenAI's reasoning models take only the second."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`."""
+    concurrency: PositiveInt = 16
+    """Requests in flight at once."""
+    queries_per_second: PositiveFloat | None = None
+    """Requests sent per second, retries included; null does not hold back."""
+    timeout_s: PositiveFloat = 120.0
+    """Seconds from sending a request to the end of its answer."""
+    max_tries: PositiveInt = 6
+    """Attempts at one call: after status 408, 425, 429, 500, 502, 503, 504 or 529, a timeout, a dropped connection or
+    half an answer, it is sent again."""
+    backoff_s: PositiveFloat = 1.0
+    """Wait before the second attempt, doubled for each further one, and spread by up to a half either way."""
+    max_wait_s: PositiveFloat = 60.0
+    """Longest wait before one attempt. A server that asks for more (`Retry-After`) gets no further attempt."""
+    max_requests: PositiveInt | None = None
+    """Budget: requests sent, retries included. When it is spent, calls fail and their rows say so."""
+    max_total_tokens: PositiveInt | None = None
+    """Budget: prompt and output tokens as the server counts them. Requests in flight when it is spent still finish."""
+
+    # Of the whole model, not of one field: an error about a field quotes its value, which may be the secret itself.
+    @model_validator(mode="after")
+    def _no_secrets(self) -> OpenAIHTTPSettings:
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env is the name of an environment variable, not the key itself")
+        try:
+            parts = urlsplit(self.url)
+            named = parts.scheme in ("http", "https") and parts.hostname
+        except ValueError:
+            named = None
+        if not named:
+            raise ValueError("url must begin with http:// or https:// and name a host")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("url must hold no user, password or query: run folders keep it; use api_key_env for a key")
+        return self
+
+    @model_validator(mode="after")
+    def _the_api_offers_it(self) -> OpenAIHTTPSettings:
+        if self.api == "chat" and self.tokenizer is not None:
+            raise ValueError("tokenizer needs api: completions; a chat server makes the tokens itself")
+        if self.echo and self.tokenizer is None:
+            raise ValueError("echo needs api: completions and the model's tokenizer, to tell the continuation's tokens")
+        return self
+
+
 class FakeSettings(Settings):
     """Answers made from a hash of the call: for tests of everything around a model."""
 
@@ -91,5 +198,7 @@ class FakeSettings(Settings):
     """Calls whose text holds this string end the process at once, like a segmentation fault."""
 
 
-LanguageModelSettings = Annotated[HFCausalSettings | HFSeq2SeqSettings | FakeSettings, Field(discriminator="kind")]
+LanguageModelSettings = Annotated[
+    HFCausalSettings | HFSeq2SeqSettings | VLLMSettings | OpenAIHTTPSettings | FakeSettings, Field(discriminator="kind")
+]
 """Every kind of model that reads prompts, chosen by `kind`; a method that needs calls it does not answer refuses it."""

@@ -1,0 +1,317 @@
+"""Models behind an OpenAI-compatible HTTP API: generation, and scores where the server reports log-probabilities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, ValidationError
+from transformers import AutoTokenizer
+
+from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.models.http_client import HTTPClient, Request
+from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
+from rerank_ray.models.resolve import resolve
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.records import Usage
+from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
+
+# vLLM's stand-in for −∞, which JSON can't carry: no probability at all.
+_NO_PROBABILITY = -9999.0
+# Enough for a greeting: some reasoning models refuse a request whose limit ends them too early.
+_PROBE_TOKENS = 16
+
+
+class OpenAIHTTP:
+    """Answers `Generate`; `NextToken` with `top_logprobs`, `LogLikelihood` with `echo`.
+
+    One call is one request. A short one at the start finds a wrong URL, key or model, and a server that does not report
+    the log-probabilities it is said to.
+    """
+
+    exit_layer = None
+    parameters = 0
+
+    def __init__(self, settings: OpenAIHTTPSettings) -> None:
+        """Reach the server.
+
+        Raises:
+            ConfigError: the key's environment variable is not set, or the server lacks what the settings promise.
+            ModelError: the server can't be reached, or refuses the key, the model or the path.
+        """
+        self.settings = settings
+        self.name = f"openai_http:{settings.model}@{urlsplit(settings.url).hostname}"
+        offered = {Generate: True, NextToken: settings.top_logprobs > 0, LogLikelihood: settings.echo}
+        self.answers = frozenset(kind for kind, yes in offered.items() if yes)
+        self._tokenizer, self._encoder = _local_tokenizer(settings)
+        self._client = HTTPClient(settings)
+        self._probe()
+
+    def check_labels(self, labels: tuple[str, ...]) -> None:
+        """Raise `ConfigError` when the server reports fewer tokens than there are labels, and `ModelError` when the
+        tokenizer, if there is one, needs several tokens for a label."""
+        if len(labels) > self.settings.top_logprobs:
+            raise ConfigError(
+                f"{len(labels)} labels need as many log-probabilities, and top_logprobs is "
+                f"{self.settings.top_logprobs}: raise it, if the server allows, or compare fewer passages in one call"
+            )
+        if self._tokenizer is not None:
+            label_ids(self._tokenizer, labels)
+
+    def run(self, calls: Sequence[Call]) -> list[Result]:
+        results: list[Any] = self._requests(calls)
+        ready = [i for i, r in enumerate(results) if isinstance(r, Request)]
+        replies = self._client.post([results[i] for i in ready])
+        for i, reply in zip(ready, replies, strict=True):
+            results[i] = reply if isinstance(reply, Failure) else self._read(calls[i], reply)
+        return results
+
+    def _probe(self) -> None:
+        prompt = Prompt(parts=("Hello",), passages=())
+        calls: list[Call] = []
+        if self.settings.logprobs or NextToken not in self.answers:
+            calls.append(Generate(prompt=prompt, max_tokens=_PROBE_TOKENS))
+        if NextToken in self.answers:
+            calls.append(NextToken(prompt=prompt, labels=()))
+        if LogLikelihood in self.answers:
+            calls.append(LogLikelihood(prompt=prompt, continuation=" world"))
+        for call, request in zip(calls, self._requests(calls), strict=True):
+            reply = request if isinstance(request, Failure) else self._client.post([request])[0]
+            if isinstance(reply, Failure):
+                raise ModelError(f"{self.settings.url}: the first request failed: {reply.reason}")
+            result = self._read(call, reply)
+            if isinstance(call, Generate):
+                if self.settings.logprobs and getattr(result, "log_probability", None) is None:
+                    raise ConfigError(
+                        f"{self.settings.url}: the server reports no log-probabilities; set logprobs: false"
+                    )
+            elif isinstance(result, Failure):
+                setting = "top_logprobs: 0" if isinstance(call, NextToken) else "echo: false"
+                raise ConfigError(f"{self.settings.url}: {result.reason}; set {setting}, and use a method without it")
+
+    def _requests(self, calls: Sequence[Call]) -> list[Request | Failure]:
+        prompts = [self._cut(c.prompt) for c in calls]
+        if self.settings.api == "chat":
+            return [self._chat_request(c, p) for c, p in zip(calls, prompts, strict=True)]
+        continuations = [self._continuation(c) for c in calls]
+        texts: Sequence[str | list[int] | PromptTooLongError] = [_plain_text(p) for p in prompts]
+        if self._encoder is not None:
+            reserved = [
+                c.max_tokens if isinstance(c, Generate) else len(tokens) or 1
+                for c, tokens in zip(calls, continuations, strict=True)
+            ]
+            texts = self._encoder.encode(prompts, reserved)
+        return [
+            Failure(reason=str(t)) if isinstance(t, PromptTooLongError) else self._completion_request(c, t, tokens)
+            for c, t, tokens in zip(calls, texts, continuations, strict=True)
+        ]
+
+    def _cut(self, prompt: Prompt) -> Prompt:
+        limit = self.settings.max_passage_words
+        return (
+            prompt
+            if limit is None
+            else replace(prompt, passages=tuple(_first_words(p, limit) for p in prompt.passages))
+        )
+
+    def _continuation(self, call: Call) -> list[int]:
+        if not isinstance(call, LogLikelihood):
+            return []
+        return self._tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
+
+    def _chat_request(self, call: NextToken | Generate, prompt: Prompt) -> Request | Failure:
+        if not prompt.chat:
+            return Failure(
+                reason="the template is plain text (chat: false), which a chat API can't take: use api: completions"
+            )
+        messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        messages.append({"role": "user", "content": _joined(prompt)})
+        body: dict[str, Any] = {"model": self.settings.model, "messages": messages}
+        if prompt.prefill:
+            if self.settings.prefill == "none":
+                return Failure(
+                    reason="the template begins the model's answer (prefill): set how the server continues one"
+                )
+            messages.append({"role": "assistant", "content": prompt.prefill})
+            if self.settings.prefill == "continue_final_message":
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+        if isinstance(call, NextToken):
+            body |= {"logprobs": True, "top_logprobs": self.settings.top_logprobs}
+        elif self.settings.logprobs:
+            body |= {"logprobs": True}
+        body |= self._generation(call)
+        return Request(path="chat/completions", body=body | self.settings.extra_body)
+
+    def _completion_request(self, call: Call, text: str | list[int], continuation: list[int]) -> Request:
+        body: dict[str, Any] = {"model": self.settings.model, "prompt": text}
+        if isinstance(call, LogLikelihood):
+            body |= {"prompt": [*text, *continuation], "echo": True, "logprobs": 1}
+        elif isinstance(call, NextToken):
+            body |= {"logprobs": self.settings.top_logprobs}
+        elif self.settings.logprobs:
+            body |= {"logprobs": 0}
+        body |= self._generation(call)
+        return Request(path="completions", body=body | self.settings.extra_body)
+
+    def _generation(self, call: Call) -> dict[str, Any]:
+        if not isinstance(call, Generate):
+            return {self.settings.max_tokens_field: 1, "temperature": 0.0}
+        fields: dict[str, Any] = {self.settings.max_tokens_field: call.max_tokens, "temperature": call.temperature}
+        if call.temperature > 0:
+            fields["seed"] = call.seed
+        if call.stop:
+            fields["stop"] = list(call.stop)
+        return fields
+
+    def _read(self, call: Call, reply: dict) -> Result:
+        try:
+            parsed = _Reply.model_validate(reply)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
+        choice = parsed.choices[0]
+        if choice.finish_reason == "content_filter":
+            return Failure(reason="the server's content filter took the answer away")
+        if isinstance(call, Generate):
+            value = choice.generated()
+        elif isinstance(call, NextToken):
+            value = _label_values(call.labels, choice.top_logprobs())
+        else:
+            value = _continuation_values(choice.logprobs, len(self._continuation(call)))
+        if isinstance(value, Failure):
+            return value
+        usage = parsed.usage.counted()
+        if not isinstance(call, Generate):
+            return Answer(value=value, usage=usage)
+        cut_off = choice.finish_reason == "length"
+        return Answer(value=value, usage=usage, cut_off=cut_off, log_probability=choice.log_probability())
+
+
+class _PromptDetails(BaseModel):
+    cached_tokens: int | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+    def counted(self) -> Usage:
+        cached = self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
+        return Usage(
+            calls=1,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=cached or 0,
+            output_tokens=self.completion_tokens or 0,
+        )
+
+
+class _Token(BaseModel):
+    token: str
+    logprob: float
+    top_logprobs: list[_Token] = []
+
+
+class _Logprobs(BaseModel):
+    """Chat servers fill `content`; completion servers the others, in parallel lists, or (llama.cpp) `content` too."""
+
+    content: list[_Token] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+    def generated(self) -> str | Failure:
+        """The text; reasoning that the server split off is put back in front, where methods look for it."""
+        if self.message is None:
+            return Failure(reason="unexpected answer: neither message nor text") if self.text is None else self.text
+        if self.message.refusal:
+            return Failure(reason=f"the model refuses: {' '.join(self.message.refusal.split())[:200]}")
+        reasoning = self.message.reasoning or self.message.reasoning_content
+        return (f"<think>{reasoning}</think>" if reasoning else "") + (self.message.content or "")
+
+    def log_probability(self) -> float | None:
+        """Of the whole text: the sum over its tokens; None when the server does not report them all."""
+        if self.logprobs is None:
+            return None
+        content = self.logprobs.content
+        values = [t.logprob for t in content] if content is not None else self.logprobs.token_logprobs or []
+        known = values and all(v is not None and v > _NO_PROBABILITY for v in values)
+        return sum(values) if known else None
+
+    def top_logprobs(self) -> dict[str, float] | None:
+        """The first token's alternatives: text -> log-probability; None when the server reports none."""
+        if self.logprobs is None:
+            return None
+        if self.logprobs.content:
+            tokens = self.logprobs.content[0].top_logprobs
+            # Most likely first: the same text of a less likely token does not count.
+            return {t.token: t.logprob for t in reversed(tokens)} or None
+        return self.logprobs.top_logprobs[0] if self.logprobs.top_logprobs else None
+
+
+class _Reply(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage = _Usage()
+
+
+def _label_values(labels: Sequence[str], top: dict[str, float] | None) -> tuple[float, ...] | Failure:
+    if not top:
+        return Failure(reason="the server reports no log-probabilities of the likeliest tokens (top_logprobs)")
+    missing = [label for label in labels if top.get(label, _NO_PROBABILITY) <= _NO_PROBABILITY]
+    if missing:
+        return Failure(
+            reason=f"label {missing[0]!r} is not among the {len(top)} likeliest tokens that the server reports "
+            f"({', '.join(map(repr, list(top)[:5]))}, …): its probability is unknown"
+        )
+    return tuple(top[label] for label in labels)
+
+
+def _continuation_values(logprobs: _Logprobs | None, count: int) -> tuple[float, ...] | Failure:
+    """The echoed prompt's last `count` log-probabilities; the one token generated after them is not the prompt's."""
+    echoed = (logprobs.token_logprobs if logprobs else None) or []
+    values = echoed[-count - 1 : -1]
+    if len(values) != count or len(echoed) < count + 2 or None in values:
+        return Failure(reason="the server reports no log-probabilities of the prompt's tokens (echo)")
+    return tuple(values)
+
+
+def _local_tokenizer(settings: OpenAIHTTPSettings) -> tuple[Any, PromptEncoder | None]:
+    if settings.tokenizer is None:
+        return None, None
+    source = ModelSettings(path=settings.tokenizer)
+    tokenizer = load(AutoTokenizer, resolve(source), source)
+    return tokenizer, PromptEncoder(tokenizer, settings.max_length, settings.chat)
+
+
+def _joined(prompt: Prompt) -> str:
+    pieces = [prompt.parts[0]]
+    for passage, part in zip(prompt.passages, prompt.parts[1:], strict=True):
+        pieces += [passage, part]
+    return "".join(pieces)
+
+
+def _plain_text(prompt: Prompt) -> str:
+    return (f"{prompt.system}\n\n" if prompt.system else "") + _joined(prompt) + prompt.prefill
+
+
+def _first_words(text: str, count: int) -> str:
+    """The text up to the end of its `count`-th word, spaces kept."""
+    match = re.match(rf"\s*(?:\S+\s+){{{count - 1}}}\S+", text)
+    return match[0] if match else text
