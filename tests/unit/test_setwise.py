@@ -271,6 +271,19 @@ def test_the_winner_keeps_the_rationale():
     assert rank(setwise(b := Script((1.0, 0.0, 0.0)), k=1), b, make_list()).scores.rationales is None
 
 
+def test_the_rationale_is_of_a_vote_for_the_winner():
+    """The set as it is gets a vote for its first passage; the other eight orders are judged by content."""
+
+    class Reasons(PositionBiased):
+        def answer(self, call: Call) -> Result:
+            choice = best_first(super().answer(call).value)[0]
+            reason = "it comes first" if choice == 0 and call.prompt.passages[0].split()[2] == "0" else "it answers"
+            return Answer(value=f"<think>{reason}</think><answer>[{choice + 1}]", usage=USAGE)
+
+    outcome = rank(rank_r1(b := Reasons(), children=9, k=1, permutations=9), b, make_list(size=10))
+    assert outcome.scores.rationales == ("", "", "it answers", *[""] * 7)
+
+
 @pytest.mark.parametrize(
     ("text", "cut_off", "kind"),
     [
