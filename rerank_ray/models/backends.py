@@ -14,6 +14,9 @@ BACKENDS = {
     "vllm": "rerank_ray.models.vllm:VLLM",
     "openai_http": "rerank_ray.models.openai_http:OpenAIHTTP",
     "cross_encoder": "rerank_ray.models.cross_encoder:CrossEncoder",
+    "scalar_head": "rerank_ray.models.scalar_head:ScalarHead",
+    "layerwise": "rerank_ray.models.layerwise:Layerwise",
+    "colbert": "rerank_ray.models.late_interaction:ColBERT",
     "bi_encoder": "rerank_ray.models.bi_encoder:BiEncoder",
     "fake": "rerank_ray.models.fake:Fake",
 }

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.loading import load
+from rerank_ray.models.embedding_cache import EmbeddingCache
+from rerank_ray.models.loading import load, read_beside
 from rerank_ray.models.protocol import Answer, Embed, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
@@ -39,8 +40,12 @@ class BiEncoder:
         self.parameters = engine.count_parameters(self.model)
         self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.cache = EmbeddingCache(settings.cache_mb << 20)
 
     def run(self, calls: Sequence[Embed]) -> list[Result]:
+        return self.cache.answer(calls, self._embed)
+
+    def _embed(self, calls: Sequence[Embed]) -> list[Answer]:
         texts = [self.prefix[c.role] + c.text for c in calls]
         ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         vectors = self.runner.run([len(i) for i in ids], lambda batch: self._forward([ids[i] for i in batch]))
@@ -70,22 +75,8 @@ def _saved_pooling(resolved: ResolvedModel) -> str | None:
     Raises:
         ModelError: a pooling this backend does not compute.
     """
-    if resolved.folder is None:
-        return _hub_pooling(resolved)
-    path = resolved.folder / _POOLING_FILE
-    return _read_pooling(path.read_text(), str(path)) if path.exists() else None
-
-
-def _hub_pooling(resolved: ResolvedModel) -> str | None:
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        resolved.source, _POOLING_FILE, revision=resolved.revision, _raise_exceptions_for_missing_entries=False
-    )
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return _read_pooling(file.read(), path)
+    text = read_beside(resolved, _POOLING_FILE)
+    return None if text is None else _read_pooling(text, f"{resolved.source}/{_POOLING_FILE}")
 
 
 def _read_pooling(text: str, path: str) -> str:

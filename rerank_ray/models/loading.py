@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.resolve import ResolvedModel
@@ -29,6 +31,12 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
         return auto_class.from_pretrained(
             **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error
+
+
+def read_beside(resolved: ResolvedModel, name: str) -> str | None:
+    """The text of a further file of a checkpoint, or None when it has no such file."""
+    path = cached_file(resolved.source, name, revision=resolved.revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path).read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from rerank_ray.settings.models import ModelSettings
 
 PACKAGE_SCHEME = "package://"
 _DIGEST_EDGE = 1 << 20
+_MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +57,27 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
     Raises:
         ModelError: nothing is there, or it holds no weights that may be loaded.
     """
-    reference, revision = settings.path, settings.revision
+    return _resolve(settings.path, settings.revision, settings, _MODEL_FILE)
+
+
+def resolve_adapter(settings: ModelSettings) -> ResolvedModel | None:
+    """The same for the LoRA adapter that `adapter` names, if it names one."""
+    adapter = getattr(settings, "adapter", None)
+    return None if adapter is None else _resolve(adapter, None, settings, _ADAPTER_FILE)
+
+
+def _resolve(reference: str, revision: str | None, settings: ModelSettings, config_file: str) -> ResolvedModel:
     if reference.startswith(PACKAGE_SCHEME):
         path, version = _in_package(reference)
         _refuse_revision(reference, revision)
-        return _local(path, f"{reference}@{version}", settings)
+        return _local(path, f"{reference}@{version}", settings, config_file)
     if "://" in reference:
         path = storage.local_path(reference) or _fetch(reference)
     else:
         path = Path(reference).expanduser()
     if path.exists():
         _refuse_revision(reference, revision)
-        return _local(path, f"{reference}@{_digest(path)}", settings)
+        return _local(path, f"{reference}@{_digest(path)}", settings, config_file)
     if _looks_like_a_path(reference):
         raise ModelError(f"{reference}: no such model folder or file")
     if reference.endswith(".gguf"):
@@ -131,13 +141,14 @@ def _in_package(reference: str) -> tuple[Path, str]:
     return path, importlib.metadata.version(distributions[0]) if distributions else "unknown"
 
 
-def _local(path: Path, identity: str, settings: ModelSettings) -> ResolvedModel:
+def _local(path: Path, identity: str, settings: ModelSettings, config_file: str) -> ResolvedModel:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: a model is a folder or a .gguf file")
         return ResolvedModel(source=str(path.parent), revision=None, gguf_file=path.name, identity=identity)
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path}: holds no config.json: not a model folder in transformers' layout")
+    if not (path / config_file).exists():
+        kind = "a model folder in transformers'" if config_file == _MODEL_FILE else "a LoRA adapter in PEFT's"
+        raise ModelError(f"{path}: holds no {config_file}: not {kind} layout")
     if not any(path.glob("*.safetensors")):
         if not any(path.glob("*.bin")):
             raise ModelError(f"{path}: holds no weights (*.safetensors)")

@@ -11,7 +11,7 @@ from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, RerankRayError
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
-from rerank_ray.models.resolve import resolve
+from rerank_ray.models.resolve import resolve, resolve_adapter
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.composition import Child
@@ -34,6 +34,7 @@ METHODS = {
     "core_heads": "rerank_ray.ranking.core_heads:CoReHeads",
     "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
     "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",
+    "maxsim": "rerank_ray.ranking.maxsim:MaxSim",
     "bm25": "rerank_ray.ranking.bm25:BM25",
     "first_stage": "rerank_ray.ranking.first_stage:FirstStage",
     "imported": "rerank_ray.ranking.imported:Imported",
@@ -67,6 +68,7 @@ def preflight(settings: RankerSettings) -> None:
     model = getattr(settings, "model", None)
     if isinstance(model, ModelSettings):
         resolve(model)
+        resolve_adapter(model)
     if hasattr(settings, "prompt"):
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         if hasattr(settings, "children"):

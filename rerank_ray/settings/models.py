@@ -67,7 +67,75 @@ class CrossEncoderSettings(ModelSettings):
     """Layer-wise students only: the layer to stop at; null is the last."""
 
 
-class BiEncoderSettings(ModelSettings):
+class ScalarHeadSettings(ModelSettings):
+    """A decoder with a scalar head on its last token (RankLLaMA), its LoRA adapter apart or merged.
+
+    Query and document are joined as the tokenizer joins a pair: for Llama `<s> query: … <s> document: …`.
+    """
+
+    kind: Literal["scalar_head"] = "scalar_head"
+    adapter: str | None = None
+    """LoRA adapter in PEFT's layout, its head included: hub id, folder or `package://`; `path` is then the base model.
+    null: `path` is a sequence-classification checkpoint with one output."""
+    merge_adapter: bool = True
+    """Add the adapter to the weights once, which is faster; false keeps it apart, in its own precision."""
+    query_format: str = "query: {query}"
+    """How a query is put, `{query}` at its end."""
+    document_format: str = "document: {text}"
+    """How title and text of a document are put, `{text}` at its end."""
+    max_query_length: PositiveInt = 32
+    """Tokens of the formatted query; longer ones are cut."""
+    max_document_length: PositiveInt = 161
+    """Tokens of the formatted document; RankLLaMA's 164 less the 3 that its authors keep free for special tokens."""
+
+    @model_validator(mode="after")
+    def _slots_and_room(self) -> ScalarHeadSettings:
+        for name, slot in (("query_format", "{query}"), ("document_format", "{text}")):
+            value = getattr(self, name)
+            if value.count(slot) != 1 or not value.endswith(slot):
+                raise ValueError(f"{name} must end with {slot}: what does not fit is cut from the end")
+        if self.max_query_length > self.max_length - 8:
+            raise ValueError(
+                f"max_query_length ({self.max_query_length}) must be at most max_length ({self.max_length}) − 8, or no "
+                "token is left for the document"
+            )
+        return self
+
+
+class LayerwiseSettings(ModelSettings):
+    """A layer-wise decoder in FlagEmbedding's layout (bge-reranker-v2-minicpm-layerwise): a head on every layer from
+    `start_layer` of its config on."""
+
+    kind: Literal["layerwise"] = "layerwise"
+    max_length: PositiveInt = 1024
+    exit_layer: PositiveInt | None = None
+    """The layer to stop at, counted from 1; no later layer is loaded. null is the last."""
+    instruction: str = (
+        "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+        "prediction of either 'Yes' or 'No'."
+    )
+    """What stands after query and passage."""
+
+
+class EmbeddingSettings(ModelSettings):
+    """What models that embed documents apart from queries share."""
+
+    cache_mb: NonNegativeInt = 256
+    """MiB that a worker spends on embeddings of documents, so that one which comes again with another query is not
+    computed again; 0 keeps none."""
+
+
+class ColBERTSettings(EmbeddingSettings):
+    """A ColBERT checkpoint (BERT and a linear layer); what its `artifact.metadata` says is the default."""
+
+    kind: Literal["colbert"] = "colbert"
+    max_query_length: PositiveInt | None = None
+    """Tokens that each query is filled up or cut to; null reads it from the checkpoint, or takes 32."""
+    max_document_length: PositiveInt | None = None
+    """Tokens of a document; null reads it from the checkpoint, or takes 220. `max_length` bounds both."""
+
+
+class BiEncoderSettings(EmbeddingSettings):
     """A sentence encoder; pooling and normalisation come from its sentence-transformers files when it has them."""
 
     kind: Literal["bi_encoder"] = "bi_encoder"

@@ -10,10 +10,13 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import (
     BiEncoderSettings,
+    ColBERTSettings,
     CrossEncoderSettings,
     FakeSettings,
     HFCausalSettings,
     LanguageModelSettings,
+    LayerwiseSettings,
+    ScalarHeadSettings,
 )
 
 FusionMethod = Literal["zscore", "minmax", "rrf", "borda"]
@@ -194,10 +197,12 @@ class CoReHeadsSettings(Settings):
 
 
 class CrossEncoderRankerSettings(Settings):
-    """The score of a cross-encoder."""
+    """The score of a model that reads query and document together."""
 
     method: Literal["cross_encoder"] = "cross_encoder"
-    model: Annotated[CrossEncoderSettings | FakeSettings, Field(discriminator="kind")]
+    model: Annotated[
+        CrossEncoderSettings | ScalarHeadSettings | LayerwiseSettings | FakeSettings, Field(discriminator="kind")
+    ]
 
 
 class BiEncoderRankerSettings(Settings):
@@ -205,6 +210,13 @@ class BiEncoderRankerSettings(Settings):
 
     method: Literal["bi_encoder"] = "bi_encoder"
     model: Annotated[BiEncoderSettings | FakeSettings, Field(discriminator="kind")]
+
+
+class MaxSimSettings(Settings):
+    """Late interaction: each query token's best match in the document, added up."""
+
+    method: Literal["maxsim"] = "maxsim"
+    model: Annotated[ColBERTSettings | FakeSettings, Field(discriminator="kind")]
 
 
 class BM25Settings(Settings):
@@ -323,6 +335,7 @@ RankerSettings = Annotated[
     | CoReHeadsSettings
     | CrossEncoderRankerSettings
     | BiEncoderRankerSettings
+    | MaxSimSettings
     | BM25Settings
     | FirstStageSettings
     | ImportedSettings

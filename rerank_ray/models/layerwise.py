@@ -1,0 +1,157 @@
+"""Layer-wise decoder rerankers in FlagEmbedding's layout (bge-reranker-v2-minicpm-layerwise, Chen et al. 2024).
+
+Their repositories ship code for transformers to run; nothing of it runs here. MiniCPM is Llama with its embeddings
+multiplied by `scale_emb` and what each block adds by `scale_depth` / √layers: a Granite with these multipliers, under
+the same weight names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, GraniteConfig, GraniteModel, PreTrainedConfig
+from transformers.models.granite.modeling_granite import GranitePreTrainedModel
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
+from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Answer, Pair, Result
+from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.records import Usage
+from rerank_ray.settings.models import LayerwiseSettings
+
+_MODEL_TYPES = ("minicpm", "llama")
+_COPIED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "attention_bias", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+class _Head(nn.Module):
+    """A linear map to one number, under the name that the checkpoints give it."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_head = nn.Linear(hidden_size, 1, bias=False)
+
+
+class _LayerwiseModel(GranitePreTrainedModel):
+    """The layers up to the exit, the norm and the exit's head; everything else of a checkpoint is left where it is."""
+
+    def __init__(self, config: GraniteConfig) -> None:
+        super().__init__(config)
+        self.model = GraniteModel(config)
+        self.lm_head: nn.Module = _Head(config.hidden_size)
+        if config.head_index is not None:
+            self.lm_head = nn.ModuleDict({str(config.head_index): self.lm_head})
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Scores [B]: the head on the normed hidden states at positions `last` [B] of `input_ids` [B, L]."""
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = self.lm_head if self.config.head_index is None else self.lm_head[str(self.config.head_index)]
+        return head.linear_head(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
+
+
+class Layerwise:
+    """Answers `Pair` with head_n(norm(hidden states after n layers)) at the last token, n the exit layer."""
+
+    answers = frozenset({Pair})
+
+    def __init__(self, settings: LayerwiseSettings) -> None:
+        resolved = resolve(settings)
+        self.name = f"layerwise:{resolved.identity}"
+        config = _config(resolved, settings)
+        self.exit_layer = config.num_hidden_layers
+        self.tokenizer = load(AutoTokenizer, resolved, settings)
+        self.separator = self._ids(["\n"])[0]
+        self.instruction = self._ids([settings.instruction])[0]
+        bos = self.tokenizer.bos_token_id
+        self.start = [] if bos is None else [bos]
+        self.room = settings.max_length - len(self.start) - 2 * len(self.separator) - len(self.instruction)
+        if self.room < 16:
+            raise ModelError(
+                f"{settings.path}: max_length ({settings.max_length}) leaves {self.room} tokens for query and passage: "
+                "raise max_length or shorten the instruction"
+            )
+        self.device = engine.pick_device(settings.device)
+        dtype = engine.pick_dtype(settings.dtype, self.device)
+        model, info = load(_LayerwiseModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{settings.path}: the checkpoint has no weights for {sorted(info['missing_keys'])}, which would be "
+                "random"
+            )
+        self.model = model.to(self.device).eval()
+        self.parameters = engine.count_parameters(self.model)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+
+    def run(self, calls: Sequence[Pair]) -> list[Result]:
+        encoded = self.encode(calls)
+        lengths = [len(ids) for ids in encoded]
+        scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
+        return [
+            Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
+            for score, length in zip(scores, lengths, strict=True)
+        ]
+
+    def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
+        """Token ids of `[bos] "A: "query "\\n" "B: "passage "\\n" instruction`, pieces tokenised apart as in training.
+
+        A query is cut to three quarters of the room, the passage to what is left.
+        """
+        queries = [ids[: self.room * 3 // 4] for ids in self._ids([f"A: {c.query}" for c in calls])]
+        passages = self._ids([f"B: {c.text}" for c in calls])
+        return [
+            [*self.start, *q, *self.separator, *p[: self.room - len(q)], *self.separator, *self.instruction]
+            for q, p in zip(queries, passages, strict=True)
+        ]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        # A causal model's real tokens never see the padding on their right.
+        ids, lengths = engine.right_pad(sequences, pad_id=0, limit=self.model.config.max_position_embeddings)
+        return self.model(ids.to(self.device), lengths.to(self.device) - 1).float().tolist()
+
+
+def _config(resolved: ResolvedModel, settings: LayerwiseSettings) -> GraniteConfig:
+    """The config of the layers up to the exit.
+
+    Raises:
+        ModelError: no such exit, or a kind of checkpoint that is not read here.
+    """
+    published, _ = PreTrainedConfig.get_config_dict(**resolved.pretrained_arguments)
+    kind, depth, first = (published.get(key) for key in ("model_type", "num_hidden_layers", "start_layer"))
+    if kind not in _MODEL_TYPES or first is None:
+        raise ModelError(
+            f"{settings.path}: not a layer-wise checkpoint in FlagEmbedding's layout: its config needs start_layer and "
+            f"model_type {' or '.join(_MODEL_TYPES)}, and has start_layer {first} and model_type {kind}"
+        )
+    if published.get("head_type") != "simple" or published.get("rope_scaling"):
+        raise ModelError(
+            f"{settings.path}: head_type {published.get('head_type')!r} with rope_scaling "
+            f"{published.get('rope_scaling')}: only head_type 'simple' without rope_scaling is supported"
+        )
+    exit_layer = settings.exit_layer or depth
+    if not first <= exit_layer <= depth:
+        raise ModelError(f"exit_layer: {exit_layer}: this model has heads on layers {first} to {depth}")
+    limit = published.get("max_position_embeddings", 2048)
+    if settings.max_length > limit:
+        raise ModelError(f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens")
+    rope = published.get("rope_parameters") or {"rope_type": "default", "rope_theta": published.get("rope_theta", 1e4)}
+    scaled = kind == "minicpm"
+    return GraniteConfig(
+        **{key: published[key] for key in _COPIED if key in published},
+        num_hidden_layers=exit_layer,
+        rope_parameters=rope,
+        embedding_multiplier=published.get("scale_emb", 1.0) if scaled else 1.0,
+        residual_multiplier=published.get("scale_depth", 1.0) / math.sqrt(depth) if scaled else 1.0,
+        attention_multiplier=(published["hidden_size"] // published["num_attention_heads"]) ** -0.5,
+        head_index=exit_layer - first if published.get("head_multi") else None,
+    )

@@ -1,0 +1,120 @@
+"""Decoders with a scalar head on the last token: RankLLaMA (Ma et al. 2023) and its kind, LoRA adapters included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel, load_peft_weights
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
+from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Answer, Pair, Result
+from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
+from rerank_ray.records import Usage
+from rerank_ray.settings.models import ScalarHeadSettings
+
+
+class ScalarHead:
+    """Answers `Pair` with the head's output at the pair's last token.
+
+    Pairs are padded on the right and need no attention mask, and the head reads the position that the pair ends at:
+    which token stands for padding plays no part, so none has to be known.
+    """
+
+    answers = frozenset({Pair})
+    exit_layer = None
+
+    def __init__(self, settings: ScalarHeadSettings) -> None:
+        resolved, adapter = resolve(settings), resolve_adapter(settings)
+        self.name = f"scalar_head:{resolved.identity}" + (f"+{adapter.identity}" if adapter else "")
+        self.settings = settings
+        tokenizer = load(AutoTokenizer, resolved, settings)
+        if not tokenizer.is_fast:
+            raise ModelError(f"{settings.path}: needs a tokenizer that transformers runs with the tokenizers library")
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.device = engine.pick_device(settings.device)
+        self.model = _load_model(resolved, adapter, settings, engine.pick_dtype(settings.dtype, self.device))
+        self.model.to(self.device).eval()
+        self.parameters = engine.count_parameters(self.model)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and settings.max_length > limit:
+            raise ModelError(
+                f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
+            )
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+
+    def run(self, calls: Sequence[Pair]) -> list[Result]:
+        encoded = self.encode(calls)
+        lengths = [len(ids) for ids in encoded]
+        scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
+        return [
+            Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
+            for score, length in zip(scores, lengths, strict=True)
+        ]
+
+    def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
+        """Token ids of each pair: formatted, cut apart, and joined by the tokenizer's own template for pairs."""
+        special = self.tokenizer.num_special_tokens_to_add(is_pair=True)
+        # Braces in a text are text.
+        heads = [self.settings.query_format.removesuffix("{query}") + c.query for c in calls]
+        tails = [self.settings.document_format.removesuffix("{text}") + c.text for c in calls]
+        queries = self.tokenizer.encode_batch(heads, add_special_tokens=False)
+        documents = self.tokenizer.encode_batch(tails, add_special_tokens=False)
+        encoded = []
+        for query, document in zip(queries, documents, strict=True):
+            query.truncate(self.settings.max_query_length)
+            room = self.settings.max_length - special - len(query.ids)
+            document.truncate(min(self.settings.max_document_length, room))
+            encoded.append(self.tokenizer.post_process(query, document, add_special_tokens=True).ids)
+        return encoded
+
+    @torch.inference_mode()
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        ids, lengths = engine.right_pad(
+            sequences, pad_id=0, limit=getattr(self.model.config, "max_position_embeddings", None)
+        )
+        hidden = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(sequences), device=self.device), lengths.to(self.device) - 1]
+        return self.model.score(last)[:, 0].float().tolist()
+
+
+def _load_model(
+    resolved: ResolvedModel, adapter: ResolvedModel | None, settings: ScalarHeadSettings, dtype: torch.dtype
+) -> nn.Module:
+    """The decoder with its head, adapter applied.
+
+    Raises:
+        ModelError: no decoder, no trained head, a head of several outputs, or an adapter that doesn't fit.
+    """
+    # A base model's config says two outputs, a default that nothing was trained for.
+    outputs = {} if adapter is None else {"num_labels": 1}
+    model, info = load(
+        AutoModelForSequenceClassification, resolved, settings, dtype=dtype, output_loading_info=True, **outputs
+    )
+    if not isinstance(getattr(model, "score", None), nn.Module):
+        raise ModelError(f"{settings.path}: {type(model).__name__} is no decoder with a scalar head; use cross_encoder")
+    missing = set(info["missing_keys"])
+    if adapter is None:
+        _refuse_random(missing, settings.path)
+        if model.config.num_labels != 1:
+            raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
+        return model
+    try:
+        saved = {k.removeprefix("base_model.model.") for k in load_peft_weights(adapter.source, device="cpu")}
+        _refuse_random(missing - saved, f"{settings.path} with {settings.adapter}")
+        tuned = PeftModel.from_pretrained(model, adapter.source)
+        return tuned.merge_and_unload() if settings.merge_adapter else tuned.get_base_model()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{settings.adapter}: PEFT can't put this adapter on {settings.path}: {reason}") from error
+
+
+def _refuse_random(missing: set[str], source: str) -> None:
+    if missing:
+        raise ModelError(f"{source}: the checkpoint has no weights for {sorted(missing)}, which would be random")
