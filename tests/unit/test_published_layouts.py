@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures.published import colbert, llama_config, minicpm_layerwise, rankllama
+from fixtures.published import colbert, llama_config, minicpm_layerwise, qwen3_reranker, rankllama
 from fixtures.rows import make_list
+from fixtures.tiny_models import tiny_t5_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -32,8 +35,14 @@ from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import EmbedTokens, Pair
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.models import ColBERTSettings, LayerwiseSettings, ScalarHeadSettings
-from rerank_ray.settings.rankers import CrossEncoderRankerSettings, MaxSimSettings
+from rerank_ray.settings.models import (
+    ColBERTSettings,
+    HFCausalSettings,
+    HFSeq2SeqSettings,
+    LayerwiseSettings,
+    ScalarHeadSettings,
+)
+from rerank_ray.settings.rankers import CrossEncoderRankerSettings, MaxSimSettings, YesNoSettings
 
 TEXTS = [
     "the cat",
@@ -45,6 +54,7 @@ TEXTS = [
     "...",
     "query passage document " * 5,
 ]
+SHORT = [t for t in TEXTS if len(t) < 400]
 QUERIES = ["which cat?", "alpha beta " * 60, "q"]
 
 
@@ -53,13 +63,15 @@ def candidate_list(query: str, texts: Sequence[str] = TEXTS) -> CandidateList:
     return CandidateList(query=Query(query_id=query[:20], text=query), candidates=candidates)
 
 
-def check(ranker: Ranker, reference: Callable[[str, str], float]) -> None:
+def check(
+    ranker: Ranker, reference: Callable[[str, str], float], *, texts: Sequence[str] = TEXTS, different: int = 4
+) -> None:
     """All lists in one batch, and one of them alone, score what the loop scores."""
-    requests = [candidate_list(q) for q in QUERIES]
+    requests = [candidate_list(q, texts) for q in QUERIES]
     for request, outcome in zip(requests, ranker.rank(requests), strict=True):
         expected = [reference(request.query.text, c.text) for c in request.candidates]
         assert outcome.scores.scores == pytest.approx(expected, abs=1e-4)
-        assert len({round(s, 3) for s in expected}) > 4
+        assert len({round(s, 3) for s in expected}) > different
     (alone,) = ranker.rank([candidate_list(QUERIES[0], TEXTS[3:4])])
     assert alone.scores.scores == pytest.approx([reference(QUERIES[0], TEXTS[3])], abs=1e-4)
 
@@ -352,6 +364,76 @@ def test_colbert_checkpoints_that_are_not_read(tmp_path: Path, metadata: dict, s
 def test_a_bert_without_the_linear_layer_is_no_colbert(tiny_bert: Path):
     with pytest.raises(ModelError, match=r"lacks \[unused0\]"):
         load_backend(ColBERTSettings(path=str(tiny_bert)))
+
+
+# Prompted rerankers: Qwen3-Reranker, ProRank, monoT5
+
+
+@torch.no_grad()
+def causal_reference(folder: Path, head: str, body: str, tail: str, labels: tuple[str, str]) -> float:
+    """Log-odds of two tokens after three pieces tokenised apart."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    first, middle, last = (tokenizer(p, add_special_tokens=False)["input_ids"] for p in (head, body, tail))
+    logits = model(torch.tensor([[*first, *middle, *last]])).logits[0, -1]
+    yes, no = (tokenizer.convert_tokens_to_ids(label) for label in labels)
+    return float(logits[yes] - logits[no])
+
+
+@pytest.mark.parametrize("score", ["log_odds", "probability"])
+def test_qwen3_reranker(tmp_path: Path, score: str):
+    """Prefix and suffix as the model card has them; its score is the softmax of the two."""
+    folder = qwen3_reranker(tmp_path / "q")
+    head = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    instruction = "Given a web search query, retrieve relevant passages that answer the query"
+    tail = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    model = HFCausalSettings(path=str(folder), dtype="float32", max_length=1500)
+    ranker = Ranker(YesNoSettings(model=model, prompt="qwen3_reranker", score=score))
+
+    def reference(query: str, text: str) -> float:
+        body = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {text}"
+        odds = causal_reference(folder, head, body, tail, ("yes", "no"))
+        return odds if score == "log_odds" else 1.0 / (1.0 + math.exp(-odds))
+
+    check(ranker, reference, texts=SHORT, different=4 if score == "log_odds" else 2)
+
+
+def test_prorank(tmp_path: Path):
+    folder = qwen3_reranker(tmp_path / "q")
+    head = (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n"
+    )
+    tail = (
+        "\nYou are a search relevance expert who evaluates how well documents match search queries. For each "
+        "query-document pair, carefully analyze the semantic relationship between them, then provide your binary "
+        "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n"
+    )
+    model = HFCausalSettings(path=str(folder), dtype="float32", max_length=1500)
+    ranker = Ranker(YesNoSettings(model=model, prompt="prorank"))
+    check(
+        ranker, lambda q, d: causal_reference(folder, head, f"query: {q}\ndocument: {d}", tail, ("1", "0")), texts=SHORT
+    )
+
+
+def test_monot5(tmp_path: Path):
+    """The log-odds of the first decoder step are those of its log-softmax over true and false."""
+    folder = tiny_t5_folder(tmp_path / "t5")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    true, false = tokenizer.convert_tokens_to_ids(["▁true", "▁false"])
+
+    @torch.no_grad()
+    def reference(query: str, text: str) -> float:
+        ids = tokenizer(f"Query: {query} Document: {text} Relevant:", return_tensors="pt")["input_ids"]
+        logits = model(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
+        return float(logits[[true, false]].log_softmax(-1) @ torch.tensor([1.0, -1.0]))
+
+    settings = HFSeq2SeqSettings(path=str(folder), dtype="float32", max_length=512)
+    ranker = Ranker(YesNoSettings(model=settings, prompt="monot5"))
+    check(ranker, reference, texts=SHORT)
 
 
 # Neighbours
