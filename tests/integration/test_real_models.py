@@ -52,8 +52,14 @@ def chat(tokenizer, text: str) -> list[int]:
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def settings(tokens_per_batch: int) -> HFCausalSettings:
-    return HFCausalSettings(path=SMOLLM2, dtype="float32", max_length=512, tokens_per_batch=tokens_per_batch)
+def settings(tokens_per_batch: int, share_prefix: bool) -> HFCausalSettings:
+    return HFCausalSettings(
+        path=SMOLLM2,
+        dtype="float32",
+        max_length=512,
+        tokens_per_batch=tokens_per_batch,
+        share_prefix=share_prefix,
+    )
 
 
 @torch.inference_mode()
@@ -67,9 +73,10 @@ def test_yes_no_equals_a_plain_unbatched_loop(plain_model, request_):
         text = text.replace("{query}", request_.query.text).replace("{passage}", candidate.text)
         logits = model(torch.tensor([chat(tokenizer, text)])).logits[0, -1]
         expected.append(float(logits[yes] - logits[no]))
-    for tokens_per_batch in (512, 8192):
-        outcome = Ranker(YesNoSettings(model=settings(tokens_per_batch))).rank([request_])[0]
+    for tokens_per_batch, share_prefix in ((512, True), (8192, False)):
+        outcome = Ranker(YesNoSettings(model=settings(tokens_per_batch, share_prefix))).rank([request_])[0]
         assert outcome.scores.scores == pytest.approx(expected, abs=1e-4)
+        assert (outcome.usage.cached_tokens > 0) is share_prefix
 
 
 @torch.inference_mode()
@@ -83,9 +90,10 @@ def test_query_likelihood_equals_a_plain_unbatched_loop(plain_model, request_):
         logits = model(torch.tensor([prompt + continuation])).logits[0]
         log_p = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
         expected.append(float(log_p[range(len(continuation)), continuation].mean()))
-    for tokens_per_batch in (512, 8192):
-        outcome = Ranker(QueryLikelihoodSettings(model=settings(tokens_per_batch))).rank([request_])[0]
+    for tokens_per_batch, share_prefix in ((512, True), (8192, False)):
+        outcome = Ranker(QueryLikelihoodSettings(model=settings(tokens_per_batch, share_prefix))).rank([request_])[0]
         assert outcome.scores.scores == pytest.approx(expected, abs=1e-4)
+        assert (outcome.usage.cached_tokens > 0) is share_prefix
 
 
 def test_cosine_equals_sentence_transformers(request_):
