@@ -1,4 +1,4 @@
-"""Self-distillation between layers: the last layer teaches the earlier ones."""
+"""Self-distillation between layers: the last layer teaches the earlier ones (Zhang et al. 2019)."""
 
 from __future__ import annotations
 
