@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.records import Labels
-from rerank_ray.schema import LABELS, inspect_input, labels_from_row
+from rerank_ray.schema import LABELS, doc_id_path, inspect_input, labels_from_row
 
 _GROUPS_PER_WINDOW = 16
 
@@ -31,6 +32,14 @@ class LabelSet:
     validation: np.ndarray
     unlabelled: int
     """Rows with `error`: counted, not trained on."""
+    unscored: int
+    """Rows without an error and without a single score: counted, not trained on either."""
+    tied: int
+    """Training rows whose scored candidates all have the same score."""
+    gains_alike: int
+    """Training rows whose scored candidates all have the same known gain, or none."""
+    without_uncertainty: int
+    """Training rows without uncertainty."""
     fingerprint: str
 
     @classmethod
@@ -42,7 +51,8 @@ class LabelSet:
         """
         groups: list[tuple[str, int]] = []
         none = np.empty((0, 2), dtype=np.int32)
-        train, validation, unlabelled = [none], [none], 0
+        train, validation = [none], [none]
+        counts = dict.fromkeys(("unlabelled", "unscored", "tied", "gains_alike", "without_uncertainty"), 0)
         digest = hashlib.sha256()
         earlier: list[tuple[str, np.ndarray]] = []
         for uri in uris:
@@ -53,18 +63,22 @@ class LabelSet:
             earlier.append((uri, summary.id_hashes))
             digest.update(summary.fingerprint.encode())
             for file in summary.files:
-                for group, ids, errors in _row_groups(uri, file):
-                    labelled = np.array([e is None for e in errors], dtype=bool)
-                    held_out = np.array([_fraction(i, seed) < validation_fraction for i in ids], dtype=bool)
-                    train.append(_positions(len(groups), labelled & ~held_out))
-                    validation.append(_positions(len(groups), labelled & held_out))
-                    unlabelled += int((~labelled).sum())
+                for group, facts in _row_groups(uri, file):
+                    labelled = np.array([f.labelled for f in facts], dtype=bool)
+                    scored = np.array([f.scored for f in facts], dtype=bool)
+                    held_out = np.array([_fraction(f.query_id, seed) < validation_fraction for f in facts], dtype=bool)
+                    train.append(_positions(len(groups), scored & ~held_out))
+                    validation.append(_positions(len(groups), scored & held_out))
+                    counts["unlabelled"] += int((~labelled).sum())
+                    counts["unscored"] += int((labelled & ~scored).sum())
+                    for name in ("tied", "gains_alike", "without_uncertainty"):
+                        counts[name] += sum(getattr(facts[row], name) for _, row in train[-1])
                     groups.append((storage.rejoin(uri, file), group))
         label_set = cls(
             groups=tuple(groups),
             train=np.concatenate(train),
             validation=np.concatenate(validation),
-            unlabelled=unlabelled,
+            **counts,
             fingerprint=digest.hexdigest()[:16],
         )
         label_set._check_split(uris)
@@ -74,7 +88,8 @@ class LabelSet:
         if len(self.train) == 0 or len(self.validation) == 0:
             raise InputError(
                 f"{', '.join(uris)}: {len(self.train)} labelled queries to train on and {len(self.validation)} held "
-                f"out ({self.unlabelled} rows have no labels); each needs one: label more queries, or change "
+                f"out ({self.unlabelled} rows have no labels and {self.unscored} no score); each needs one: label more "
+                "queries, or change "
                 "validation.fraction or seed"
             )
 
@@ -116,13 +131,39 @@ class LabelReader:
             return file.read_row_group(group, columns=LABELS.names).to_pylist()
 
 
-def _row_groups(uri: str, path: str) -> Iterator[tuple[int, list[str], list[str | None]]]:
-    """Number, query ids and errors of each row group of a file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowFacts:
+    """What can be told of a row without its texts."""
+
+    query_id: str
+    labelled: bool
+    scored: bool
+    tied: bool
+    gains_alike: bool
+    without_uncertainty: bool
+
+
+def _row_groups(uri: str, path: str) -> Iterator[tuple[int, list[_RowFacts]]]:
+    """Number of each row group of a file, and the facts of its rows."""
     fs, _ = storage.open_filesystem(uri)
     with pq.ParquetFile(path, filesystem=fs) as file:
+        gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["query_id", "error"])
-            yield group, table["query_id"].to_pylist(), table["error"].to_pylist()
+            table = file.read_row_group(group, columns=["query_id", "scores", "uncertainty", "error", gains])
+            yield group, [_facts(row) for row in table.to_pylist()]
+
+
+def _facts(row: dict) -> _RowFacts:
+    pairs = zip(row["scores"] or [], row["candidates"] or [], strict=False)
+    scored = [(s, (c and c["label"]) or 0.0) for s, c in pairs if s is not None and not math.isnan(s)]
+    return _RowFacts(
+        query_id=row["query_id"],
+        labelled=row["error"] is None,
+        scored=row["error"] is None and len(scored) > 0,
+        tied=len({score for score, _ in scored}) < 2,
+        gains_alike=len({gain for _, gain in scored}) < 2,
+        without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
+    )
 
 
 def _positions(group: int, chosen: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ def summary_line(metrics: dict) -> str:
     parts += [
         f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
     ]
+    skipped = {n.removeprefix("skipped_queries/"): v for n, v in metrics.items() if n.startswith("skipped_queries/")}
+    parts += [f"{count} queries skipped by {name}" for name, count in skipped.items() if count]
     if "pairs_per_second" in metrics:
         parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s")
     return ", ".join(parts)

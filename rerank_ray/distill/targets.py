@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.sampling import teacher_order
-from rerank_ray.losses.cross_entropy import softmax_cross_entropy
+from rerank_ray.errors import InputError
+from rerank_ray.losses.cross_entropy import binary_cross_entropy, localized_contrastive, softmax_cross_entropy
 from rerank_ray.losses.divergence import kl
+from rerank_ray.losses.lambdaloss import lambdarank, ndcg_loss2, ndcg_loss2pp
 from rerank_ray.losses.layerwise import self_distillation
-from rerank_ray.losses.masking import masked_zscore
-from rerank_ray.losses.pairwise import ranknet
+from rerank_ray.losses.listwise import listmle, listnet, partial_listmle, position_aware_listmle
+from rerank_ray.losses.masking import differ, masked_zscore, ranks
+from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
+from rerank_ray.losses.regression import adr_mse, margin_mse, mse
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import LossSettings, ObjectiveSettings
 
@@ -28,6 +33,8 @@ class Targets:
     """Known gains; 0 where unjudged."""
     mask: torch.Tensor
     """True for real candidates."""
+    confidence: torch.Tensor
+    """1 / (1 + mean uncertainty of the query's candidates), [Q]; 1 for labels without uncertainty."""
 
     @classmethod
     def of(cls, groups: Sequence[tuple[Labels, Sequence[int]]]) -> Targets:
@@ -41,47 +48,166 @@ class Targets:
             teacher[q, :size] = torch.tensor([labels.scores[i] for i in indices])
             gains[q, :size] = torch.tensor([labels.candidate_list.candidates[i].label or 0.0 for i in indices])
             mask[q, :size] = True
-        return cls(teacher=teacher, gains=gains, mask=mask)
+        confidence = torch.tensor([_confidence(labels) for labels, _ in groups])
+        return cls(teacher=teacher, gains=gains, mask=mask, confidence=confidence)
 
     def to(self, device: torch.device) -> Targets:
-        return Targets(teacher=self.teacher.to(device), gains=self.gains.to(device), mask=self.mask.to(device))
+        return Targets(
+            teacher=self.teacher.to(device),
+            gains=self.gains.to(device),
+            mask=self.mask.to(device),
+            confidence=self.confidence.to(device),
+        )
 
 
-def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveSettings) -> dict[str, torch.Tensor]:
-    """Each term's unweighted loss and their weighted `total`, one value a query.
+def _confidence(labels: Labels) -> float:
+    known = [u for u in labels.uncertainty or () if u is not None and not math.isnan(u)]
+    return 1.0 / (1.0 + sum(known) / len(known)) if known else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One loss of the objective, or their weighted sum."""
+
+    loss: torch.Tensor
+    """[Q], unweighted; 0 where the query was skipped."""
+    skipped: torch.Tensor
+    """[Q] bool: the query's group has nothing that this loss could teach."""
+
+
+def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveSettings) -> dict[str, Term]:
+    """Each term of the objective, and their weighted `total`.
+
+    A query that a term can learn nothing from (targets all alike, no positive) is skipped by it: it adds 0.
 
     Args:
         layer_scores: [layers, Q, C].
 
     Returns:
-        Name -> [Q]. On several layers a term is its mean over layers, and `self_distillation` its sum over the earlier
-        ones.
+        Name -> term. On several layers a term is its weighted mean over layers, and `self_distillation` its sum over
+        the earlier ones.
     """
+    nothing = torch.zeros_like(targets.confidence, dtype=torch.bool)
     terms = {}
-    total = torch.zeros(layer_scores.shape[1], device=layer_scores.device)
-    for number, term in enumerate(settings.losses, start=1):
-        value = torch.stack([_loss(scores, targets, term) for scores in layer_scores]).mean(0)
-        name = term.loss if term.loss not in terms else f"{term.loss}_{number}"
-        terms[name] = value
-        total = total + term.weight * value
+    total = torch.zeros_like(targets.confidence)
+    for name, term in zip(term_names(settings), settings.losses, strict=True):
+        prepared = _Prepared.of(targets, term)
+        weights = term.layer_weights or (1.0,) * len(layer_scores)
+        compute = _LOSSES[term.loss]
+        by_layer = [w * compute(s, prepared, term) for s, w in zip(layer_scores, weights, strict=True) if w > 0]
+        skipped = ~_teaches(prepared, term)
+        terms[name] = Term(loss=torch.where(skipped, 0.0, sum(by_layer) / sum(weights)), skipped=skipped)
+        total = total + term.weight * terms[name].loss
     if len(layer_scores) > 1:
-        terms["self_distillation"] = self_distillation(layer_scores, targets.mask)
-        total = total + settings.self_distillation * terms["self_distillation"]
-    return {**terms, "total": total}
+        terms["self_distillation"] = Term(loss=self_distillation(layer_scores, targets.mask), skipped=nothing)
+        total = total + settings.self_distillation * terms["self_distillation"].loss
+    if settings.query_weights == "uncertainty":
+        total = targets.confidence * total
+    return {**terms, "total": Term(loss=total, skipped=nothing)}
 
 
-def _loss(scores: torch.Tensor, targets: Targets, term: LossSettings) -> torch.Tensor:
-    if term.loss == "kl":
-        teacher = masked_zscore(targets.teacher, targets.mask) if term.scores == "zscore" else targets.teacher
-        return kl(scores, teacher, targets.mask, term.temperature)
-    if term.loss == "ranknet":
-        order = targets.teacher if term.target == "teacher" else targets.gains
-        return ranknet(scores, order, targets.mask)
-    if term.target == "gains":
-        positives = targets.gains > 0
-    else:
-        positives = torch.arange(scores.shape[1], device=scores.device)[None, :].expand_as(scores) < term.positives
-    return softmax_cross_entropy(scores, positives, targets.mask)
+def term_names(settings: ObjectiveSettings) -> list[str]:
+    """The terms' names in metrics: the loss's own, with the term's number from its second use on."""
+    names: list[str] = []
+    for number, term in enumerate(settings.losses, start=1):
+        names.append(term.loss if term.loss not in names else f"{term.loss}_{number}")
+    return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """The targets of one term, all [Q, C]."""
+
+    values: torch.Tensor
+    """What the student's scores are compared with: teacher scores, reciprocal ranks or gains."""
+    positives: torch.Tensor
+    order: torch.Tensor
+    """Teacher scores, whatever the target."""
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, targets: Targets, term: LossSettings) -> _Prepared:
+        teacher, mask = targets.teacher, targets.mask
+        if term.target == "gains":
+            values, positives = targets.gains, targets.gains > 0
+        else:
+            # The teacher's best come first in a group.
+            positives = (torch.arange(mask.shape[1], device=mask.device) < term.positives).expand_as(mask)
+            values = (
+                teacher if term.target == "teacher" else torch.where(mask, 1 / ranks(teacher, mask).clamp(min=1), 0)
+            )
+            if term.scores == "zscore":
+                values = masked_zscore(teacher, mask)
+        return cls(values=values, positives=positives & mask, order=teacher, mask=mask)
+
+
+_LOSSES: dict[str, Callable[[torch.Tensor, _Prepared, LossSettings], torch.Tensor]] = {
+    "kl": lambda s, p, term: kl(s, p.values, p.mask, term.temperature),
+    "ranknet": lambda s, p, term: ranknet(s, p.values, p.mask),
+    "soft_ranknet": lambda s, p, term: soft_ranknet(s, p.values, p.mask, term.temperature),
+    "weighted_ranknet": lambda s, p, term: weighted_ranknet(s, p.values, p.mask),
+    "ce": lambda s, p, term: softmax_cross_entropy(s, p.positives, p.mask),
+    "lce": lambda s, p, term: localized_contrastive(s, p.positives, p.mask),
+    "bce": lambda s, p, term: binary_cross_entropy(s, p.positives, p.mask),
+    "listnet": lambda s, p, term: listnet(s, p.values, p.mask, term.temperature),
+    "listmle": lambda s, p, term: listmle(s, p.values, p.mask),
+    "position_aware_listmle": lambda s, p, term: position_aware_listmle(s, p.values, p.mask),
+    "cprd": lambda s, p, term: partial_listmle(s, p.order, p.positives, p.mask, term.cutoff),
+    "mse": lambda s, p, term: mse(s, p.values, p.mask),
+    "margin_mse": lambda s, p, term: margin_mse(s, p.values, p.mask),
+    "adr_mse": lambda s, p, term: adr_mse(s, p.values, p.mask, term.temperature),
+    "lambdarank": lambda s, p, term: lambdarank(s, p.values, p.mask, 1 / term.temperature),
+    "ndcg_loss2": lambda s, p, term: ndcg_loss2(s, p.values, p.mask, 1 / term.temperature),
+    "ndcg_loss2pp": lambda s, p, term: ndcg_loss2pp(s, p.values, p.mask, 1 / term.temperature),
+}
+
+
+def _teaches(prepared: _Prepared, term: LossSettings) -> torch.Tensor:
+    """Whether each query's group holds what the loss needs: [Q] bool."""
+    mask, positives, needs = prepared.mask, prepared.positives, NEEDS[term.loss]
+    if needs == "ordered negatives":
+        return differ(prepared.order, mask & ~positives)
+    if term.target != "gains" or needs == "differing targets":
+        # Without a preference of the teacher, which candidates come first is chance.
+        return differ(prepared.values, mask)
+    if needs == "positive and negative":
+        return positives.any(1) & (mask & ~positives).any(1)
+    return mask.any(1)
+
+
+NEEDS = dict.fromkeys(_LOSSES, "differing targets") | {
+    "ce": "positive and negative",
+    "lce": "positive and negative",
+    "bce": "candidates",
+    "cprd": "ordered negatives",
+}
+"""What a list must hold for a loss to learn from it."""
+
+
+def check_objective(data: LabelSet, settings: ObjectiveSettings) -> None:
+    """Refuse an objective that these labels can't serve, before anything is trained.
+
+    Raises:
+        InputError: a term would skip every training query, or queries have no uncertainty to be weighed by.
+    """
+    count = len(data.train)
+    for number, term in enumerate(settings.losses):
+        where = f"objective.losses.{number} ({term.loss} on {term.target})"
+        if term.target == "gains" and data.gains_alike == count:
+            raise InputError(
+                f"{where}: no training query ({count} of them) has candidates with different known gains, so it would "
+                "learn nothing: ingest with qrels, which set the candidates' 'label', or set target to teacher"
+            )
+        if term.target != "gains" and data.tied == count:
+            raise InputError(
+                f"{where}: the teacher gave all candidates of a query the same score, in each of the {count} training "
+                "queries, so it would learn nothing: look into the label run"
+            )
+    if settings.query_weights == "uncertainty" and data.without_uncertainty:
+        raise InputError(
+            f"objective.query_weights: uncertainty: {data.without_uncertainty} of {count} training queries have none: "
+            "label with a method that tells it, such as `rerank-ray combine`, or set query_weights to equal"
+        )
 
 
 _VALIDATION_DEPTH = 10

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.sampling import sample_group
-from rerank_ray.distill.targets import Targets, objective, validation_ndcg
+from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
 from rerank_ray.models.student import Student, load_student, new_student
 from rerank_ray.records import Labels
@@ -65,6 +66,7 @@ class Trainer:
     def __init__(self, settings: DistillSettings, world: World, resume: Path | None) -> None:
         self.settings, self.world = settings, world
         self.data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+        check_objective(self.data, settings.objective)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
         self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
         self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
@@ -83,6 +85,7 @@ class Trainer:
             self.model = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
+        self._skipped = dict.fromkeys(term_names(settings.objective), 0)
 
     @property
     def finished(self) -> bool:
@@ -92,7 +95,7 @@ class Trainer:
         )
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns the mean of each loss over this worker's queries."""
+        """One optimizer step; returns the mean of each loss over those of this worker's queries that it teaches."""
         started = time.perf_counter()
         self.student.train()
         _set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
@@ -111,7 +114,9 @@ class Trainer:
     def forward_backward(self, rows: Sequence[Labels], epoch: int) -> dict[str, float]:
         """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
 
-        The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held.
+        The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held,
+        or, where the forward pass is cached, one micro-batch's. Only the last chunk's backward reduces gradients over
+        the workers.
         """
         settings = self.settings
         # The last step of an epoch can leave a worker without queries; it takes part with a weight of 0.
@@ -122,22 +127,30 @@ class Trainer:
         # DDP averages gradients over workers; the sum over queries over the step's query count is the step's mean.
         factor = weight * self.world.size / self._queries_of_step()
         sums: dict[str, torch.Tensor] = {}
-        chunks = _chunks([sum(len(e["input_ids"]) for e in group) for group in encoded], settings.tokens_per_backward)
+        counts: dict[str, torch.Tensor] = {}
+        tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
+        chunks = _chunks(tokens, settings.tokens_per_backward)
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
+            too_large = sum(tokens[q] for q in chunk) > settings.tokens_per_backward
+            cached = settings.backward == "cached" or (settings.backward == "auto" and too_large)
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
-                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]])
-                (factor * terms["total"].sum()).backward()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().sum()
-        return {name: float(value) / len(rows) for name, value in sums.items()}
+                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]], cached)
+                (factor * terms["total"].loss.sum()).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.loss.detach().sum()
+                counts[name] = counts.get(name, 0) + (~term.skipped).sum()
+        if weight:
+            for name in self._skipped:
+                self._skipped[name] += len(rows) - int(counts[name])
+        return {name: float(value) / max(1, int(counts[name])) for name, value in sums.items()}
 
     def _objective(
-        self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded]
-    ) -> dict[str, torch.Tensor]:
+        self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded], cached: bool
+    ) -> dict[str, Term]:
         targets = Targets.of(groups).to(self.device)
         with self._autocast():
-            flat = self.model(self._micro_batches(encoded))
+            flat = self.model(self._micro_batches(encoded), cached)
         layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
         layer_scores[:, targets.mask] = flat
         self._since_validation["pairs"] += len(encoded)
@@ -217,7 +230,7 @@ class Trainer:
         self, report: Report, losses: dict[str, float], trained: list[torch.Tensor] | None
     ) -> None:
         progress = self.progress
-        rates = self._rates()
+        rates = self._rates() | self._skip_counts()
         started = time.perf_counter()
         by_layer = self.validate()
         ndcg = by_layer[-1]
@@ -255,6 +268,17 @@ class Trainer:
             "padding_share": 1 - seen["tokens"] / seen["padded_tokens"],
         }
 
+    def _skip_counts(self) -> dict[str, int]:
+        """How often each term skipped a query since the last validation, over all workers."""
+        if not self._since_validation["seconds"]:
+            return {}
+        counts = torch.tensor(list(self._skipped.values()), device=self.device)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(counts)
+        named = zip(self._skipped, counts.tolist(), strict=True)
+        self._skipped = dict.fromkeys(self._skipped, 0)
+        return {f"skipped_queries/{name}": count for name, count in named}
+
 
 class _Scorer(nn.Module):
     """Scores micro-batches in one forward call, so that DDP sees one forward before each backward."""
@@ -263,11 +287,24 @@ class _Scorer(nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, batches: list[tuple[torch.Tensor, dict]]) -> torch.Tensor:
-        """Scores [layers, pairs] of all micro-batches, in the pairs' order."""
+    def forward(self, batches: list[tuple[torch.Tensor, dict]], cached: bool = False) -> torch.Tensor:
+        """Scores [layers, pairs] of all micro-batches, in the pairs' order.
+
+        With `cached`, nothing of a micro-batch is kept but its scores. Backward, which has the objective's gradient on
+        the scores by then, computes each micro-batch again, with the dropout it had, and frees it before the next one:
+        gradient caching (Gao et al. 2021, GradCache) by way of torch's checkpointing.
+        """
         order = torch.cat([indices for indices, _ in batches])
-        scores = torch.cat([self.student(**inputs).float() for _, inputs in batches], dim=1)
+        if cached:
+            parts = [checkpoint(self._score, inputs, use_reentrant=False) for _, inputs in batches]
+        else:
+            parts = [self._score(inputs) for _, inputs in batches]
+        scores = torch.cat(parts, dim=1)
         return scores[:, torch.argsort(order).to(scores.device)]
+
+    def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
+        return self.student(**inputs).float()
 
 
 def _chunks(tokens: Sequence[int], limit: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
 from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.targets import check_objective
 from rerank_ray.errors import RunError
 from rerank_ray.formats.trec import write_run
 from rerank_ray.models.resolve import resolve
@@ -133,6 +134,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
 
     settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
     labels = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    check_objective(labels, settings.objective)
     resolve(settings.student.model_settings())
     run = RunFolder(uri=run_uri)
     with run.locked():
@@ -146,6 +148,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
             "training_queries": len(labels.train),
             "validation_queries": len(labels.validation),
             "queries_without_labels": labels.unlabelled,
+            "queries_without_scores": labels.unscored,
         }
         timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
         run.update(state="done", counts=counts, timings=timings, best=metrics)

@@ -71,38 +71,150 @@ class BandSettings(Settings):
         return self
 
 
+class FalseNegativeSettings(Settings):
+    """Which candidates the teacher holds too close to a query's positive to be its negatives: they are never drawn.
+
+    The positive is the candidate with a known gain that the teacher likes best, or the teacher's first when no gain is
+    known; candidates with a known gain are always kept. With both rules, either drops.
+    """
+
+    margin: Annotated[float, Field(ge=0.0)] | None = None
+    """Drops scores above the positive's − margin, in the teacher's units."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Drops scores above this fraction of the way from the list's lowest score to the positive's."""
+
+    @model_validator(mode="after")
+    def _a_rule(self) -> FalseNegativeSettings:
+        if self.margin is None and self.fraction is None:
+            raise ValueError("false_negatives drops nothing without margin or fraction: give one, or leave it out")
+        return self
+
+
+class CurriculumStage(Settings):
+    """Bands for the first epochs."""
+
+    until_epoch: PositiveInt
+    """The stage ends after this many epochs, counted from the start of training."""
+    bands: Annotated[tuple[BandSettings, ...], Field(min_length=1)]
+    """In place of the sampling's own."""
+
+
 class SamplingSettings(Settings):
     """Which candidates of a query are scored in one step; drawn anew each epoch."""
 
     group_size: PositiveInt = 16
     """Candidates a query; lists that are shorter are taken whole."""
+    positives: NonNegativeInt = 0
+    """Candidates with a known gain that are drawn first, if there are as many; `ce`, `lce` and the lambda losses on
+    gains learn nothing from a group without one."""
     bands: tuple[BandSettings, ...] | None = None
     """null draws uniformly from all scored candidates."""
+    curriculum: tuple[CurriculumStage, ...] = ()
+    """Other bands for early epochs, for example easy negatives before hard ones; `bands` holds when all are over."""
+    false_negatives: FalseNegativeSettings | None = None
+    """null draws every scored candidate, however close to the positive."""
+
+    def bands_of(self, epoch: int) -> tuple[BandSettings, ...] | None:
+        """The bands of an epoch, counted from 0."""
+        return next((s.bands for s in self.curriculum if epoch < s.until_epoch), self.bands)
 
     @model_validator(mode="after")
     def _bands_fill_the_group(self) -> SamplingSettings:
-        if self.bands is not None and sum(b.count for b in self.bands) != self.group_size:
-            raise ValueError(
-                f"the bands' counts add up to {sum(b.count for b in self.bands)}, not to group_size ({self.group_size})"
-            )
+        if self.positives > self.group_size:
+            raise ValueError(f"positives ({self.positives}) is above group_size ({self.group_size})")
+        stages = {f"curriculum.{n}.bands": s.bands for n, s in enumerate(self.curriculum)}
+        for name, bands in {"bands": self.bands, **stages}.items():
+            count = sum(b.count for b in bands or ())
+            if bands is not None and count != self.group_size - self.positives:
+                less = f" − positives ({self.positives})" if self.positives else ""
+                raise ValueError(
+                    f"{name}: the bands' counts add up to {count}, not to group_size ({self.group_size}){less}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> SamplingSettings:
+        ends = [s.until_epoch for s in self.curriculum]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"curriculum: until_epoch must rise from stage to stage, not {ends}")
         return self
 
 
-class LossSettings(Settings):
-    """One term of the objective."""
+LossName = Literal[
+    "kl",
+    "ranknet",
+    "soft_ranknet",
+    "weighted_ranknet",
+    "ce",
+    "lce",
+    "bce",
+    "listnet",
+    "listmle",
+    "position_aware_listmle",
+    "cprd",
+    "mse",
+    "margin_mse",
+    "adr_mse",
+    "lambdarank",
+    "ndcg_loss2",
+    "ndcg_loss2pp",
+]
+_NEED_GAINS = ("lambdarank", "ndcg_loss2", "ndcg_loss2pp")
+# Which losses an option changes; given to another, it would do nothing without saying so.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "temperature": ("kl", "listnet", "soft_ranknet", "adr_mse", *_NEED_GAINS),
+    "scores": ("kl", "listnet", "soft_ranknet", "mse", "margin_mse"),
+    "positives": ("ce", "lce", "bce", "cprd"),
+    "cutoff": ("cprd",),
+}
 
-    loss: Literal["kl", "ranknet", "ce"]
-    """kl: of the score distributions; ranknet: of each pair's order; ce: softmax cross-entropy of the positives."""
+
+class LossSettings(Settings):
+    """One term of the objective; rerank_ray/losses holds each loss with its formula and paper."""
+
+    loss: LossName
+    """Of distributions: kl, listnet. Of pairs: ranknet, soft_ranknet (the teacher's confidence in each pair),
+    weighted_ranknet (1/(rank + rank)). Of positives: ce (softmax), lce (each positive among the negatives alone), bce
+    (pointwise). Of the order: listmle, position_aware_listmle, cprd (of the hardest negatives), adr_mse (ranks). Of
+    numbers: mse, margin_mse. Of nDCG: lambdarank, ndcg_loss2, ndcg_loss2pp."""
     weight: PositiveFloat = 1.0
     """Factor of this term."""
-    temperature: PositiveFloat = 1.0
-    """kl: divides both sides' scores."""
+    target: Literal["teacher", "ranks", "gains"] = "teacher"
+    """What it learns: the teacher's scores, the reciprocals of the teacher's ranks within the group (1, ½, ⅓ …), or the
+    candidates' known gains (`label`; 0 where unknown). ce, lce, bce and cprd take their positives from it."""
     scores: Literal["raw", "zscore"] = "raw"
-    """kl: teacher scores as they are, or with mean 0 and deviation 1 within each list."""
-    target: Literal["teacher", "gains"] = "teacher"
-    """ranknet and ce: the teacher's order, or the candidates' known gains (`label`)."""
+    """kl, listnet, soft_ranknet, mse and margin_mse: teacher scores as they are, or with mean 0 and deviation 1 within
+    each group."""
+    temperature: PositiveFloat = 1.0
+    """kl, listnet and soft_ranknet: divides both sides' scores. adr_mse: of its approximate ranks. The lambda losses:
+    1/σ₀ of the logistic loss."""
     positives: PositiveInt = 1
-    """ce with target teacher: this many of the teacher's first candidates in the group are the positives."""
+    """ce, lce, bce and cprd, unless the target is gains: this many of the teacher's first candidates in the group are
+    the positives."""
+    cutoff: PositiveInt | None = None
+    """cprd: how many of the hardest negatives are ordered; null orders all."""
+    layer_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
+    """Layer-wise students: the term is the mean over layers with these weights, one for each of `student.layers`; null
+    weighs all alike."""
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> LossSettings:
+        for option, losses in _OPTIONS.items():
+            if getattr(self, option) != type(self).model_fields[option].default and self.loss not in losses:
+                raise ValueError(
+                    f"{option} changes nothing for {self.loss}, only for {', '.join(losses)}: leave it out"
+                )
+        if self.scores == "zscore" and self.target != "teacher":
+            raise ValueError(f"scores: zscore is of teacher scores, and the target is {self.target}: leave it out")
+        if self.positives > 1 and self.target == "gains":
+            raise ValueError("positives: with target gains the positives are the candidates with a gain: leave it out")
+        if self.loss in _NEED_GAINS and self.target == "teacher":
+            raise ValueError(
+                f"{self.loss} needs gains, which teacher scores are not (2^score): set target to ranks or to gains"
+            )
+        if self.layer_weights is not None and sum(self.layer_weights) == 0:
+            raise ValueError("layer_weights: all are 0, so the term would teach nothing")
+        return self
 
 
 class ObjectiveSettings(Settings):
@@ -115,6 +227,9 @@ class ObjectiveSettings(Settings):
     )
     self_distillation: Annotated[float, Field(ge=0.0)] = 1.0
     """Layer-wise students: weight of KL(last layer ‖ earlier layer), the last layer's gradient stopped."""
+    query_weights: Literal["equal", "uncertainty"] = "equal"
+    """`uncertainty` weighs a query 1 / (1 + mean of its candidates' `uncertainty`): lists that an ensemble of teachers
+    disagrees on count less."""
 
 
 class OptimizerSettings(Settings):
@@ -182,10 +297,24 @@ class DistillSettings(Settings):
     tokens_per_micro_batch: PositiveInt = 2048
     """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
     tokens_per_backward: PositiveInt = 8192
-    """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient. A
-    query's group is never split."""
+    """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient."""
+    backward: Literal["auto", "plain", "cached"] = "auto"
+    """`plain` never splits a query's group. `cached` keeps nothing of the forward pass but scores and computes each
+    micro-batch again for its backward: the same gradient in the memory of one micro-batch, for about a third more time.
+    `auto` caches the groups that are larger than tokens_per_backward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
     seed: NonNegativeInt = 0
     """Of heads, held-out queries, order, sampling and dropout."""
     execution: TrainingExecutionSettings = TrainingExecutionSettings()
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_layer(self) -> DistillSettings:
+        layers = len(self.student.layers or (None,))
+        for number, term in enumerate(self.objective.losses):
+            if term.layer_weights is not None and len(term.layer_weights) != layers:
+                raise ValueError(
+                    f"objective.losses.{number}.layer_weights has {len(term.layer_weights)} entries for {layers} "
+                    "layer(s) with a head (student.layers)"
+                )
+        return self

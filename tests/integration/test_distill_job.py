@@ -80,15 +80,24 @@ def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_take_the_same_steps_as_one(labels, base, tmp_path, console):
+@pytest.mark.parametrize("backward", ["plain", "cached"])
+def test_two_workers_take_the_same_steps_as_one(labels, base, tmp_path, console, backward):
     """Without dropout the averaged gradient is one worker's, so the weights agree to rounding; 5 queries a step leave
-    an uneven split and a short last step."""
+    an uneven split and a short last step. Several chunks a step: gradients are averaged after the last one only."""
     student = settings(labels, base).student.model_dump() | {"dropout": 0.0}
     weights = []
     for workers in (1, 2):
         run = tmp_path / f"workers-{workers}"
         chosen = settings(
-            labels, base, student=student, queries_per_step=5, execution={"workers": workers}, max_steps=4
+            labels,
+            base,
+            student=student,
+            queries_per_step=5,
+            execution={"workers": workers},
+            max_steps=4,
+            # The one worker's step is the reference: plain, in one chunk.
+            backward=backward if workers > 1 else "plain",
+            tokens_per_backward=128 if workers > 1 else 8192,
         )
         jobs.distill(chosen, str(run), console)
         weights.append((json.loads((run / "run.json").read_text())["best"]["step"], student_weights(run)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 from fixtures.rows import label_row, make_labels, make_list, write_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.errors import InputError
 from rerank_ray.schema import LABELS
-from rerank_ray.settings.distill import BandSettings, SamplingSettings
+from rerank_ray.settings.distill import BandSettings, FalseNegativeSettings, SamplingSettings
 
 # Rows
 
@@ -75,6 +77,31 @@ def test_split_and_order_depend_on_ids_and_seed_alone(tmp_path: Path):
     held_out = set(query_ids(data, data.validation))
     assert {i for i in query_ids(moved, moved.validation) if i.startswith("q")} == held_out
     assert set(query_ids(data, LabelSet.open([str(tmp_path / "a")], 0.3, seed=6).validation)) != held_out
+
+
+def test_what_the_rows_lack_is_counted(tmp_path: Path):
+    """A row without any score is neither trained on nor held out; the rest are counted by what they lack."""
+    lacks = {
+        "nan": label_row(make_list("nan", 2), [math.nan, math.nan]),
+        "tied": label_row(make_list("tied"), [1.0, math.nan, 1.0]) | {"uncertainty": [0.1, None, 0.1]},
+        "whole": label_row(make_list("whole"), [1.0, 2.0, 3.0]) | {"uncertainty": [0.1, 0.2, 0.3]},
+        "failed": label_row(make_list("failed"), None, error="boom"),
+    }
+    lacks["whole"]["candidates"][1]["label"] = 2.0
+    others = [label_row(make_list(f"q{i}", 1), [1.0]) for i in range(60)]
+    data = LabelSet.open([write_labels(tmp_path / "a", [*lacks.values(), *others])], 0.1, seed=2)
+    held_out = set(query_ids(data, data.validation))
+    assert not held_out & set(lacks), "another seed, please: this test counts training rows"
+    assert set(query_ids(data, data.train)) | held_out == {"tied", "whole"} | {f"q{i}" for i in range(60)}
+    assert (data.unlabelled, data.unscored) == (1, 1)
+    single = len(data.train) - 2
+    assert (data.tied, data.gains_alike, data.without_uncertainty) == (single + 1, single + 1, single)
+
+
+def test_labels_without_a_single_score(tmp_path: Path):
+    rows = [label_row(make_list(f"q{i}", 2), [math.nan, math.nan]) for i in range(20)]
+    with pytest.raises(InputError, match="0 rows have no labels and 20 no score"):
+        LabelSet.open([write_labels(tmp_path / "a", rows)], 0.2, seed=0)
 
 
 def test_a_query_id_in_two_inputs(tmp_path: Path):
@@ -189,6 +216,94 @@ def test_uniform_draws_reach_every_candidate():
         for i in sample_group(make_labels([float(i) for i in range(20)]), SamplingSettings(group_size=4), 0, epoch)
     }
     assert seen == set(range(20))
+
+
+def test_known_positives_come_first():
+    """Two of the three candidates with a gain, whatever their teacher score, then the band's; one, if there is one."""
+    gains = [None, 1.0, None, 2.0, 0.0, None, None, None, None, 1.0]
+    labels = make_labels([float(-i) for i in range(10)], gains=gains)
+    chosen = SamplingSettings(group_size=3, positives=2, bands=(BandSettings(ranks=(5, 6), count=1),))
+    drawn = [sample_group(labels, chosen, 0, epoch) for epoch in range(60)]
+    assert {tuple(i for i in group if i in (1, 3, 9)) for group in drawn} == {(1, 3), (1, 9), (3, 9)}
+    assert {i for group in drawn for i in group} - {1, 3, 9} == {4, 5}
+    one = make_labels([float(-i) for i in range(10)], gains=[None] * 7 + [1.0, None, None])
+    for epoch in range(20):
+        group = sample_group(one, chosen, 0, epoch)
+        assert len(group) == 3
+        assert 7 in group
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        ({"margin": 0.0}, [2, 3, 4, 5, 1]),
+        ({"margin": 2.5}, [2, 4, 5, 1]),
+        ({"fraction": 1.0}, [2, 3, 4, 5, 1]),
+        ({"fraction": 0.5}, [2, 5, 1]),
+        ({"fraction": 0.5, "margin": 7.5}, [2, 1]),
+    ],
+)
+def test_false_negatives_by_hand(rule: dict, kept: list[int]):
+    """Scores 9, −1, 8, 6, 5, 1 and a positive at 8: its lowest score −1 lies 9 below. Half of that way up is 3.5.
+
+    The candidate at 9 always goes; the positive and a second one at −1 always stay.
+    """
+    labels = make_labels([9.0, -1.0, 8.0, 6.0, 5.0, 1.0], gains=[None, 1.0, 2.0, None, None, None])
+    chosen = SamplingSettings(group_size=6, false_negatives=FalseNegativeSettings(**rule))
+    assert sample_group(labels, chosen, 0, 0) == kept
+
+
+def test_without_a_known_gain_the_teachers_first_is_the_positive():
+    """Scores 5, 4.5 and 1 with a margin of 1: the second is too close to the first."""
+    chosen = SamplingSettings(group_size=6, false_negatives=FalseNegativeSettings(margin=1.0))
+    assert sample_group(make_labels([1.0, 5.0, 4.5]), chosen, 0, 0) == [1, 0]
+
+
+def test_bands_count_ranks_before_anything_is_filtered():
+    """Rank 2 of five is a false negative; the band of ranks 2–3 has rank 3 left, the rest is drawn from 4 and 5."""
+    labels = make_labels([5.0, 4.9, 3.0, 2.0, 1.0])
+    chosen = SamplingSettings(
+        group_size=3,
+        bands=(BandSettings(ranks=(1, 1), count=1), BandSettings(ranks=(2, 3), count=2)),
+        false_negatives=FalseNegativeSettings(margin=0.5),
+    )
+    groups = {tuple(sample_group(labels, chosen, 0, epoch)) for epoch in range(30)}
+    assert groups == {(0, 2, 3), (0, 2, 4)}
+
+
+def test_the_curriculum_by_hand():
+    """Epochs 0 and 1 draw from ranks 6–10, epoch 2 from ranks 3–5, later ones from the two first."""
+
+    def bands(first: int, last: int) -> list[dict]:
+        return [{"ranks": [first, last], "count": 2}]
+
+    stages = [{"until_epoch": 2, "bands": bands(6, 10)}, {"until_epoch": 3, "bands": bands(3, 5)}]
+    chosen = SamplingSettings.model_validate({"group_size": 2, "curriculum": stages, "bands": bands(1, 2)})
+    labels = [make_labels([float(-i) for i in range(10)], query_id=f"q{q}") for q in range(30)]
+    seen = [{i for row in labels for i in sample_group(row, chosen, 0, epoch)} for epoch in range(5)]
+    assert seen == [{5, 6, 7, 8, 9}, {5, 6, 7, 8, 9}, {2, 3, 4}, {0, 1}, {0, 1}]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"group_size": 4, "positives": 5}, "positives (5) is above group_size (4)"),
+        ({"group_size": 4, "positives": 1, "bands": [[1, 9, 4]]}, "add up to 4, not to group_size (4) − positives (1)"),
+        ({"group_size": 4, "stages": [[1, [1, 9, 3]]]}, "curriculum.0.bands: the bands' counts add up to 3"),
+        ({"group_size": 4, "stages": [[2, [1, 9, 4]], [2, [1, 9, 4]]]}, "must rise from stage to stage, not [2, 2]"),
+        ({"false_negatives": {}}, "false_negatives drops nothing"),
+        ({"false_negatives": {"fraction": 0.0}}, "greater than 0"),
+    ],
+)
+def test_samplings_that_can_not_be_meant(sampling: dict, message: str):
+    def band(first: int, last: int, count: int) -> dict:
+        return {"ranks": [first, last], "count": count}
+
+    if "bands" in sampling:
+        sampling["bands"] = [band(*b) for b in sampling["bands"]]
+    sampling["curriculum"] = [{"until_epoch": e, "bands": [band(*b)]} for e, b in sampling.pop("stages", [])]
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        SamplingSettings.model_validate(sampling)
 
 
 def test_teacher_order_keeps_the_first_stage_among_equals():

@@ -11,8 +11,11 @@ import pytest
 import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import WORDS
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.train import Trainer, World, train
+from rerank_ray.errors import InputError
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.distill import DistillSettings
 
@@ -230,6 +233,128 @@ def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
     assert len(one) > 40
     for a, b in zip(one, many, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def gradients(trainer: Trainer) -> list[torch.Tensor]:
+    """The gradient of the first step, from the same random state each time."""
+    trainer.student.train()
+    torch.manual_seed(7)
+    rows, epoch = trainer._groups()
+    trainer.forward_backward(rows, epoch)
+    return [p.grad for p in trainer.student.parameters() if p.grad is not None]
+
+
+CACHED = {
+    "linear": {"head": "linear", "dropout": 0.0},
+    "linear, dropout": {"head": "linear", "dropout": 0.3},
+    "layer-wise, dropout": {"head": "linear", "layers": [1, 3], "dropout": 0.3},
+    "similarity, dropout": {"head": "similarity", "layers": [2, 3], "gate": -1.0, "dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("variant", CACHED)
+def test_the_cached_backward_has_the_plain_gradient(labels: str, tiny_bert: Path, variant: str):
+    """With dropout too, whose draws are repeated, and the random stream goes on from the same place.
+
+    A loss over whole lists: no micro-batch alone could give its gradient.
+    """
+    results = []
+    for backward in ("plain", "cached"):
+        chosen = settings(labels, tiny_bert, student=CACHED[variant], sampling={"group_size": 6}, backward=backward)
+        trainer = Trainer(chosen, World(), None)
+        results.append((gradients(trainer), torch.rand(1).item()))
+    (plain, plain_next), (cached, cached_next) = results
+    assert len(plain) > 40
+    assert sum(g.abs().sum() for g in plain) > 1
+    for a, b in zip(plain, cached, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert plain_next == cached_next
+
+
+def test_a_cached_forward_pass_keeps_scores_only(labels: str, tiny_bert: Path):
+    """What autograd holds for the backward pass of a list of six: the activations of all, or next to nothing."""
+
+    def held(cached: bool) -> int:
+        trainer = Trainer(settings(labels, tiny_bert), World(), None)
+        row = trainer._groups()[0][0]
+        elements = []
+        count = torch.autograd.graph.saved_tensors_hooks(lambda t: elements.append(t.numel()) or t, lambda t: t)
+        with count:
+            trainer._objective([(row, range(6))], trainer._encode(row, range(6)), cached)
+        return sum(elements)
+
+    assert held(cached=True) < held(cached=False) / 50
+
+
+@pytest.mark.parametrize(
+    ("backward", "limit", "cached"),
+    [("plain", 8, False), ("auto", 8, True), ("auto", 8192, False), ("cached", 8192, True)],
+)
+def test_what_is_cached(labels: str, tiny_bert: Path, monkeypatch, backward: str, limit: int, cached: bool):
+    """`auto` caches groups above tokens_per_backward; the others do so never and always."""
+    calls = []
+    monkeypatch.setattr(
+        "rerank_ray.distill.train.checkpoint", lambda *a, **k: calls.append(1) or torch_checkpoint(*a, **k)
+    )
+    trainer = Trainer(settings(labels, tiny_bert, backward=backward, tokens_per_backward=limit), World(), None)
+    gradients(trainer)
+    assert bool(calls) is cached
+
+
+@pytest.fixture(scope="module")
+def partly_taught(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 queries: every third has no gain, and every third no preference of the teacher's."""
+    rows = [teachable(i) for i in range(24)]
+    for row in rows[0::3]:
+        row["candidates"] = [c | {"label": None} for c in row["candidates"]]
+    for row in rows[1::3]:
+        row["scores"] = [1.0] * CANDIDATES
+    return write_labels(tmp_path_factory.mktemp("partly"), rows)
+
+
+def partly(labels: str, base: Path, **changes) -> DistillSettings:
+    losses = [{"loss": "kl"}, {"loss": "ce", "target": "gains"}, {"loss": "bce", "target": "gains"}]
+    return settings(labels, base, objective={"losses": losses}, sampling={"group_size": CANDIDATES}, **changes)
+
+
+def test_skipped_queries_are_reported(partly_taught: str, tiny_bert: Path, tmp_path: Path):
+    """Each epoch's validation counts that epoch's, by loss."""
+    trainer = Trainer(partly(partly_taught, tiny_bert), World(), None)
+    rows = list(trainer.reader.read(trainer.data.train))
+    no_gain = sum(all(c.label is None for c in r.candidate_list.candidates) for r in rows)
+    tied = sum(len(set(r.scores)) == 1 for r in rows)
+    assert no_gain * tied > 0
+    every, reports = trainer.steps_per_epoch, Reports(tmp_path)
+    train(partly(partly_taught, tiny_bert, epochs=2, validation={"every_steps": every}), World(), reports)
+    assert "skipped_queries/ce" not in reports.metrics[0]
+    for step in (every, 2 * every):
+        counts = {n.partition("/")[2]: v for n, v in reports.metrics[step].items() if n.startswith("skipped_queries/")}
+        assert counts == {"kl": tied, "ce": no_gain, "bce": 0}
+    assert f"{tied} queries skipped by kl, {no_gain} queries skipped by ce, " in summary_line(reports.metrics[every])
+
+
+def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path, monkeypatch):
+    """One tied query beside one that is not: the reported KL is the latter's, and the step's gradient half of its."""
+    chosen = settings(partly_taught, tiny_bert, objective={"losses": [{"loss": "kl"}]}, student={"dropout": 0.0})
+    trainer = Trainer(chosen, World(), None)
+    rows = list(trainer.reader.read(trainer.data.train))
+    tied = next(r for r in rows if len(set(r.scores)) == 1)
+    taught = next(r for r in rows if len(set(r.scores)) > 1)
+    results, gradient = [], []
+    for count, step_rows in ((1, [taught]), (2, [taught, tied])):
+        trainer.optimizer.zero_grad()
+        monkeypatch.setattr(trainer, "_queries_of_step", lambda n=count: n)
+        results.append(trainer.forward_backward(step_rows, 0))
+        gradient.append(trainer.student.model.classifier.weight.grad)
+    assert results[1]["kl"] == pytest.approx(results[0]["kl"])
+    assert results[1]["total"] == pytest.approx(results[0]["total"] / 2)
+    torch.testing.assert_close(gradient[1], gradient[0] / 2)
+
+
+def test_labels_that_can_not_serve_the_objective_are_refused(labels: str, tiny_bert: Path):
+    chosen = settings(labels, tiny_bert, objective={"query_weights": "uncertainty"})
+    with pytest.raises(InputError, match="training queries have none"):
+        Trainer(chosen, World(), None)
 
 
 def learning_rates(labels: str, base: Path, decay: str) -> list[float]:
