@@ -90,10 +90,15 @@ def _add_ingest(commands) -> None:
         trec.add_argument(f"--{name}", required=True, metavar="FILE")
     trec.add_argument("--qrels", metavar="FILE")
     trec.add_argument("--depth", type=int, help="candidates a query (default: all)")
-    for kind, parser in {"beir": beir, "hits": hits, "trec": trec}.items():
-        parser.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
+    merge = kinds.add_parser("merge", help="candidate Parquet of several first stages over the same queries")
+    merge.add_argument("inputs", nargs="+", metavar="CANDIDATES", help="Parquet folder or ingest run")
+    merge.add_argument("--method", default="rrf", choices=["rrf", "interleave"], help="order of the merged list")
+    merge.add_argument("--depth", type=int, help="candidates a query (default: all)")
+    for parser in (beir, hits, trec):
         parser.add_argument("--instruction", help="task instruction for instruction-following models")
         parser.add_argument("--skip-bad-lines", action="store_true", help="count and list bad lines, don't stop")
+    for kind, parser in {"beir": beir, "hits": hits, "trec": trec, "merge": merge}.items():
+        parser.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier ingest in OUT")
         parser.set_defaults(command=_ingest, kind=kind)
 
@@ -147,12 +152,10 @@ def _add_prompt(commands) -> None:
 
 
 def _ingest(options: argparse.Namespace, console: Console) -> None:
-    from rerank_ray import ingest
-    from rerank_ray.execution.pipeline import print_ingest
+    from rerank_ray.execution.pipeline import INGESTS, print_ingest
 
-    function = {"beir": ingest.ingest_beir, "hits": ingest.ingest_hits, "trec": ingest.ingest_trec}[options.kind]
     arguments = {k: v for k, v in vars(options).items() if k not in ("command", "kind")}
-    print_ingest(function(**arguments), console)
+    print_ingest(INGESTS[options.kind](**arguments), console)
 
 
 def _job(module: str, settings_name: str, function_name: str) -> Callable[[argparse.Namespace, Console], None]:

@@ -1,4 +1,4 @@
-"""Outside formats to candidate Parquet: BEIR folders (with BM25), hits files, and TREC runs.
+"""Outside formats to candidate Parquet: BEIR folders (with BM25), hits files, TREC runs, and several of these merged.
 
 Each function streams candidate lists into `out` and writes `out/ingest.json` last: a folder without it is an
 unfinished ingest, which the next one replaces.
@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 
 from rerank_ray import __version__, schema, storage
 from rerank_ray.errors import ConfigError, InputError
-from rerank_ray.formats import beir, hits, trec
+from rerank_ray.formats import beir, hits, merge, trec
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.records import Candidate, CandidateList, Query, with_gains
 from rerank_ray.retrieval import bm25
 from rerank_ray.retrieval.hydrate import fetch, hydrate
+from rerank_ray.runs import resolve_input
 
 SUMMARY_FILE = "ingest.json"
 _PART = re.compile(r"part-\d{5}\.parquet")
@@ -208,6 +209,42 @@ def ingest_trec(
     )
 
 
+def ingest_merge(
+    inputs: Sequence[str],
+    *,
+    out: str,
+    method: str = "rrf",
+    depth: int | None = None,
+    overwrite: bool = False,
+) -> IngestSummary:
+    """Merge the candidates of several first stages over the same queries, by doc id: harder and more varied negatives.
+
+    `inputs` are candidate Parquet or finished ingest runs; `method` is interleave or rrf (rerank_ray.formats.merge);
+    `depth` keeps the first candidates of each merged list.
+
+    Raises:
+        InputError: an input is no candidate Parquet, two disagree on a query or a gain, or `out` is one of them or
+            holds an ingest already.
+    """
+    _check_depth(depth)
+    sources = [resolve_input(uri) for uri in inputs]
+    for uri, source in zip(inputs, sources, strict=True):
+        if storage.absolute(source) == storage.absolute(out):
+            raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
+    _check_out(out, overwrite)
+    lists = ((query, candidates[:depth]) for query, candidates in merge.read_merged(sources, method))
+    return _write(
+        lists,
+        out,
+        kind="merge",
+        sources=inputs,
+        qrels={},
+        bad=BadLines(),
+        instruction=None,
+        parameters={"method": method, "depth": depth},
+    )
+
+
 def _check_depth(depth: int | None) -> None:
     if depth is not None and depth < 1:
         raise ConfigError(f"depth={depth}: keep at least one candidate a query")
@@ -240,8 +277,9 @@ def _write(
             if not found:
                 without.append(query.query_id)
                 continue
-            row = CandidateList(query=replace(query, instruction=instruction), candidates=found)
-            row = with_gains(row, qrels.get(query.query_id, {}))
+            row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
+            if qrels:
+                row = with_gains(row, qrels.get(query.query_id, {}))
             candidates += len(found)
             labelled += sum(c.label is not None for c in row.candidates)
             yield row

@@ -14,8 +14,8 @@ from rerank_ray.config import Settings
 from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
-from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_trec
-from rerank_ray.runs import RunFolder
+from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
+from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.jobs import EvaluateSettings
 from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
 
@@ -67,7 +67,7 @@ def ingest(settings: IngestSettings, run_uri: str, console: Console) -> RunFolde
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         started = time.monotonic()
-        summary = _INGESTS[settings.kind](**settings.model_dump(exclude={"kind"}), out=run.data, overwrite=True)
+        summary = INGESTS[settings.kind](**settings.model_dump(exclude={"kind"}), out=run.data, overwrite=True)
         counts = {"rows": summary.rows, "candidates": summary.candidates, "labelled_pairs": summary.labelled_pairs}
         timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
         run.update(state="done", counts=counts, timings=timings)
@@ -75,7 +75,7 @@ def ingest(settings: IngestSettings, run_uri: str, console: Console) -> RunFolde
     return run
 
 
-_INGESTS = {"beir": ingest_beir, "hits": ingest_hits, "trec": ingest_trec}
+INGESTS = {"beir": ingest_beir, "hits": ingest_hits, "trec": ingest_trec, "merge": ingest_merge}
 
 
 def print_ingest(summary: IngestSummary, console: Console) -> None:
@@ -100,7 +100,8 @@ def _file_sizes(settings: IngestSettings) -> dict[str, str]:
     sizes = {}
     for path in paths:
         fs, inner = storage.open_filesystem(path)
-        files = storage.list_files(path, "") if storage.is_directory(path) else [inner]
+        # A run folder stands for its data: the rest of it changes whenever the run is looked at again.
+        files = storage.list_files(resolve_input(path), "") if storage.is_directory(path) else [inner]
         sizes[path] = ",".join(f"{os.path.basename(i.path)}:{i.size}:{i.mtime_ns}" for i in fs.get_file_info(files))
     return sizes
 

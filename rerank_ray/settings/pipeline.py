@@ -61,7 +61,22 @@ class TrecIngestSettings(Settings):
     """Count and list bad lines instead of stopping at the first."""
 
 
-IngestSettings = Annotated[BeirIngestSettings | HitsIngestSettings | TrecIngestSettings, Field(discriminator="kind")]
+class MergeIngestSettings(Settings):
+    """Candidates of several first stages over the same queries, merged by doc id."""
+
+    kind: Literal["merge"]
+    inputs: Annotated[list[str], Field(min_length=2)]
+    """Candidate Parquet, or ingest steps; the order of queries is the first's."""
+    method: Literal["rrf", "interleave"] = "rrf"
+    """`rrf` orders by, and sets `score` to, the sum of 1/(60 + rank); `interleave` takes every first candidate, then
+    every second, and leaves `score` null."""
+    depth: PositiveInt | None = None
+    """Candidates a query; null keeps all."""
+
+
+IngestSettings = Annotated[
+    BeirIngestSettings | HitsIngestSettings | TrecIngestSettings | MergeIngestSettings, Field(discriminator="kind")
+]
 JOBS = ("ingest", "label", "combine", "distill", "rerank", "evaluate")
 
 
