@@ -237,6 +237,7 @@ def test_known_positives_come_first():
     ("rule", "kept"),
     [
         ({"margin": 0.0}, [2, 3, 4, 5, 1]),
+        ({"margin": 2.0}, [2, 3, 4, 5, 1]),
         ({"margin": 2.5}, [2, 4, 5, 1]),
         ({"fraction": 1.0}, [2, 3, 4, 5, 1]),
         ({"fraction": 0.5}, [2, 5, 1]),
