@@ -12,7 +12,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.embedding_cache import EmbeddingCache
 from rerank_ray.models.loading import load, read_beside
-from rerank_ray.models.protocol import Answer, Embed, Result
+from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import BiEncoderSettings
@@ -43,7 +43,19 @@ class BiEncoder:
         self.cache = EmbeddingCache(settings.cache_mb << 20)
 
     def run(self, calls: Sequence[Embed]) -> list[Result]:
-        return self.cache.answer(calls, self._embed)
+        failures = [self._too_long(c) for c in calls]
+        fitting = [call for call, failure in zip(calls, failures, strict=True) if failure is None]
+        answers = iter(self.cache.answer(fitting, self._embed))
+        return [next(answers) if failure is None else failure for failure in failures]
+
+    def _too_long(self, call: Embed) -> Failure | None:
+        """Why a text that must not be cut can't be embedded; None when it can."""
+        if call.truncate:
+            return None
+        length = len(self.tokenizer(self.prefix[call.role] + call.text, verbose=False)["input_ids"])
+        if length <= self.max_length:
+            return None
+        return Failure(reason=f"the text takes {length} tokens and the model {self.max_length}: show it less")
 
     def _embed(self, calls: Sequence[Embed]) -> list[Answer]:
         texts = [self.prefix[c.role] + c.text for c in calls]

@@ -95,10 +95,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embed:
-    """Embedding of a text as `role` query or document; value: tuple of floats of unit length."""
+    """Embedding of a text as `role` query or document; value: tuple of floats of unit length.
+
+    A text too long for the model is cut at its end, or fails where `truncate` is False.
+    """
 
     text: str
     role: str
+    truncate: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

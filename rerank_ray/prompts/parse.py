@@ -86,6 +86,14 @@ class ParsedLabel:
     defects: tuple[Defect, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedItems:
+    """The entries of a list, () when the text holds none."""
+
+    items: tuple[str, ...]
+    defects: tuple[Defect, ...] = ()
+
+
 def split_reasoning(text: str) -> tuple[str, str]:
     """A reasoning model's text as (rationale, answer): around `</think>`, then inside `<answer>` where there is one.
 
@@ -343,6 +351,28 @@ def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> boo
         return False
     other = _ANOTHER_LABEL.match(rest)
     return other is None or other[1].upper() not in index_of or other[1].upper() == label[1].upper()
+
+
+def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
+    """Read the entries of a numbered or dashed list, the first `count` of them; other lines are no entries.
+
+    Args:
+        cut_off: the text ended at its token limit; its last entry is not read.
+    """
+    _, answer = split_reasoning(text)
+    cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
+    entry = r"^[ \t*#]*+(?:[0-9]++[.):]|[-•*](?=[ \t]))[ \t*]*+(\S[^\n]*+)$"
+    items = [m[1].strip() for m in re.finditer(entry, answer, re.MULTILINE)]
+    items = items[: -1 if cut_off else None]
+    if not items:
+        kind = _nothing_in(answer) or DefectKind.UNPARSED
+        return ParsedItems(items=(), defects=(*cut, Defect(kind=kind, detail=_quoted(text))))
+    defects = _defects(
+        f" in {_quoted(answer)}",
+        (DefectKind.MISSING, [f"{len(items)} of {count} entries"] if len(items) < count else []),
+        (DefectKind.OUT_OF_RANGE, [f"{len(items)} entries for {count}"] if len(items) > count else []),
+    )
+    return ParsedItems(items=tuple(items[:count]), defects=(*cut, *defects))
 
 
 def _nothing_in(text: str) -> DefectKind | None:

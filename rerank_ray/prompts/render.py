@@ -8,7 +8,8 @@ A template file has these keys:
     chat: true when the text is the user's turn of a chat
     instruction: what {instruction} is for a query that has none
     text: the prompt. {query} and {instruction} may stand anywhere; {passage} for methods that show one passage,
-        {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its length
+        {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its length, {criteria}
+        for those that the model wrote itself (rebel)
     passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
     separator: what stands between a list's entries
     prefill: how the model's own turn begins
@@ -22,7 +23,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class _Needs:
     optional: frozenset[str] = frozenset()
 
 
+_LIST = _Needs(slots=frozenset({"query", "passages"}), keys=frozenset({"passage"}), optional=frozenset({"count"}))
 _NEEDS = {
     "yes_no": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
@@ -54,12 +56,14 @@ _NEEDS = {
     "erank": _Needs(slots=frozenset({"query", "passage"})),
     "prp": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),
     "duot5": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),
-    "setwise": _Needs(
-        slots=frozenset({"query", "passages"}), keys=frozenset({"passage", "labels"}), optional=frozenset({"count"})
-    ),
-    "rank_r1": _Needs(
-        slots=frozenset({"query", "passages"}), keys=frozenset({"passage"}), optional=frozenset({"count"})
-    ),
+    "setwise": replace(_LIST, keys=frozenset({"passage", "labels"})),
+    "rank_r1": _LIST,
+    "rank_gpt": _LIST,
+    "first": replace(_LIST, keys=frozenset({"passage", "labels"})),
+    "group_rank": _LIST,
+    "e2rank": _LIST,
+    "rebel": replace(_LIST, slots=frozenset({"query", "passages", "criteria"})),
+    "rebel_criteria": _Needs(slots=frozenset({"query"}), optional=frozenset({"count"})),
 }
 # Methods whose labels are two, and what they say.
 _TWO_LABELS = {
@@ -148,10 +152,11 @@ class Template(Settings):
         passages: Sequence[str],
         identifiers: Sequence[str],
         scores: Sequence[float] | None = None,
+        criteria: str = "",
     ) -> Prompt:
         """The prompt over a list of passages; `identifiers` are how the model shall name them."""
         before, after = self.text.split("{passages}")
-        values = {"count": str(len(passages))}
+        values = {"count": str(len(passages)), "criteria": criteria}
         parts, texts = [self._fill(before, query, values)], []
         head, tail = self.passage.split("{passage}")
         for i, (passage, identifier) in enumerate(zip(passages, identifiers, strict=True)):
@@ -176,6 +181,10 @@ class Template(Settings):
                 f"{len(self.labels)}: show fewer passages at once or add labels"
             )
         return self.labels[:count]
+
+    def query_prompt(self, query: Query, count: int) -> Prompt:
+        """The prompt that shows no passage, and asks for `count` of something."""
+        return self._prompt([self._fill(self.text, query, {"count": str(count)})], [])
 
     def continued(self, query: Query) -> str:
         return self._fill(self.continuation, query)

@@ -32,6 +32,12 @@ METHODS = {
     "rank_r1": "rerank_ray.ranking.setwise:Setwise",
     "icr": "rerank_ray.ranking.icr:ICR",
     "core_heads": "rerank_ray.ranking.core_heads:CoReHeads",
+    "rank_gpt": "rerank_ray.ranking.listwise:RankGPT",
+    "first": "rerank_ray.ranking.first:First",
+    "permutation_self_consistency": "rerank_ray.ranking.permutation_self_consistency:PermutationSelfConsistency",
+    "group_rank": "rerank_ray.ranking.groupwise:GroupRank",
+    "rebel": "rerank_ray.ranking.rebel:Rebel",
+    "e2rank": "rerank_ray.ranking.e2rank:E2Rank",
     "cross_encoder": "rerank_ray.ranking.cross_encoder:CrossEncoderRanker",
     "bi_encoder": "rerank_ray.ranking.bi_encoder:BiEncoderRanker",
     "maxsim": "rerank_ray.ranking.maxsim:MaxSim",
@@ -44,7 +50,7 @@ METHODS = {
 }
 
 # Methods that ask with another method's templates.
-_TEMPLATES_OF = {"core_heads": "icr"}
+_TEMPLATES_OF = {"core_heads": "icr", "permutation_self_consistency": "rank_gpt"}
 
 
 def method_class(name: str) -> type:
@@ -73,8 +79,12 @@ def preflight(settings: RankerSettings) -> None:
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         if hasattr(settings, "children"):
             template.identifiers(settings.children + 1)
+        if hasattr(settings, "window"):
+            template.identifiers(settings.window)
     if hasattr(settings, "heads_file"):
         load_heads(settings.heads_file).best(settings.count, settings.prune)
+    if hasattr(settings, "criteria_prompt"):
+        load_template(settings.criteria_prompt, "rebel_criteria")
     files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
     for path in files:
         if not storage.exists(path):

@@ -249,6 +249,125 @@ class ImportedSettings(Settings):
     scores no higher."""
 
 
+class ListwiseSettings(Settings):
+    """What methods that show the model a list of passages share."""
+
+    passage_words: PositiveInt = 300
+    """A passage is cut to so many words; a prompt that is still too long has all its passages cut alike."""
+
+
+class WindowSettings(ListwiseSettings):
+    """A window that slides over the list from its back to its front."""
+
+    window: Annotated[int, Field(ge=2)] = 20
+    """Passages in one prompt."""
+    step: PositiveInt = 10
+    """How far the window moves; window − step passages are carried to the next one."""
+
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> WindowSettings:
+        if self.step >= self.window:
+            raise ValueError(
+                f"step ({self.step}) must be smaller than window ({self.window}): windows that don't overlap carry no "
+                "passage to the front"
+            )
+        return self
+
+
+class RankGPTSettings(WindowSettings):
+    """Listwise permutations over sliding windows (RankGPT). The prompt `insert_rank` also shows first-stage scores,
+    `rank_gpt_reasoning` lets the model reason first."""
+
+    method: Literal["rank_gpt"] = "rank_gpt"
+    model: LanguageModelSettings
+    prompt: str = "rank_gpt"
+    """A built-in template's name (rank_gpt, rank_gpt_reasoning, insert_rank) or the path of a YAML template."""
+    passes: PositiveInt = 1
+    """How often the window passes over the whole list."""
+    max_tokens: PositiveInt = 256
+    """Tokens of one answer, reasoning included, which takes thousands."""
+
+
+class FirstSettings(WindowSettings):
+    """Listwise ranking by the first token of the answer: the logits of the passages' letters (FIRST)."""
+
+    method: Literal["first"] = "first"
+    model: LanguageModelSettings
+    prompt: str = "first"
+    """A built-in template's name or the path of a YAML template; its `labels` are the passages' letters."""
+    window: Annotated[int, Field(ge=2, le=26)] = 20
+    """Passages in one prompt, a letter each."""
+    passes: PositiveInt = 1
+    """How often the window passes over the whole list."""
+
+
+class PermutationSelfConsistencySettings(WindowSettings):
+    """Rankings of shuffled lists, aggregated to one (permutation self-consistency)."""
+
+    method: Literal["permutation_self_consistency"] = "permutation_self_consistency"
+    model: LanguageModelSettings
+    prompt: str = "rank_gpt"
+    """A template of rank_gpt: a built-in one's name or the path of a YAML template."""
+    permutations: Annotated[int, Field(ge=2)] = 20
+    """Shuffles of the list, each ranked by sliding windows of its own."""
+    aggregation: Literal["borda", "rrf", "kemeny"] = "kemeny"
+    """How the rankings become one: mean rank, mean reciprocal rank, or the order that disagrees least with them."""
+    seed: int = 0
+    """With the query id, what the shuffles are drawn from."""
+    max_tokens: PositiveInt = 256
+    """Tokens of one answer, reasoning included, which takes thousands."""
+
+
+class GroupRankSettings(ListwiseSettings):
+    """Scores from 0 to 10 for every passage of random groups, averaged over shuffles (GroupRank)."""
+
+    method: Literal["group_rank"] = "group_rank"
+    model: LanguageModelSettings
+    prompt: str = "group_rank"
+    """A built-in template's name or the path of a YAML template."""
+    group_size: PositiveInt = 10
+    """Passages in one prompt, at most; the groups of one shuffle differ by one at most."""
+    shuffles: PositiveInt = 1
+    """How often the list is shuffled, divided into groups and scored."""
+    rerank_weight: Fraction = 1.0
+    """w in w · score + (1 − w) · first-stage score scaled to 0 … 1 within the query; the paper has 0.6, and 1 leaves
+    the first stage out."""
+    seed: int = 0
+    """With the query id, what the groups are drawn from."""
+    max_tokens: PositiveInt = 512
+    """Tokens of one answer, reasoning included, which takes thousands."""
+
+
+class RebelSettings(ListwiseSettings):
+    """Relevance and criteria that the model first writes for the query (REBEL)."""
+
+    method: Literal["rebel"] = "rebel"
+    model: LanguageModelSettings
+    prompt: str = "rebel"
+    """The scoring template: a built-in one's name or the path of a YAML template."""
+    criteria_prompt: str = "rebel_criteria"
+    """The template that asks for criteria: a built-in one's name or the path of a YAML template."""
+    criteria: PositiveInt = 3
+    """Criteria asked for, beside relevance."""
+    group_size: PositiveInt = 10
+    """Passages in one scoring prompt, at most."""
+    max_tokens: PositiveInt = 512
+    """Tokens of one answer, reasoning included, which takes thousands."""
+
+
+class E2RankSettings(ListwiseSettings):
+    """Cosine with a query that is embedded together with its first passages (E²Rank)."""
+
+    method: Literal["e2rank"] = "e2rank"
+    model: Annotated[BiEncoderSettings | FakeSettings, Field(discriminator="kind")]
+    prompt: str = "e2rank"
+    """A built-in template's name or the path of a YAML template."""
+    documents: Annotated[int, Field(ge=1, le=20)] = 20
+    """Documents beside the query, those of highest cosine with it alone."""
+    passage_words: PositiveInt = 300
+    """A document beside the query is cut to so many words; a text too long for the model is an error of the row."""
+
+
 class CompositionSettings(Settings):
     """Base of the rankers that are made of other rankers, which may be compositions themselves."""
 
@@ -337,6 +456,12 @@ RankerSettings = Annotated[
     | BiEncoderRankerSettings
     | MaxSimSettings
     | BM25Settings
+    | RankGPTSettings
+    | FirstSettings
+    | PermutationSelfConsistencySettings
+    | GroupRankSettings
+    | RebelSettings
+    | E2RankSettings
     | FirstStageSettings
     | ImportedSettings
     | EnsembleSettings

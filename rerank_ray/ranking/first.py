@@ -1,0 +1,63 @@
+"""Listwise ranking by one token: the logits of the passages' letters (FIRST, Reddy et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rerank_ray.errors import ConfigError, RowError
+from rerank_ray.models.protocol import Answer, Backend, Call, NextToken, Result
+from rerank_ray.prompts.render import load_template
+from rerank_ray.ranking.listwise import check_fits, scores_to_show, shown_passages, slide
+from rerank_ray.ranking.orders import scores_of_order
+from rerank_ray.ranking.pointwise import Steps
+from rerank_ray.ranking.windows import windows
+from rerank_ray.records import CandidateList, Scores
+from rerank_ray.settings.rankers import FirstSettings
+
+
+class First:
+    """Score = N − rank (from 0) in the order after the last window; a window is ordered by the logits of its passages'
+    letters after the opening bracket, all from one forward pass. Equal logits keep their order.
+
+    A window without logits (its call failed) is an error of the query.
+    """
+
+    needs = frozenset({NextToken})
+
+    def __init__(self, settings: FirstSettings, backend: Backend) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, "first")
+        if len(self.template.labels) < settings.window:
+            raise ConfigError(
+                f"window: {settings.window} passages at once, but the template has {len(self.template.labels)} labels"
+            )
+        if hasattr(backend, "check_labels"):
+            backend.check_labels(self.template.labels[: settings.window])
+        check_fits(backend, self.template, settings.window)
+        self.name = (
+            f"first:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"
+            f":passes={settings.passes}"
+        )
+
+    def rank(self, request: CandidateList) -> Steps:
+        s = self.settings
+        passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
+
+        def ask(members: Sequence[int]) -> Call:
+            labels = self.template.labels[: len(members)]
+            scores = None if shown_scores is None else [shown_scores[i] for i in members]
+            prompt = self.template.list_prompt(request.query, [passages[i] for i in members], labels, scores)
+            return NextToken(prompt=prompt, labels=labels)
+
+        order = yield from slide(len(request), windows(len(request), s.window, s.step) * s.passes, ask, _read)
+        return Scores(scores=scores_of_order(order))
+
+
+def _read(result: Result, members: Sequence[int], window: range) -> list[int]:
+    where = f"the window of ranks {window.start + 1} to {window.stop}"
+    if not isinstance(result, Answer):
+        raise RowError(f"{where} was not ranked: {result.reason}")
+    if not all(map(math.isfinite, result.value)):
+        raise RowError(f"{where} was not ranked: a logit is not a finite number")
+    return [members[i] for i in sorted(range(len(members)), key=lambda i: -result.value[i])]

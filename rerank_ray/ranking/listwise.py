@@ -1,0 +1,151 @@
+"""Listwise ranking by generated permutations over sliding windows (RankGPT, Sun et al. 2023).
+
+With a template that shows {score} it is InsertRank (Seetharaman et al. 2025); with one that asks for reasoning, the
+form of DeAR's second stage (Abdallah et al. 2025) and of ReasonRank (Liu et al. 2025).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Sequence
+
+from rerank_ray.errors import RowError
+from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
+from rerank_ray.prompts.parse import Permutation, parse_permutation, split_reasoning
+from rerank_ray.prompts.render import Template, load_template
+from rerank_ray.ranking.orders import scores_of_order
+from rerank_ray.ranking.pointwise import Steps
+from rerank_ray.ranking.windows import windows
+from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Scores
+from rerank_ray.settings.rankers import RankGPTSettings
+
+_IDENTIFIER = re.compile(r"\[(\w{1,3})\]")
+
+
+class RankGPT:
+    """Score = N − rank (from 0) in the order after the last window.
+
+    Repairs of an answer are defects. A window without an answer (refused, empty, not a ranking) is an error of the
+    query: the order left there would be the first stage's, not the model's. `rationales` holds each window's reasoning,
+    in the order of the calls.
+    """
+
+    needs = frozenset({Generate})
+
+    def __init__(self, settings: RankGPTSettings, backend: Backend) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, "rank_gpt")
+        check_fits(backend, self.template, settings.window, settings.max_tokens)
+        self.name = (
+            f"rank_gpt:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"
+            f":passes={settings.passes}"
+        )
+
+    def rank(self, request: CandidateList) -> Steps:
+        s = self.settings
+        passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
+        defects: list[Defect] = []
+        rationales: list[str] = []
+
+        def ask(members: Sequence[int]) -> Call:
+            return permutation_call(self.template, request.query, members, passages, shown_scores, s.max_tokens)
+
+        def read(result: Result, members: Sequence[int], window: range) -> list[int]:
+            rationale, parsed = read_permutation(self.template, result, len(members))
+            if parsed.order is None:
+                why = "; ".join(map(str, parsed.defects))
+                raise RowError(f"the window of ranks {window.start + 1} to {window.stop} was not ranked: {why}")
+            rationales.append(rationale)
+            defects.extend(parsed.defects)
+            return [members[i] for i in parsed.order]
+
+        order = yield from slide(len(request), windows(len(request), s.window, s.step) * s.passes, ask, read)
+        return Scores(
+            scores=scores_of_order(order),
+            rationales=tuple(rationales) if any(rationales) else None,
+            defects=tuple(defects),
+        )
+
+
+def slide(
+    count: int,
+    over: Sequence[range],
+    ask: Callable[[Sequence[int]], Call],
+    read: Callable[[Result, Sequence[int], range], Sequence[int]],
+) -> Generator[list[Call], list[Result], list[int]]:
+    """Reorder 0 … count−1 window after window, one call each; returns the order, best first.
+
+    Args:
+        over: windows over positions of the order.
+        ask: the call that ranks these candidates.
+        read: the candidates in the order of the call's result.
+    """
+    order = list(range(count))
+    for window in over:
+        members = order[window.start : window.stop]
+        (result,) = yield [ask(members)]
+        order[window.start : window.stop] = read(result, members, window)
+    return order
+
+
+def numbers(count: int) -> tuple[str, ...]:
+    """Identifiers 1 … count."""
+    return tuple(str(n) for n in range(1, count + 1))
+
+
+def permutation_call(
+    template: Template,
+    query: Query,
+    members: Sequence[int],
+    passages: Sequence[str],
+    scores: Sequence[float] | None,
+    max_tokens: int,
+) -> Generate:
+    """Ask for an order of the candidates `members`."""
+    shown = None if scores is None else [scores[i] for i in members]
+    prompt = template.list_prompt(query, [passages[i] for i in members], numbers(len(members)), shown)
+    return Generate(prompt=prompt, max_tokens=max_tokens)
+
+
+def read_permutation(template: Template, result: Result, count: int) -> tuple[str, Permutation]:
+    """Rationale and order of `count` passages, from the answer to a `permutation_call`; a call that failed has none."""
+    if not isinstance(result, Answer):
+        return "", Permutation(order=None, defects=(Defect(kind=DefectKind.UNSCORED, detail=result.reason),))
+    text = template.prefill + result.value
+    return split_reasoning(text)[0], parse_permutation(text, numbers(count), cut_off=result.cut_off)
+
+
+def shown_passages(request: CandidateList, words: int) -> list[str]:
+    """Each candidate's first words, on one line; what looks like an identifier in brackets gets parentheses."""
+    return [shown_passage(c, words) for c in request.candidates]
+
+
+def shown_passage(candidate: Candidate, words: int) -> str:
+    return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split()[:words]))
+
+
+def scores_to_show(template: Template, request: CandidateList) -> list[float] | None:
+    """First-stage scores for a template that shows them.
+
+    Raises:
+        RowError: a candidate has none.
+    """
+    if "{score}" not in template.passage:
+        return None
+    return first_stage_scores(request, "the prompt shows first-stage scores")
+
+
+def first_stage_scores(request: CandidateList, why: str) -> list[float]:
+    """Raises `RowError`, saying why scores are needed, when a candidate has none."""
+    unscored = next((c.doc_id for c in request.candidates if c.score is None), None)
+    if unscored is not None:
+        raise RowError(f"candidate {unscored!r} has no score, and {why}")
+    return [c.score for c in request.candidates]
+
+
+def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:
+    """Raise `ModelError` when a prompt over `count` passages of a word can't fit the context of the model, if known."""
+    if hasattr(backend, "check_fits"):
+        identifiers = template.labels[:count] if template.labels else numbers(count)
+        prompt = template.list_prompt(Query(query_id="", text="query"), ["word"] * count, identifiers, [0.0] * count)
+        backend.check_fits(prompt, max_tokens)
