@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     heads.set_defaults(command=_detect_heads)
     combine = commands.add_parser("combine", help="combine label runs to an ensemble")
     combine.add_argument("runs", nargs="+", metavar="RUN")
-    combine.add_argument("--method", default="zscore", choices=["zscore", "minmax", "rrf", "borda"])
+    combine.add_argument("--method", default="zscore", choices=["zscore", "minmax", "rrf", "borda", "kemeny"])
     combine.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a run (default: all alike)")
     combine.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
     combine.set_defaults(command=_combine)

@@ -13,7 +13,17 @@ from rerank_ray.models import decoding, engine
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.loading import load
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
-from rerank_ray.models.protocol import Answer, Attention, Call, Failure, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import (
+    Answer,
+    Attention,
+    Call,
+    Failure,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Prompt,
+    Result,
+)
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
@@ -91,6 +101,12 @@ class HFCausal:
         """Raise `ModelError` unless every label is one token of this tokenizer."""
         if labels not in self._label_ids:
             self._label_ids[labels] = label_ids(self.tokenizer, labels)
+
+    def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
+        """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit `max_length`."""
+        (encoded,) = self.encoder.encode([prompt], [max_tokens])
+        if isinstance(encoded, PromptTooLongError):
+            raise ModelError(str(encoded))
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         if any(isinstance(call, Attention) for call in calls):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rerank_ray.ranking.aggregation import RRF_K, kemeny
 from rerank_ray.records import Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import FusionMethod
-
-_RRF_K = 60
 
 
 def fuse(scores: np.ndarray, method: FusionMethod, weights: Sequence[float], doc_ids: Sequence[str]) -> Scores:
@@ -18,11 +17,12 @@ def fuse(scores: np.ndarray, method: FusionMethod, weights: Sequence[float], doc
     Args:
         scores: [rankers, candidates]; NaN where a ranker gave none. A candidate is averaged over the rankers that
             scored it, and stays NaN, with a defect, when none did.
-        method: zscore (mean 0, population deviation 1), minmax (0..1), rrf (1/(60 + rank), Cormack et al. 2009) or
-            borda (share of the scored candidates ranked below).
+        method: zscore (mean 0, population deviation 1), minmax (0..1), rrf (1/(60 + rank), Cormack et al. 2009),
+            borda (share of the scored candidates ranked below), or kemeny (borda of the order that disagrees least with
+            the rankers' preferences, a weight each; equal scores prefer nothing).
 
     Returns:
-        The means and, as uncertainty, the weighted population deviation between the rankers.
+        The means and, as uncertainty, the weighted population deviation between the rankers; for kemeny, of borda.
     """
     comparable = np.stack([_COMPARABLE[method](row) for row in scores])
     weight = np.where(np.isnan(comparable), 0.0, np.asarray(weights, dtype=float)[:, None])
@@ -36,6 +36,8 @@ def fuse(scores: np.ndarray, method: FusionMethod, weights: Sequence[float], doc
         for doc_id, t in zip(doc_ids, total, strict=True)
         if t == 0
     )
+    if method == "kemeny":
+        mean = _consensus(scores, weights)
     return Scores(scores=tuple(mean.tolist()), uncertainty=tuple(deviation.tolist()), defects=defects)
 
 
@@ -63,7 +65,7 @@ def _ranks(row: np.ndarray) -> np.ndarray:
 
 
 def _rrf(row: np.ndarray) -> np.ndarray:
-    return 1.0 / (_RRF_K + _ranks(row))
+    return 1.0 / (RRF_K + _ranks(row))
 
 
 def _borda(row: np.ndarray) -> np.ndarray:
@@ -71,4 +73,15 @@ def _borda(row: np.ndarray) -> np.ndarray:
     return (count - _ranks(row)) / max(1, count - 1)
 
 
-_COMPARABLE = {"zscore": _zscore, "minmax": _minmax, "rrf": _rrf, "borda": _borda}
+def _consensus(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Share of the scored candidates ranked below in the Kemeny order, [candidates]; NaN where no ranker scored."""
+    held = np.flatnonzero(~np.isnan(scores).all(0))
+    # A comparison with NaN is false: a ranker that did not score both prefers neither.
+    preference = np.einsum("t,tij->ij", weights, scores[:, :, None] > scores[:, None, :])
+    order = kemeny(preference[np.ix_(held, held)])
+    shares = np.full(scores.shape[1], np.nan)
+    shares[held[order]] = np.arange(len(order) - 1, -1, -1) / max(1, len(order) - 1)
+    return shares
+
+
+_COMPARABLE = {"zscore": _zscore, "minmax": _minmax, "rrf": _rrf, "borda": _borda, "kemeny": _borda}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Sequence
 
-from rerank_ray.errors import RowError
+from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
 from rerank_ray.prompts.parse import Permutation, parse_permutation, split_reasoning
 from rerank_ray.prompts.render import Template, load_template
@@ -144,8 +144,11 @@ def first_stage_scores(request: CandidateList, why: str) -> list[float]:
 
 
 def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:
-    """Raise `ModelError` when a prompt over `count` passages of a word can't fit the context of the model, if known."""
+    """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known."""
     if hasattr(backend, "check_fits"):
         identifiers = template.labels[:count] if template.labels else numbers(count)
         prompt = template.list_prompt(Query(query_id="", text="query"), ["word"] * count, identifiers, [0.0] * count)
-        backend.check_fits(prompt, max_tokens)
+        try:
+            backend.check_fits(prompt, max_tokens)
+        except ModelError as error:
+            raise ConfigError(f"{count} passages at once: {error}, show fewer or lower max_tokens") from error

@@ -100,7 +100,8 @@ class CombineSettings(Settings):
     inputs: Annotated[list[str], Field(min_length=2)]
     """Label runs (folders)."""
     method: FusionMethod = "zscore"
-    """How scores of one query become comparable before they are averaged."""
+    """How scores of one query become comparable before they are averaged; kemeny instead takes the order that disagrees
+    least with all of them."""
     weights: list[PositiveFloat] | None = None
     """One weight a run; null weighs all alike."""
 

@@ -19,7 +19,7 @@ from rerank_ray.settings.models import (
     ScalarHeadSettings,
 )
 
-FusionMethod = Literal["zscore", "minmax", "rrf", "borda"]
+FusionMethod = Literal["zscore", "minmax", "rrf", "borda", "kemeny"]
 UncertaintyCriterion = Literal["entropy", "margin"]
 
 

@@ -38,6 +38,7 @@ def scores_of(rows: list[list[float]], method: str, weights: list[float] | None 
         ("rrf", [1 / 63, 1 / 62, 1 / 61]),
         # Candidates below: 0, 1, 2 of 2.
         ("borda", [0.0, 0.5, 1.0]),
+        ("kemeny", [0.0, 0.5, 1.0]),
     ],
 )
 def test_one_teacher_by_hand(method: str, expected: list[float]):
@@ -68,6 +69,18 @@ def test_weights_by_hand():
     assert scores_of([[5.0, 9.0], [8.0, 2.0]], "minmax", [3.0, 1.0]) == pytest.approx([0.25, 0.75])
 
 
+def test_kemeny_by_hand():
+    """Orders a>b>c, a>b>c and b>c>a: a>b 2:1, b>c 3:0, a>c 2:1, so a>b>c, where Borda ties a and b (4 points each).
+
+    The third teacher at weight 3 outvotes the other two. c unscored by one of them is ranked by the others.
+    """
+    rows = [[3.0, 2.0, 1.0], [9.0, 8.0, 7.0], [1.0, 3.0, 2.0]]
+    assert scores_of(rows, "kemeny") == pytest.approx([1.0, 0.5, 0.0])
+    assert scores_of(rows, "kemeny", [1.0, 1.0, 3.0]) == pytest.approx([0.0, 1.0, 0.5])
+    np.testing.assert_allclose(scores_of([[3.0, 2.0, NAN], [9.0, 8.0, NAN]], "kemeny"), [1.0, 0.0, NAN])
+    np.testing.assert_allclose(scores_of([[3.0, 2.0, NAN], [1.0, NAN, 5.0]], "kemeny"), [0.5, 0.0, 1.0])
+
+
 def test_uncertainty_by_hand():
     """The weighted population deviation: 0 and 1 at weights 3 and 1 have variance 3/4·(1/4)² + 1/4·(3/4)² = 3/16."""
     result = fuse(np.array([[5.0, 9.0], [8.0, 2.0]]), "minmax", [3.0, 1.0], IDS[:2])
@@ -85,7 +98,7 @@ def test_a_missing_score_is_left_out_of_the_mean():
     assert [str(d) for d in result.defects] == ["unscored: c: no teacher scored it"]
 
 
-@pytest.mark.parametrize("method", ["zscore", "minmax", "rrf", "borda"])
+@pytest.mark.parametrize("method", ["zscore", "minmax", "rrf", "borda", "kemeny"])
 def test_a_teacher_that_scored_nothing_changes_nothing(method: str):
     rows = [[1.0, 2.0, 6.0], [NAN, NAN, NAN]]
     assert scores_of(rows, method) == pytest.approx(scores_of(rows[:1], method))
@@ -97,7 +110,7 @@ finite = st.floats(-100, 100, width=32)
 @given(scores=st.lists(finite, min_size=2, max_size=8, unique=True), factor=st.sampled_from([0.5, 2.0, 8.0]))
 def test_a_teachers_scale_does_not_matter(scores: list[float], factor: float):
     """Scaled by a power of two, which is exact, and shifted by nothing: the same ensemble."""
-    for method in ("zscore", "minmax", "rrf", "borda"):
+    for method in ("zscore", "minmax", "rrf", "borda", "kemeny"):
         once = fuse(np.array([scores]), method, [1.0], [""] * len(scores)).scores
         scaled = fuse(np.array([scores]) * factor, method, [1.0], [""] * len(scores)).scores
         assert once == pytest.approx(scaled, abs=1e-9)
