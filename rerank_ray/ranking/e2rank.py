@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Embed, Failure, Result
 from rerank_ray.prompts.render import load_template
-from rerank_ray.ranking.listwise import numbers, scores_to_show, shown_passage
+from rerank_ray.ranking.listwise import scores_to_show, shown_passage
 from rerank_ray.ranking.pointwise import Steps, scores_from
 from rerank_ray.records import CandidateList, Scores
 from rerank_ray.settings.rankers import E2RankSettings
@@ -47,7 +47,7 @@ class E2Rank:
         chosen = [request.candidates[i] for i in members]
         scores = scores_to_show(self.template, CandidateList(query=request.query, candidates=tuple(chosen)))
         texts = [shown_passage(c, self.settings.passage_words) for c in chosen]
-        prompt = self.template.list_prompt(request.query, texts, numbers(len(texts)), scores)
+        prompt = self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores)
         head, *tails = prompt.parts
         return head + "".join(text + tail for text, tail in zip(prompt.passages, tails, strict=True))
 

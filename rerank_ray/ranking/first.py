@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rerank_ray.errors import ConfigError, RowError
+from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, NextToken, Result
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.listwise import check_fits, scores_to_show, shown_passages, slide
@@ -28,12 +28,9 @@ class First:
     def __init__(self, settings: FirstSettings, backend: Backend) -> None:
         self.settings = settings
         self.template = load_template(settings.prompt, "first")
-        if len(self.template.labels) < settings.window:
-            raise ConfigError(
-                f"window: {settings.window} passages at once, but the template has {len(self.template.labels)} labels"
-            )
+        labels = self.template.identifiers(settings.window)
         if hasattr(backend, "check_labels"):
-            backend.check_labels(self.template.labels[: settings.window])
+            backend.check_labels(labels)
         check_fits(backend, self.template, settings.window)
         self.name = (
             f"first:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"
@@ -45,7 +42,7 @@ class First:
         passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
 
         def ask(members: Sequence[int]) -> Call:
-            labels = self.template.labels[: len(members)]
+            labels = self.template.identifiers(len(members))
             scores = None if shown_scores is None else [shown_scores[i] for i in members]
             prompt = self.template.list_prompt(request.query, [passages[i] for i in members], labels, scores)
             return NextToken(prompt=prompt, labels=labels)

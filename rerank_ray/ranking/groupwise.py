@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
 from rerank_ray.prompts.parse import parse_score_rows, split_reasoning
 from rerank_ray.prompts.render import Template, load_template
-from rerank_ray.ranking.listwise import check_fits, first_stage_scores, numbers, scores_to_show, shown_passages
+from rerank_ray.ranking.listwise import check_fits, first_stage_scores, scores_to_show, shown_passages
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import GroupRankSettings
@@ -79,7 +79,7 @@ def group_calls(
             prompt=template.list_prompt(
                 request.query,
                 [passages[i] for i in group],
-                numbers(len(group)),
+                template.identifiers(len(group)),
                 None if scores is None else [scores[i] for i in group],
                 criteria,
             ),
@@ -120,7 +120,7 @@ def read_groups(
             continue
         text = template.prefill + result.value
         rationales.append(split_reasoning(text)[0])
-        parsed = parse_score_rows(text, numbers(len(group)), bounds, cut_off=result.cut_off)
+        parsed = parse_score_rows(text, template.identifiers(len(group)), bounds, cut_off=result.cut_off)
         defects += [Defect(kind=d.kind, detail=f"group {number}: {d.detail}") for d in parsed.defects]
         for index, row in zip(group, parsed.rows, strict=True):
             if row is not None:

@@ -88,11 +88,6 @@ def slide(
     return order
 
 
-def numbers(count: int) -> tuple[str, ...]:
-    """Identifiers 1 … count."""
-    return tuple(str(n) for n in range(1, count + 1))
-
-
 def permutation_call(
     template: Template,
     query: Query,
@@ -103,7 +98,7 @@ def permutation_call(
 ) -> Generate:
     """Ask for an order of the candidates `members`."""
     shown = None if scores is None else [scores[i] for i in members]
-    prompt = template.list_prompt(query, [passages[i] for i in members], numbers(len(members)), shown)
+    prompt = template.list_prompt(query, [passages[i] for i in members], template.identifiers(len(members)), shown)
     return Generate(prompt=prompt, max_tokens=max_tokens)
 
 
@@ -112,7 +107,7 @@ def read_permutation(template: Template, result: Result, count: int) -> tuple[st
     if not isinstance(result, Answer):
         return "", Permutation(order=None, defects=(Defect(kind=DefectKind.UNSCORED, detail=result.reason),))
     text = template.prefill + result.value
-    return split_reasoning(text)[0], parse_permutation(text, numbers(count), cut_off=result.cut_off)
+    return split_reasoning(text)[0], parse_permutation(text, template.identifiers(count), cut_off=result.cut_off)
 
 
 def shown_passages(request: CandidateList, words: int) -> list[str]:
@@ -144,10 +139,12 @@ def first_stage_scores(request: CandidateList, why: str) -> list[float]:
 
 
 def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:
-    """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known."""
+    """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known, or
+    when the template has fewer labels."""
+    identifiers = template.identifiers(count)
     if hasattr(backend, "check_fits"):
-        identifiers = template.labels[:count] if template.labels else numbers(count)
-        prompt = template.list_prompt(Query(query_id="", text="query"), ["word"] * count, identifiers, [0.0] * count)
+        query = Query(query_id="", text="query")
+        prompt = template.list_prompt(query, ["word"] * count, identifiers, [0.0] * count)
         try:
             backend.check_fits(prompt, max_tokens)
         except ModelError as error:

@@ -320,7 +320,7 @@ def test_first_with_fewer_letters_than_the_window(tmp_path: Path):
     path = tmp_path / "t.yaml"
     content = {"method": "first", "about": "a", "text": "{query} {passages}", "passage": "{identifier} {passage}"}
     path.write_text(json.dumps(content | {"labels": ["A", "B"]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="window: 3 passages at once, but the template has 2 labels"):
+    with pytest.raises(ConfigError, match="3 passages at once need as many labels, but the first template has 2"):
         first(Oracle({}), prompt=str(path), window=3, step=1)
 
 
