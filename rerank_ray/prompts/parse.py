@@ -305,7 +305,8 @@ def parse_score(text: str, *, low: float, high: float, cut_off: bool = False) ->
     value = _as_float(chosen[1])
     if not low <= value <= high or (chosen[2] is not None and _as_float(chosen[2]) != high):
         return ParsedScore(score=None, defects=(*cut, Defect(kind=DefectKind.OUT_OF_RANGE, detail=_quoted(text))))
-    return ParsedScore(score=value, defects=cut)
+    # -0 is 0.
+    return ParsedScore(score=value or 0.0, defects=cut)
 
 
 def _is_stated(text: str, number: re.Match) -> bool:

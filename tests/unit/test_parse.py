@@ -257,13 +257,13 @@ def test_a_cut_off_answer_that_is_whole():
 )
 def test_long_loops_are_read_quickly(text: str):
     """What a model that repeats itself writes; a quadratic pattern would take minutes."""
-    start = time.perf_counter()
+    start = time.process_time()
     parse_permutation(text, NUMBERS)
     parse_permutation(text, LETTERS)
     parse_scores(text, NUMBERS, low=0, high=10)
     parse_score(text, low=0, high=10)
     parse_label(text, LETTERS)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 # Reasoning
@@ -414,12 +414,13 @@ def test_any_text_gives_a_score_within_the_bounds_or_none(text: str, cut_off: bo
         ("<think>perhaps 3</think><answer>7</answer>", 7),
         ("Score: 3? No. Score: 7", 7),
         ("Score: 0. I can't find anything on it.", 0),
+        ("-0", 0),
         ("3 of the 5 facts are there, so the score is 6", 6),
     ],
 )
 def test_one_score(text: str, score: float):
     parsed = parse_score(text, low=0, high=10)
-    assert (parsed.score, parsed.defects) == (score, ())
+    assert (repr(parsed.score), parsed.defects) == (repr(float(score)), ())
 
 
 @pytest.mark.parametrize(
