@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine's load than about the code.
+settings.register_profile("any_load", deadline=None)
+settings.load_profile("any_load")
 
 
 @pytest.fixture(scope="session")
