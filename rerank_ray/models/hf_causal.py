@@ -104,9 +104,7 @@ class HFCausal:
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit `max_length`."""
-        (encoded,) = self.encoder.encode([prompt], [max_tokens])
-        if isinstance(encoded, PromptTooLongError):
-            raise ModelError(str(encoded))
+        self.encoder.check_fits(prompt, max_tokens)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         if any(isinstance(call, Attention) for call in calls):

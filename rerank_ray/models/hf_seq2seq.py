@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, Enc
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
 from rerank_ray.models.loading import load
-from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
@@ -72,6 +72,11 @@ class HFSeq2Seq:
         """Raise `ModelError` unless every label is one token of this tokenizer."""
         if labels not in self._label_ids:
             self._label_ids[labels] = label_ids(self.tokenizer, labels)
+
+    def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
+        """Raise `ModelError` unless the prompt, each passage cut to a token, fits `max_length`; an answer is the
+        decoder's, which has room of its own."""
+        self.encoder.check_fits(replace(prompt, prefill=""), 0)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         prompts = self.encoder.encode([replace(c.prompt, prefill="") for c in calls], [0] * len(calls))

@@ -72,6 +72,12 @@ class PromptEncoder:
             return FittedPrompt(ids=ids, passages=prompt.passages)
         return self._truncated(frame, prompt, self.max_length - reserved, not chat)
 
+    def check_fits(self, prompt: Prompt, reserved: int) -> None:
+        """Raise `ModelError` unless the prompt, its passages cut to a token each where need be, can be encoded."""
+        (encoded,) = self.encode([prompt], [reserved])
+        if isinstance(encoded, PromptTooLongError):
+            raise ModelError(str(encoded))
+
     def _frame(self, parts: tuple[str, ...], system: str | None, prefill: str, chat: bool) -> tuple[str, ...]:
         """The text around the passages, with the chat template and the prefill applied."""
         if not chat:

@@ -41,7 +41,7 @@ def rows(tmp_path: Path) -> str:
     """q1 with three candidates, q:2 with one that is long."""
     long = Candidate(doc_id="d0", text="cat dog " * 200)
     lists = [
-        make_list("q1", text="which cat"),
+        make_list("q1", text="which cat", scores=[3.0, 2.0, 1.0]),
         CandidateList(query=Query(query_id="q:2", text="bird"), candidates=(long,)),
     ]
     write_candidates(lists, str(tmp_path / "rows"))
@@ -111,7 +111,7 @@ def test_every_built_in_template_can_be_shown(name: str, rows: str):
     opening = template.text.split("{")[0]
     assert opening in shown.text
     assert "{query}" not in shown.text
-    assert "which cat" in shown.text + shown.facts[1]
+    assert "which cat" in "".join([shown.text, *shown.facts])
 
 
 # With a model
