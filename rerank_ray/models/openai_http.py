@@ -62,6 +62,12 @@ class OpenAIHTTP:
         if self._tokenizer is not None:
             label_ids(self._tokenizer, labels)
 
+    def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
+        """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit the context, where there
+        is a tokenizer to tell."""
+        if self._encoder is not None:
+            self._encoder.check_fits(self._cut(prompt), max_tokens or 1)
+
     def run(self, calls: Sequence[Call]) -> list[Result]:
         results: list[Any] = self._requests(calls)
         ready = [i for i, r in enumerate(results) if isinstance(r, Request)]

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.loading import load
-from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
@@ -65,6 +65,10 @@ class VLLM:
         """Raise `ModelError` unless every label is one token of this tokenizer."""
         if labels not in self._label_ids:
             self._label_ids[labels] = label_ids(self.tokenizer, labels)
+
+    def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
+        """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit `max_length`."""
+        self.encoder.check_fits(prompt, max_tokens or self._reserved)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         continuations = [self._continuation(c) for c in calls]
