@@ -37,7 +37,9 @@ _DEFAULTS = {
 
 
 class _ColBERTModel(BertPreTrainedModel):
-    """BERT and a linear layer, under the checkpoints' weight names."""
+    """BERT and a linear layer, under the checkpoints' weight names; the pooler that they hold is not used."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^bert\.pooler\.",)
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)

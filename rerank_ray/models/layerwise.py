@@ -41,6 +41,8 @@ class _Head(nn.Module):
 class _LayerwiseModel(GranitePreTrainedModel):
     """The layers up to the exit, the norm and the exit's head; everything else of a checkpoint is left where it is."""
 
+    _keys_to_ignore_on_load_unexpected = (r"^model\.layers\.", r"^lm_head\.")
+
     def __init__(self, config: GraniteConfig) -> None:
         super().__init__(config)
         self.model = GraniteModel(config)
