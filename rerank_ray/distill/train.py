@@ -332,6 +332,7 @@ def _student(settings: StudentSettings, resume: Path | None) -> Student:
             max_query_length=settings.max_query_length,
             gate=settings.gate,
             scale=settings.scale,
+            interaction=settings.interaction,
         )
     if settings.dropout is not None:
         for module in student.modules():

@@ -44,12 +44,26 @@ DOCUMENTS = [
 ]
 
 
-def start(folder: Path, head: str, *, layers: tuple[int, ...] | None = None, gate: float = -8.0, **kwargs) -> Student:
+def start(
+    folder: Path,
+    head: str,
+    *,
+    layers: tuple[int, ...] | None = None,
+    gate: float = -8.0,
+    interaction: float = 0.0,
+    **kwargs,
+) -> Student:
     """A new student in eval mode, with heads that are not all alike (a new linear term is zero)."""
     settings = ModelSettings(path=str(folder), max_length=kwargs.pop("max_length", 64))
     torch.manual_seed(7)
     student = new_student(
-        settings, head=head, layers=layers, max_query_length=kwargs.pop("max_query_length", 16), gate=gate, scale=20.0
+        settings,
+        head=head,
+        layers=layers,
+        max_query_length=kwargs.pop("max_query_length", 16),
+        gate=gate,
+        scale=20.0,
+        interaction=interaction,
     )
     return student.eval()
 
@@ -131,8 +145,9 @@ def test_an_architecture_that_can_not_be_gated_is_refused(tmp_path: Path):
         start(other_encoder(tmp_path / "m", MPNetModel, MPNetConfig), "similarity")
 
 
-def reference_similarity(folder: Path, gate: float, query: str, document: str) -> float:
-    """20 · cosine of the segments' means after transformers' eager attention with an explicit additive mask."""
+def reference_similarity(folder: Path, gate: float, interaction: float, query: str, document: str) -> float:
+    """20 · (cosine of the segments' means + interaction · MaxSim) after transformers' eager attention with an explicit
+    additive mask; MaxSim token by token, without the first and the last of each segment, which are special."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     q = tokenizer(query, truncation=True, max_length=16)["input_ids"]
@@ -145,14 +160,22 @@ def reference_similarity(folder: Path, gate: float, query: str, document: str) -
             position_ids=torch.tensor([[*range(len(q)), *range(len(d))]]),
             attention_mask=bias[None, None],
         ).last_hidden_state[0]
-    return 20 * torch.cosine_similarity(hidden[: len(q)].mean(0), hidden[len(q) :].mean(0), dim=0).item()
+    highest = [
+        max((torch.cosine_similarity(a, b, dim=0).item() for b in hidden[len(q) + 1 : -1]), default=0.0)
+        for i, a in enumerate(hidden[1 : len(q) - 1])
+        if q[i + 1] != tokenizer.unk_token_id
+    ]
+    maxsim = sum(highest) / max(len(highest), 1)
+    cosine = torch.cosine_similarity(hidden[: len(q)].mean(0), hidden[len(q) :].mean(0), dim=0).item()
+    return 20 * (cosine + interaction * maxsim)
 
 
-@pytest.mark.parametrize("gate", [0.0, -1.5, 2.0])
-def test_a_gate_is_an_additive_bias(tiny_bert: Path, gate: float):
+@pytest.mark.parametrize(("gate", "interaction"), [(0.0, 0.0), (-1.5, 0.0), (2.0, 0.0), (-8.0, 2.0), (-1.5, 0.5)])
+def test_a_score_is_cosine_and_maxsim_after_gated_attention(tiny_bert: Path, gate: float, interaction: float):
     """The whole student against transformers' eager attention with the bias written out; at 0 it is plain attention."""
-    expected = [reference_similarity(tiny_bert, gate, q, d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)]
-    actual = scores(start(tiny_bert, "similarity", gate=gate))[0]
+    pairs = zip(QUERIES, DOCUMENTS, strict=True)
+    expected = [reference_similarity(tiny_bert, gate, interaction, q, d) for q, d in pairs]
+    actual = scores(start(tiny_bert, "similarity", gate=gate, interaction=interaction))[0]
     torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
 
@@ -197,16 +220,18 @@ def test_gated_attention_equals_the_plain_one_with_its_gradients(masked: bool):
 
 
 def test_a_new_students_linear_term_is_zero(tiny_bert: Path):
-    student = start(tiny_bert, "similarity", layers=(1, 3))
+    student = start(tiny_bert, "similarity", layers=(1, 3), interaction=2.0)
     heads = student.head_parameters()
     assert {n: tuple(p.shape) for n, p in heads.items()} == {
         "gate": (3, HEADS),
         "log_scale": (2,),
+        "interaction": (2,),
         "linear": (2, 32),
     }
     assert heads["linear"].abs().sum() == 0
     torch.testing.assert_close(heads["log_scale"].exp(), torch.tensor([20.0, 20.0]))
     assert (heads["gate"] == -8).all()
+    assert (heads["interaction"] == 2).all()
 
 
 # Both heads
