@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rerank_ray import config
+from rerank_ray.audit import audit
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
 from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
@@ -172,3 +173,38 @@ def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, consol
     lines = (run / "run.trec").read_text().splitlines()
     assert len(lines) == 100
     assert next(line.split()[:4] for line in lines if line.startswith("q0019 ")) == ["q0019", "Q0", "d0", "1"]
+
+
+def test_an_ensemble_teacher_labels_with_its_disagreement_and_a_bound_for_one_kind_fails_it(
+    make_candidates, tmp_path, console
+):
+    """One of three teachers can score nothing of eleven queries: they are errors, and their defects count by kind."""
+    source, run = make_candidates(40), tmp_path / "run"
+    weak, strong = ({"kind": "fake", "seed": seed} for seed in (1, 2))
+    ensemble = {
+        "method": "ensemble",
+        "rankers": [
+            {"method": "cross_encoder", "model": weak},
+            {"method": "cascade", "stages": [{"ranker": {"method": "cross_encoder", "model": strong}, "keep": 3}]},
+            {"method": "yes_no", "model": strong | {"fail_on": "passage 3"}},
+        ],
+    }
+    content = {"input": source, "teacher": ensemble, "execution": {"rows_per_batch": 4, "rows_per_block": 16}}
+    limits = {"max_error_rate": 1.0, "max_defect_rate": 1.0, "max_defect_rates": {"unscored": 0.2}}
+    settings = config.validate(LabelSettings, content | {"limits": limits}, source="test")
+    with pytest.raises(
+        RunError, match=r"rows with unscored defects 0\.2750 is above limits\.max_defect_rates\.unscored"
+    ):
+        jobs.label(settings, str(run), console)
+    rows = rows_of(run)
+    assert rows == undisturbed(source, settings)
+    failed = {i for i, r in rows.items() if r["error"]}
+    assert failed == {"q0003", *(f"q00{n}" for n in range(30, 40))}
+    assert all(r["error"].startswith("rankers.2: no candidate could be scored") for r in rows.values() if r["error"])
+    good = [r for r in rows.values() if not r["error"]]
+    assert all(len(r["uncertainty"]) == 5 and max(r["uncertainty"]) > 0 for r in good)
+    assert {r["usage"]["calls"] for r in good} == {13}
+    state = json.loads((run / "run.json").read_text())
+    assert state["state"] == "failed"
+    assert state["rates"]["defects"]["unscored"] == {"per_row": 55 / 40, "rows_affected": 0.275}
+    assert audit(str(run))["counts"]["errors"] == 11
