@@ -386,20 +386,19 @@ def _print_gains(gains: Mapping[str, Any], console: Console) -> None:
         rows[f"ECE, p = {title}"] = _cell(gains["calibration"][name]["ece"], "scored candidates")
     source = "the candidates' own labels" if gains["source"] == "label" else gains["source"]
     print_table(rows, console, title=f"Against {source}", head="measure")
-    bins: dict[str, dict[str, str]] = {}
-    for name, title in _PROBABILITIES.items():
-        for b in gains["calibration"][name]["bins"]:
-            bins.setdefault(f"{b['from']:.1f} to {b['to']:.1f}", {}).update(
-                {
-                    f"{title}: candidates": format_value(b["candidates"]),
-                    f"{title}: mean p": format_value(b["mean_p"]),
-                    f"{title}: relevant": format_value(b["relevant_share"]),
-                }
-            )
-    print_table(dict(sorted(bins.items())), console, title="Calibration", head="p")
+    by_bin = {name: {b["from"]: b for b in gains["calibration"][name]["bins"]} for name in _PROBABILITIES}
+    bins = {
+        f"{start:.1f} to {start + 1 / _BINS:.1f}": {
+            f"{title}: {column}": format_value(by_bin[name].get(start, {}).get(key))
+            for name, title in _PROBABILITIES.items()
+            for key, column in (("candidates", "n"), ("mean_p", "mean p"), ("relevant_share", "relevant"))
+        }
+        for start in sorted({start for found in by_bin.values() for start in found})
+    }
+    print_table(bins, console, title="Calibration: mean p and share of relevant candidates", head="p")
 
 
-_PROBABILITIES = {"sigmoid": "σ(score)", "rank": "share ranked below"}
+_PROBABILITIES = {"sigmoid": "σ(score)", "rank": "ranked below"}
 
 
 def _cell(value: float, over: str) -> dict[str, str]:

@@ -36,14 +36,14 @@ def best_of(systems: Systems, column: str) -> float | None:
 
 def metric_table(systems: Systems, *, title: str | None = None, head: str = "system") -> Table:
     """A rich table with one row per system, in the order given; the best of each column of floats is bold."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    # Text, not markup: `package://` would become a parcel, `run[1]` nothing.
+    table = Table(title=None if title is None else Text(title, style="bold"), title_justify="left")
     table.add_column(head, no_wrap=True)
     columns = columns_of(systems)
     for column in columns:
         table.add_column(Text(column), justify="right")
     best = {column: best_of(systems, column) for column in columns}
     for name, row in systems.items():
-        # Text, not markup: a name such as `run[1]` is printed as it is.
         cells = [
             Text(format_value(row.get(c)), style="bold" if best[c] is not None and row.get(c) == best[c] else "")
             for c in columns

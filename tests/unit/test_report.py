@@ -25,7 +25,8 @@ def test_markdown_by_hand() -> None:
 
 def test_terminal_table_prints_names_as_they_are() -> None:
     output = io.StringIO()
-    print_table(SYSTEMS, Console(file=output, width=100), title="t")
+    print_table(SYSTEMS, Console(file=output, width=100), title="cross_encoder:package://m[1]")
+    assert "cross_encoder:package://m[1]" in output.getvalue()
     assert "run[1]|x" in output.getvalue()
     assert "0.6667" in output.getvalue()
 
