@@ -154,7 +154,7 @@ def _publish(runs: Mapping[str, dict], options: argparse.Namespace) -> None:
         "methods",
         title="Ranking methods on real lists",
         about=(
-            "SmolLM2-135M-Instruct and MiniLM-L6 as they are, one thread (its processor time is given), bfloat16. NovelEval: "
+            "SmolLM2-135M-Instruct and MiniLM-L6 as they are, bfloat16, processor time of one thread. NovelEval: "
             f"21 questions × 20 passages. Cranfield: {options.queries} test queries × BM25's top {options.depth}, so "
             "no ranking can find what lies below. `no label`: queries whose answer could not be read; they count as 0 "
             "in nDCG@10 and would be rows with `error`, never labels."
