@@ -102,3 +102,7 @@ def labelled(query_id: str, count: int) -> dict:
     query = Query(query_id=query_id, text=f"what is passage {query_id} about")
     scores = Scores(scores=tuple(float(-i) for i in range(count)))
     return candidate_row(CandidateList(query=query, candidates=candidates)) | label_columns("benchmark", scores)
+
+
+if __name__ == "__main__":
+    main()
