@@ -79,7 +79,8 @@ class HTTPClient:
         # Spreads retries of many replicas; no score depends on it.
         self._random = Random(os.urandom(8))
         self._runner = asyncio.Runner()
-        limits = httpx2.Limits(max_connections=settings.concurrency)
+        # The semaphore bounds what is in flight: waiting for a connection would count as the server's time.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         # The timeout is one for the whole exchange (`_attempt`); httpx's own are for each of its steps.
         self._http = httpx2.AsyncClient(limits=limits, timeout=None, headers=self._headers())
 
