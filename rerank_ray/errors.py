@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RerankRayError(Exception):
     """Base of every error that a user's input, config or environment can cause."""
@@ -16,7 +18,15 @@ class InputError(RerankRayError):
 
 
 class RowError(RerankRayError):
-    """One row that breaks the contract; jobs turn it into an output row with `error`."""
+    """One row that breaks the contract, or that a teacher failed on; jobs turn it into an output row with `error`.
+
+    `defects`, of `rerank_ray.records`, are what was wrong with the teacher's answers: rates count them beside those of
+    rows that could be scored.
+    """
+
+    def __init__(self, message: str, defects: Sequence = ()) -> None:
+        super().__init__(message)
+        self.defects = tuple(defects)
 
 
 class ModelError(RerankRayError):

@@ -12,7 +12,7 @@ from rerank_ray.ranking.listwise import check_fits, scores_to_show, shown_passag
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.windows import windows
-from rerank_ray.records import CandidateList, Scores
+from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import FirstSettings
 
 
@@ -34,7 +34,7 @@ class First:
         check_fits(backend, self.template, settings.window)
         self.name = (
             f"first:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"
-            f":passes={settings.passes}"
+            f":passes={settings.passes}:words={settings.passage_words}"
         )
 
     def rank(self, request: CandidateList) -> Steps:
@@ -53,8 +53,10 @@ class First:
 
 def _read(result: Result, members: Sequence[int], window: range) -> list[int]:
     where = f"the window of ranks {window.start + 1} to {window.stop}"
-    if not isinstance(result, Answer):
-        raise RowError(f"{where} was not ranked: {result.reason}")
-    if not all(map(math.isfinite, result.value)):
-        raise RowError(f"{where} was not ranked: a logit is not a finite number")
+    reason = result.reason if not isinstance(result, Answer) else None
+    if reason is None and not all(map(math.isfinite, result.value)):
+        reason = "a logit is not a finite number"
+    if reason is not None:
+        defect = Defect(kind=DefectKind.UNSCORED, detail=f"{where}: {reason}")
+        raise RowError(f"{where} was not ranked: {reason}", (defect,))
     return [members[i] for i in sorted(range(len(members)), key=lambda i: -result.value[i])]

@@ -36,6 +36,7 @@ class GroupRank:
         self.name = (
             f"group_rank:{backend.name}:prompt={self.template.digest}:group={settings.group_size}"
             f":shuffles={settings.shuffles}:weight={settings.rerank_weight:g}:seed={settings.seed}"
+            f":words={settings.passage_words}"
         )
 
     def rank(self, request: CandidateList) -> Steps:

@@ -38,7 +38,7 @@ class RankGPT:
         check_fits(backend, self.template, settings.window, settings.max_tokens)
         self.name = (
             f"rank_gpt:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"
-            f":passes={settings.passes}"
+            f":passes={settings.passes}:words={settings.passage_words}"
         )
 
     def rank(self, request: CandidateList) -> Steps:
@@ -54,7 +54,8 @@ class RankGPT:
             rationale, parsed = read_permutation(self.template, result, len(members))
             if parsed.order is None:
                 why = "; ".join(map(str, parsed.defects))
-                raise RowError(f"the window of ranks {window.start + 1} to {window.stop} was not ranked: {why}")
+                where = f"the window of ranks {window.start + 1} to {window.stop}"
+                raise RowError(f"{where} was not ranked: {why}", (*defects, *parsed.defects))
             rationales.append(rationale)
             defects.extend(parsed.defects)
             return [members[i] for i in parsed.order]

@@ -42,7 +42,7 @@ class PermutationSelfConsistency:
         self.name = (
             f"permutation_self_consistency:{backend.name}:prompt={self.template.digest}"
             f":window={settings.window}/{settings.step}:permutations={settings.permutations}:{settings.aggregation}"
-            f":seed={settings.seed}"
+            f":seed={settings.seed}:words={settings.passage_words}"
         )
 
     def rank(self, request: CandidateList) -> Steps:
@@ -70,7 +70,7 @@ class PermutationSelfConsistency:
                 shuffles[number][window.start : window.stop] = order
                 left_out[number] |= set(order[parsed.named :])
         if not left_out and len(request):
-            raise RowError(f"none of {len(shuffles)} shuffles was ranked, for example {defects[0]}")
+            raise RowError(f"none of {len(shuffles)} shuffles was ranked, for example {defects[0]}", defects)
         rankings = [[i for i in shuffles[number] if i not in out] for number, out in left_out.items()]
         scores = _scores(rankings, len(request), s.aggregation)
         for index in np.flatnonzero(np.isnan(scores)):

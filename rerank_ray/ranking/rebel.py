@@ -12,7 +12,7 @@ from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.groupwise import UNGRADED, group_calls, read_groups, split
 from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.pointwise import Steps
-from rerank_ray.records import CandidateList, Scores
+from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import RebelSettings
 
 _PLACEHOLDER = re.compile(r"\{\s*\w+\s*\}")
@@ -38,7 +38,7 @@ class Rebel:
         check_fits(backend, self.template, settings.group_size, settings.max_tokens)
         self.name = (
             f"rebel:{backend.name}:prompt={self.template.digest}+{self.criteria_template.digest}"
-            f":criteria={settings.criteria}:group={settings.group_size}"
+            f":criteria={settings.criteria}:group={settings.group_size}:words={settings.passage_words}"
         )
 
     def rank(self, request: CandidateList) -> Steps:
@@ -62,11 +62,13 @@ def _score(relevance: float, *criteria: float) -> float:
 
 def _criteria(prefill: str, result: Result, count: int) -> ParsedItems:
     if not isinstance(result, Answer):
-        raise RowError(f"the call for criteria has no answer: {result.reason}")
+        defect = Defect(kind=DefectKind.UNSCORED, detail=f"criteria: {result.reason}")
+        raise RowError(f"the call for criteria has no answer: {result.reason}", (defect,))
     parsed = parse_items(prefill + result.value, count, cut_off=result.cut_off)
     if not parsed.items:
-        raise RowError(f"the model wrote no criteria: {'; '.join(map(str, parsed.defects))}")
+        raise RowError(f"the model wrote no criteria: {'; '.join(map(str, parsed.defects))}", parsed.defects)
     placeholder = next((m[0] for item in parsed.items if (m := _PLACEHOLDER.search(item))), None)
     if placeholder is not None:
-        raise RowError(f"the model's criteria hold the placeholder {placeholder}, which nothing fills")
+        detail = f"the model's criteria hold the placeholder {placeholder}, which nothing fills"
+        raise RowError(detail, (Defect(kind=DefectKind.UNPARSED, detail=detail),))
     return parsed

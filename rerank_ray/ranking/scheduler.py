@@ -54,6 +54,7 @@ class _Progress:
             self._finish(stop.value)
         except RerankRayError as error:
             self.error = str(error)
+            self.defects = getattr(error, "defects", ())
 
     def _finish(self, scores: Scores) -> None:
         if len(scores.scores) != len(self.request):

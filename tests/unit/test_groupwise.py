@@ -273,6 +273,7 @@ def test_adversaries_leave_no_label(make, adversary: str):
     for outcome in scheduler.run(make(backend), backend, requests):
         assert outcome.scores is None
         assert outcome.error
+        assert outcome.defects
 
 
 @pytest.mark.parametrize("make", [group_rank, rebel])

@@ -242,10 +242,12 @@ def test_repairs_are_defects():
 def test_a_window_without_a_ranking_leaves_no_label(text: str, said: str):
     """What the window held is in first-stage order, which is not the teacher's; the error names it."""
     request = make_list(size=5)
-    backend = Script("[1] > [2] > [3]", text)
+    backend = Script("[1] > [2]", text)
     outcome = outcome_of(rank_gpt(backend, window=3, step=2), backend, request)
     assert outcome.scores is None
     assert outcome.error.startswith(f"the window of ranks 1 to 3 was not ranked: {said}")
+    # Rates of refusals count it, and the repair before it.
+    assert [str(d.kind) for d in outcome.defects] == ["missing", *(part.split(":")[0] for part in said.split("; "))]
 
 
 def test_an_answer_that_was_cut_off_is_marked():
@@ -314,6 +316,7 @@ def test_first_without_logits():
     broken = Adversary(Reply(text="", favourite=None))
     outcome = outcome_of(first(broken), broken, request)
     assert outcome.error == "the window of ranks 1 to 3 was not ranked: a logit is not a finite number"
+    assert [str(d.kind) for d in outcome.defects] == ["unscored"]
 
 
 def test_first_with_fewer_letters_than_the_window(tmp_path: Path):
@@ -405,6 +408,7 @@ def test_adversaries_are_reported(make, adversary: str):
     for outcome in outcomes:
         assert (outcome.scores is None) == (outcome.error is not None)
         assert outcome.error or outcome.scores.defects or make is first
+        assert not outcome.error or outcome.defects
     if adversary != "always A":
         assert any(o.error for o in outcomes)
 
