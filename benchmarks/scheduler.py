@@ -35,12 +35,13 @@ POINTWISE = "pointwise yes/no"
 METHODS = {
     POINTWISE: {"method": "yes_no"},
     "PRP heapsort, k = 2": {"method": "prp", "strategy": "heapsort", "k": 2},
+    "FIRST, windows of 2": {"method": "first", "window": 2, "step": 1},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=44)
+    parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
@@ -85,6 +86,8 @@ def rank(method, backend: Backend, groups: Sequence[Sequence[CandidateList]]) ->
     started = clock()
     outcomes = [outcome for group in groups for outcome in scheduler.run(method, backend, group)]
     seconds = clock() - started
+    if failed := [outcome.error for outcome in outcomes if outcome.error]:
+        raise SystemExit(f"{len(failed)} queries failed, for example: {failed[0]}")
     usage = sum((outcome.usage for outcome in outcomes), start=Usage())
     tokens = usage.prompt_tokens - usage.cached_tokens + usage.output_tokens
     return tokens / seconds, tokens, usage.calls

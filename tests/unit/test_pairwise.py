@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import torch
 from fixtures.oracles import ADVERSARIES, ALWAYS_A, USAGE, Adversary, Oracle, Recorder, best_label, known_list
 from fixtures.rows import make_list
+from fixtures.tiny_models import tiny_t5_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, NextToken, Result
@@ -21,7 +24,7 @@ from rerank_ray.ranking.prp import PRP
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, ranking_of
-from rerank_ray.settings.models import FakeSettings, HFCausalSettings
+from rerank_ray.settings.models import FakeSettings, HFCausalSettings, HFSeq2SeqSettings
 from rerank_ray.settings.rankers import DuoT5Settings, PRPSettings
 
 STRATEGIES = ["allpair", "heapsort", "sliding"]
@@ -273,6 +276,28 @@ def test_a_prompt_of_duot5():
     assert (prompt.parts, prompt.chat) == (("Query: query Document0: ", " Document1: ", " Relevant:"), False)
     assert (a, b) == tuple(c.text for c in make_list(size=2).candidates)
     assert backend.calls[0].labels == ("true", "false")
+
+
+def test_duot5_of_a_t5(tmp_path):
+    """A tiny T5 in the published form against a plain loop: the first decoder step's softmax over true and false."""
+    folder = tiny_t5_folder(tmp_path / "t5")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    labels = tokenizer.convert_tokens_to_ids(["▁true", "▁false"])
+    request = make_list(size=4)
+    texts = [c.text for c in request.candidates]
+
+    @torch.no_grad()
+    def p(i: int, j: int) -> float:
+        text = f"Query: query Document0: {texts[i]} Document1: {texts[j]} Relevant:"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        logits = model(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
+        return float(logits[labels].softmax(-1)[0])
+
+    ranker = Ranker(DuoT5Settings(model=HFSeq2SeqSettings(path=str(folder), dtype="float32", max_length=512)))
+    (outcome,) = ranker.rank([request])
+    expected = [sum(p(i, j) + 1 - p(j, i) for j in range(4) if j != i) for i in range(4)]
+    assert outcome.scores.scores == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-3
 
 
 def test_a_pair_that_duot5_lacks_is_left_out():
