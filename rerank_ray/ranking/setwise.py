@@ -10,6 +10,7 @@ from collections.abc import Generator, Sequence
 from rerank_ray.models.protocol import Backend, Call, Generate, NextToken, Result
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.comparisons import Comparisons, read_choice
+from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.sorting import Group, bubblesort, heapsort, run_sort
@@ -34,6 +35,9 @@ class Setwise:
         self.needs = frozenset({NextToken if settings.mode == "likelihood" else Generate})
         if settings.mode == "likelihood" and hasattr(backend, "check_labels"):
             backend.check_labels(self.identifiers)
+        check_fits(
+            backend, self.template, len(self.identifiers), 0 if settings.mode == "likelihood" else settings.max_tokens
+        )
         self.name = (
             f"{settings.method}:{backend.name}:prompt={self.template.digest}:{settings.mode}:{settings.strategy}"
             f":children={settings.children}:k={settings.k}:permutations={settings.permutations}"

@@ -369,6 +369,13 @@ def test_a_set_that_does_not_fit_is_an_error_of_its_row(tiny_llama):
     assert sorted(good.scores.scores) == [1.0, 2.0, 3.0]
 
 
+def test_a_set_that_can_never_fit_is_refused_at_the_start(tiny_llama):
+    """Twenty passages, and 2,048 tokens of reasoning."""
+    for chosen in (SetwiseSettings, RankR1Settings):
+        with pytest.raises(ConfigError, match="20 passages at once"):
+            Ranker(chosen(model=HFCausalSettings(path=str(tiny_llama), max_length=200), children=19))
+
+
 def test_names_tell_what_changes_scores():
     backend = Oracle({})
     changes = [{}, {"k": 3}, {"children": 3}, {"permutations": 2}, {"strategy": "bubblesort"}, {"mode": "generation"}]
