@@ -290,7 +290,8 @@ def test_cut_passages_are_the_same_for_all_queries(texts: list[str], room: int, 
     try:
         first, second = encoder.encode_spans(p, queries[0], queries[1:])
     except PromptTooLongError:
-        assert room < len(texts) + 4
+        # A passage's first character may be four byte tokens, which are cut only together.
+        assert room < 4 * len(texts) + 4
         return
     assert max(len(first.ids), len(second.ids)) <= bare + room
     for a, b in zip(first.passages, second.passages, strict=True):
