@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from rerank_ray.settings.rankers import (
     CrossEncoderRankerSettings,
     EnsembleSettings,
     FirstStageSettings,
+    FusionMethod,
     ImportedSettings,
     SelectiveSettings,
     YesNoSettings,
@@ -148,12 +150,12 @@ scores_or_none = st.lists(real | st.just(NAN), min_size=1, max_size=9).filter(la
 
 
 @settings(deadline=None)
-@given(scores=scores_or_none, method=st.sampled_from(["zscore", "minmax", "rrf", "borda"]))
+@given(scores=scores_or_none, method=st.sampled_from(get_args(FusionMethod)))
 def test_an_ensemble_of_one_ranker_keeps_its_order(scores: list[float], method: str):
     """But for candidates so close that z-scores round them together."""
     outcome = one(ensemble(table(*scores), combine=method), len(scores))
     expected = ranking_of(outcome.request, Scores(scores=tuple(scores)), "")
-    if method in ("rrf", "borda"):
+    if method in ("rrf", "borda", "kemeny"):
         assert order_of(outcome) == expected.doc_ids
     ranked = [outcome.scores.scores[int(d[1:])] for d in expected.doc_ids]
     known = [s for s in ranked if not math.isnan(s)]
