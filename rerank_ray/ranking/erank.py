@@ -18,7 +18,7 @@ _HIGHEST = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Integer:
-    """The integer that a text answers with, and the text before it."""
+    """The integer that the model's turn answers with, and the turn before it."""
 
     value: int
     before: str
@@ -49,7 +49,7 @@ class ERank:
             )
             for prompt in prompts
         ]
-        parsed = [_integer_in(r) for r in results]
+        parsed = [_integer_in(r, self.template.prefill) for r in results]
         values: list[Value] = [float(p.value) if isinstance(p, _Integer) else p for p in parsed]
         scored = [i for i, p in enumerate(parsed) if isinstance(p, _Integer)]
         if self.settings.score == "weighted" and scored:
@@ -58,15 +58,17 @@ class ERank:
                 values[i] = _weighted(parsed[i].value, likelihood)
         return replace(
             scores_from(request, values),
-            rationales=tuple(split_reasoning(r.value)[0] if isinstance(r, Answer) else "" for r in results),
+            rationales=tuple(
+                split_reasoning(self.template.prefill + r.value)[0] if isinstance(r, Answer) else "" for r in results
+            ),
         )
 
 
-def _integer_in(result: Result) -> _Integer | Failure | Defect:
-    """The integer that a text answers with, and what the model wrote before it."""
+def _integer_in(result: Result, prefill: str) -> _Integer | Failure | Defect:
+    """The integer that the model's turn answers with, and the turn up to it; `prefill` is how the turn began."""
     if not isinstance(result, Answer):
         return result
-    text = result.value
+    text = prefill + result.value
     # An answer whose tags are closed is whole, whatever was cut off after it.
     parsed = parse_score(text, low=0, high=_HIGHEST, cut_off=result.cut_off and "</answer>" not in text.lower())
     if parsed.score is None:
@@ -82,10 +84,8 @@ def _integer_in(result: Result) -> _Integer | Failure | Defect:
 
 
 def _likelihood_of(prompt: Prompt, integer: _Integer) -> LogLikelihood:
-    """The call for the integer's probability after the text that the model wrote before it."""
-    return LogLikelihood(
-        prompt=replace(prompt, prefill=prompt.prefill + integer.before), continuation=str(integer.value)
-    )
+    """The call for the integer's probability after what stands before it."""
+    return LogLikelihood(prompt=replace(prompt, prefill=integer.before), continuation=str(integer.value))
 
 
 def _weighted(score: int, likelihood: Result) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_the_integer_weighs_its_probability():
         {
             (Generate, TEXTS[0], None): said(first),
             (Generate, TEXTS[1], None): said("Sure: <answer>10/10</answer>"),
-            (Generate, TEXTS[2], None): said("<answer>\n3\n</answer>"),
+            (Generate, TEXTS[2], None): said("3 facts of 9 are there. The score is 3."),
             (LogLikelihood, TEXTS[0], "8"): (-math.log(2.0), -math.log(2.0)),
             (LogLikelihood, TEXTS[1], "10"): (math.log(0.9),),
             (LogLikelihood, TEXTS[2], "3"): Failure(reason="too long"),
@@ -192,8 +193,30 @@ def test_the_integer_weighs_its_probability():
     np.testing.assert_allclose(scores.scores, [2.0, 9.0, math.nan])
     assert scores.rationales == ("Cats have 4 legs.", "Sure:", "")
     prefills = [c.prompt.prefill for c in backend.batches[1]]
-    assert prefills == ["Cats have 4 legs.</think>\n<answer> ", "Sure: <answer>", "<answer>\n"]
+    assert prefills == [
+        "Cats have 4 legs.</think>\n<answer> ",
+        "Sure: <answer>",
+        "3 facts of 9 are there. The score is ",
+    ]
     assert [str(d) for d in scores.defects] == ["unscored: d2: too long"]
+
+
+def test_a_turn_begins_with_the_templates_prefill(tmp_path: Path):
+    """It is fed back before the model's own text, and reasoning that it opens must end before an answer counts."""
+    template = tmp_path / "t.yaml"
+    template.write_text("about: t\nmethod: erank\ntext: '{query} {passage}'\nprefill: '<think>'\n", encoding="utf-8")
+    text = "Easy.</think><answer>4</answer>"
+    likelihoods = {(LogLikelihood, t, "4"): (0.0,) for t in TEXTS[:2]}
+    backend = Table(
+        {(Generate, t, None): said(text) for t in TEXTS[:2]}
+        | {(Generate, TEXTS[2], None): said("As in <answer>5</answer>", cut_off=True)}
+        | likelihoods
+    )
+    scores = outcome_of(ERank(erank(prompt=str(template)), backend), backend).scores
+    np.testing.assert_array_equal(scores.scores, [4.0, 4.0, math.nan])
+    assert {c.prompt.prefill for c in backend.batches[1]} == {"<think>Easy.</think><answer>"}
+    assert scores.defects[0].kind == "cut_off"
+    assert scores.rationales[:2] == ("Easy.", "Easy.")
 
 
 def test_integers_as_they_are_and_what_is_none():
@@ -237,7 +260,7 @@ def test_where_the_integer_stands(inside: str, before: str):
     from rerank_ray.ranking.erank import _Integer, _integer_in
 
     text = f"{before}<answer>{inside}</answer>"
-    integer = _integer_in(said(text))
+    integer = _integer_in(said(text), "")
     if isinstance(integer, _Integer):
         assert text.startswith(integer.before)
         assert re.match(rf"0*{integer.value}(?!\d)", text[len(integer.before) :])
