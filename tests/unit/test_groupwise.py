@@ -117,6 +117,14 @@ def test_what_a_group_leaves_out_is_missing_and_never_0():
     ]
 
 
+def test_a_grade_at_the_end_of_what_was_cut_off_is_none():
+    """The 1 may have been about to become 10."""
+    backend = Graders('{"1": 7, "2": 1…')
+    outcome = outcome_of(group_rank(backend), backend, make_list(size=2))
+    assert sorted(map(str, outcome.scores.scores)) == ["0.7", "nan"]
+    assert [str(d.kind) for d in outcome.scores.defects] == ["cut_off", "missing", "unscored"]
+
+
 def test_a_mean_over_two_shuffles_by_hand():
     """Groups of two that differ between the shuffles: each passage's mean is over its own grades only."""
     request, _ = known_list([0.0] * 4)
