@@ -1,0 +1,124 @@
+"""What every student has: its description on disk, and what training and inference ask of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rerank_ray.config import Settings
+from rerank_ray.errors import ModelError
+from rerank_ray.models import engine
+from rerank_ray.settings.distill import StudentHead
+
+DESCRIPTION = "student.json"
+HEADS = "heads.safetensors"
+
+
+class StudentDescription(Settings):
+    """What `student.json` records beside the transformers config."""
+
+    head: StudentHead
+    layers: tuple[int, ...]
+    """Layers that carry a head, counted from 1, ascending; the last is the depth of the backbone."""
+    max_length: int
+    """Tokens of query and document together, special tokens included."""
+    max_query_length: int
+    """Tokens of the query, special tokens included."""
+    version: int = 1
+
+
+class Student(nn.Module):
+    """Scores of (query, document) pairs at each of its `layers`; subclasses add the head."""
+
+    def __init__(self, description: StudentDescription, tokenizer) -> None:
+        super().__init__()
+        self.description = description
+        self.tokenizer = tokenizer
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.description.layers
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the position table holds; None when the student numbers positions itself."""
+        raise NotImplementedError  # abstract
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Tokenise pairs; the query is cut to `max_query_length`, the document to what `max_length` leaves."""
+        raise NotImplementedError  # abstract
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Scores [layers, B] of a padded batch from `collate`."""
+        raise NotImplementedError  # abstract
+
+    def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Pad encoded pairs on the right into tensors [B, L]; no mask is made when nothing is padded."""
+        length = engine.padded_length(max(len(e["input_ids"]) for e in encoded), self.positions)
+        pad = {"input_ids": self.tokenizer.pad_token_id or 0, "segment_sign": -1}
+        batch = {
+            name: torch.tensor([e[name] + [pad.get(name, 0)] * (length - len(e[name])) for e in encoded])
+            for name in encoded[0]
+        }
+        if any(len(e["input_ids"]) < length for e in encoded):
+            batch["attention_mask"] = torch.tensor(
+                [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in encoded]
+            )
+        return batch
+
+    def truncated(self, layer: int) -> Student:
+        """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed."""
+        raise NotImplementedError  # abstract
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError  # abstract
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the pretrained checkpoint did not have."""
+        raise NotImplementedError  # abstract
+
+    def _describe(self, folder: Path, heads: dict[str, torch.Tensor]) -> None:
+        if heads:
+            save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)
+        (folder / DESCRIPTION).write_text(json.dumps(self.description.model_dump(mode="json"), indent=2) + "\n")
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Save without the truncation that the last call left set, so that the same student is the same bytes."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
+def clipped(tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """Cut texts at a token's end so that they encode to at most `max_tokens` tokens, special tokens included."""
+    room = max_tokens - tokenizer.num_special_tokens_to_add(pair=False)
+    offsets = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [t if len(o) <= room else t[: o[room - 1][1]] for t, o in zip(texts, offsets, strict=True)]
+
+
+def check_layer(layer: int, layers: Sequence[int]) -> None:
+    if layer not in layers:
+        raise ModelError(f"exit_layer: {layer}: this student has heads on layers {list(layers)}")
+
+
+def described_at(description: StudentDescription, layers: Sequence[int], layer: int) -> StudentDescription:
+    return description.model_copy(update={"layers": tuple(n for n in layers if n <= layer)})
+
+
+def keep_layers(model: nn.Module, count: int) -> None:
+    """Remove every layer above the first `count` from a transformers model and its config."""
+    base = model.base_model
+    stack = getattr(base, "encoder", base)
+    name = next((n for n in ("layer", "layers") if isinstance(getattr(stack, n, None), nn.ModuleList)), None)
+    if name is None:
+        raise ModelError(f"{type(model).__name__}: can't tell its layers apart, so it can't be truncated")
+    setattr(stack, name, getattr(stack, name)[:count])
+    model.config.num_hidden_layers = count
+    base.config.num_hidden_layers = count

@@ -1,0 +1,109 @@
+"""Students with the architecture's own classification head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.student.base import (
+    Student,
+    StudentDescription,
+    check_layer,
+    clipped,
+    described_at,
+    keep_layers,
+    save_tokenizer,
+)
+
+
+class LinearStudent(Student):
+    """The architecture's own classification head, one copy for each layer.
+
+    The last layer's head is the model's own, so the folder loads as `AutoModelForSequenceClassification` and
+    sentence-transformers' `CrossEncoder` whether or not earlier layers have heads too.
+    """
+
+    def __init__(self, description: StudentDescription, tokenizer, model: nn.Module) -> None:
+        super().__init__(description, tokenizer)
+        self.model = model
+        self.early_heads = nn.ModuleDict(
+            {str(layer): copy.deepcopy(classification_head(model)) for layer in description.layers[:-1]}
+        )
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+        queries = clipped(self.tokenizer, queries, self.description.max_query_length)
+        encoded = self.tokenizer(
+            list(queries), list(documents), truncation="only_second", max_length=self.description.max_length
+        )
+        names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
+        return [{n: encoded[n][i] for n in names} for i in range(len(queries))]
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        early = len(self.early_heads) > 0
+        output = self.model(**inputs, output_hidden_states=early)
+        scores = [output.logits[:, 0]]
+        if early:
+            # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
+            scores = [self.early_heads[str(n)](output.hidden_states[n])[:, 0] for n in self.layers[:-1]] + scores
+        return torch.stack(scores)
+
+    def truncated(self, layer: int) -> LinearStudent:
+        check_layer(layer, self.layers)
+        model = copy.deepcopy(self.model)
+        if layer != self.layers[-1]:
+            classification_head(model).load_state_dict(self.early_heads[str(layer)].state_dict())
+        keep_layers(model, layer)
+        student = LinearStudent(described_at(self.description, self.layers, layer), self.tokenizer, model)
+        for n, head in student.early_heads.items():
+            head.load_state_dict(self.early_heads[n].state_dict())
+        return student.eval()
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        pretrained = {id(p) for p in self.model.base_model.parameters()}
+        own_head = [p for p in self.model.parameters() if id(p) not in pretrained]
+        return [*self.early_heads.parameters(), *own_head]
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+        self._describe(folder, self.early_heads.state_dict())
+
+
+class PooledHead(nn.Module):
+    """A head of BERT's kind: pooler on the first token, then a linear layer."""
+
+    def __init__(self, pooler: nn.Module, dropout: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.pooler, self.dropout, self.classifier = pooler, dropout, classifier
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.dropout(self.pooler(hidden)))
+
+
+def classification_head(model: nn.Module) -> nn.Module:
+    """A sequence-classification model's own head as one module from hidden states [B, L, H] to logits [B, 1].
+
+    The module shares the model's parameters.
+
+    Raises:
+        ModelError: the architecture's head is not one that can be put on another layer.
+    """
+    classifier = getattr(model, "classifier", None)
+    pooler = getattr(model.base_model, "pooler", None) or getattr(model, "pooler", None)
+    if isinstance(classifier, nn.Linear) and pooler is not None:
+        return PooledHead(pooler, getattr(model, "dropout", nn.Identity()), classifier)
+    if classifier is not None and not isinstance(classifier, nn.Linear):
+        return classifier
+    raise ModelError(
+        f"{type(model).__name__}: layer-wise linear heads need a classification head that reads hidden states (BERT, "
+        "RoBERTa, ELECTRA, DeBERTa kinds); use head: similarity"
+    )

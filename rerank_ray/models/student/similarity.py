@@ -1,0 +1,167 @@
+"""Students that start from a bi-encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rerank_ray.models.student.base import (
+    Student,
+    StudentDescription,
+    check_layer,
+    described_at,
+    keep_layers,
+    save_tokenizer,
+)
+
+
+class SimilarityStudent(Student):
+    """Warm start from a bi-encoder: after joint encoding, scale · (cosine + interaction · MaxSim), plus a
+    zero-initialised linear term on the first token.
+
+    The cosine is that of the mean of the query's tokens and the mean of the document's; MaxSim is the mean over the
+    query's tokens, special ones left out, of the highest cosine with a token of the document (ColBERT, Khattab &
+    Zaharia 2020). A pooled vector blurs rare terms, which MaxSim sees, so a few hundred labelled lists need not teach
+    them.
+
+    The gate β (one a layer and head) is added to attention between the segments, whose positions and special tokens
+    start anew: at β = −8 and interaction 0 the untrained student is the bi-encoder, at β = 0 attention is
+    unrestricted.
+    """
+
+    def __init__(
+        self,
+        description: StudentDescription,
+        tokenizer,
+        backbone: nn.Module,
+        *,
+        gate: float,
+        scale: float,
+        interaction: float,
+    ) -> None:
+        super().__init__(description, tokenizer)
+        self.backbone = backbone
+        config = backbone.config
+        count = len(description.layers)
+        self.gate = nn.Parameter(torch.full((config.num_hidden_layers, config.num_attention_heads), gate))
+        self.log_scale = nn.Parameter(torch.full((count,), scale).log())
+        self.interaction = nn.Parameter(torch.full((count,), interaction))
+        self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
+        self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
+        # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
+        positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        padding_position = getattr(positions, "padding_idx", None)
+        self.first_position = 0 if padding_position is None else padding_position + 1
+
+    @property
+    def positions(self) -> None:
+        return None
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+        head = self.tokenizer(list(queries), truncation=True, max_length=self.description.max_query_length)["input_ids"]
+        room = self.description.max_length - self.description.max_query_length
+        tail = self.tokenizer(list(documents), truncation=True, max_length=room)["input_ids"]
+        start = self.first_position
+        return [
+            {
+                "input_ids": q + d,
+                "position_ids": [*range(start, start + len(q)), *range(start, start + len(d))],
+                "segment_sign": [1] * len(q) + [-1] * len(d),
+            }
+            for q, d in zip(head, tail, strict=True)
+        ]
+
+    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> torch.Tensor:
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output = self.backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            gate=self.gate,
+            segment_sign=segment_sign,
+            output_hidden_states=len(self.layers) > 1,
+        )
+        segments = real * (segment_sign > 0), real * (segment_sign < 0)
+        words = real * ~torch.isin(input_ids, self.special_ids)
+        hidden = [output.hidden_states[n] for n in self.layers[:-1]] if len(self.layers) > 1 else []
+        return torch.stack(
+            [self._score(i, h, segments, words) for i, h in enumerate([*hidden, output.last_hidden_state])]
+        )
+
+    def _score(
+        self, i: int, hidden: torch.Tensor, segments: tuple[torch.Tensor, torch.Tensor], words: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores [B] of the i-th head on hidden states [B, L, H], in float32.
+
+        Args:
+            segments: masks [B, L] of the query's and of the document's tokens.
+            words: mask [B, L] of tokens that are not special.
+        """
+        in_query, in_document = segments
+        maxsim = _maxsim(hidden, in_query * words, in_document * words, self.description.max_query_length)
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            query, document = _mean(hidden, in_query), _mean(hidden, in_document)
+            cosine = nn.functional.cosine_similarity(query, document, dim=-1)
+            similarity = cosine + self.interaction[i] * maxsim.float()
+            return self.log_scale[i].exp() * similarity + hidden[:, 0] @ self.linear[i]
+
+    def truncated(self, layer: int) -> SimilarityStudent:
+        check_layer(layer, self.layers)
+        backbone = copy.deepcopy(self.backbone)
+        keep_layers(backbone, layer)
+        description = described_at(self.description, self.layers, layer)
+        student = SimilarityStudent(description, self.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
+        count = len(description.layers)
+        with torch.no_grad():
+            student.gate.copy_(self.gate[:layer])
+            student.log_scale.copy_(self.log_scale[:count])
+            student.interaction.copy_(self.interaction[:count])
+            student.linear.copy_(self.linear[:count])
+        return student.eval()
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        return list(self.head_parameters().values())
+
+    def save(self, folder: Path) -> None:
+        self.backbone.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+        self._describe(folder, self.head_parameters())
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """What the head adds to the backbone: gate [layers, heads], log_scale and interaction [exits], linear [exits,
+        hidden]."""
+        return {name: getattr(self, name) for name in ("gate", "log_scale", "interaction", "linear")}
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean [B, H] of hidden states [B, L, H] where the mask [B, L] is 1."""
+    weights = mask.to(hidden.dtype)[:, :, None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+def _maxsim(
+    hidden: torch.Tensor, in_query: torch.Tensor, in_document: torch.Tensor, max_query_length: int
+) -> torch.Tensor:
+    """Mean [B] over the query's tokens of the highest cosine with a document's token, from hidden states [B, L, H].
+
+    The query stands within the first `max_query_length` tokens. Without a token on either side it is 0.
+    """
+    unit = nn.functional.normalize(hidden, dim=-1)
+    cosines = unit[:, :max_query_length] @ unit.transpose(1, 2)
+    highest = cosines.masked_fill(in_document[:, None, :] == 0, -1.0).amax(-1)
+    weights = (in_query * in_document.any(-1, keepdim=True))[:, :max_query_length].to(highest.dtype)
+    return (highest * weights).sum(-1) / weights.sum(-1).clamp(min=1.0)
+
+
+def is_gated(student: SimilarityStudent) -> bool:
+    """Whether the gate has a part in a score; a backbone that ignores it would not start as the bi-encoder."""
+    try:
+        scores = student(**student.collate(student.encode(["a"], ["b"])))
+    except (TypeError, AttributeError):
+        return False
+    return torch.autograd.grad(scores[-1].sum(), student.gate, allow_unused=True)[0] is not None
