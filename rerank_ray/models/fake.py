@@ -32,6 +32,7 @@ class Fake:
     """Answers calls with numbers in (−1, 0], rankings and unit rows that depend on the call and the seed alone."""
 
     answers = frozenset({NextToken, LogLikelihood, Generate, Attention, Pair, Embed, EmbedTokens})
+    tells_raw_logits = True
     exit_layer = None
     parameters = 0
     attention_shape = (2, 2)

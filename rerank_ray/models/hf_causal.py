@@ -62,6 +62,7 @@ class HFCausal:
     """
 
     answers = frozenset({NextToken, LogLikelihood, Generate, Attention})
+    tells_raw_logits = True
     exit_layer = None
 
     def __init__(self, settings: HFCausalSettings) -> None:

@@ -48,6 +48,7 @@ class HFSeq2Seq:
     """
 
     answers = frozenset({NextToken, LogLikelihood, Generate})
+    tells_raw_logits = True
     exit_layer = None
 
     def __init__(self, settings: HFSeq2SeqSettings) -> None:

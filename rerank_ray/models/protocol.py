@@ -32,7 +32,8 @@ class Prompt:
 class NextToken:
     """Logits of single-token `labels` at the position after the prompt; value: tuple of floats, one a label.
 
-    Logits are comparable within one answer only (they are log-probabilities up to a constant).
+    Logits are comparable within one answer only (they are log-probabilities up to a constant), unless the backend
+    `tells_raw_logits`: then they are the model's own.
     """
 
     prompt: Prompt

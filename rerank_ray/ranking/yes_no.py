@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rerank_ray.errors import ConfigError
 from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, NextToken, Result
 from rerank_ray.prompts.parse import parse_label
 from rerank_ray.prompts.render import load_template
@@ -18,7 +19,8 @@ class YesNo:
 
     `probability` is p(yes) among the two answers. `sampled` is 1 + p where the answer is yes and 1 − p where it is no,
     p the answer's probability: the form for servers that tell one sampled token's probability and no other's. From a
-    backend that has both answers' logits, p is that of the likelier one among the two.
+    backend that has both answers' logits, p is that of the likelier one among the two. `logit` is the logit of yes
+    alone, which FlagEmbedding's LLM rerankers are trained on; a log-probability won't do for it.
     """
 
     def __init__(self, settings: YesNoSettings, backend: Backend) -> None:
@@ -27,7 +29,12 @@ class YesNo:
         self.needs = frozenset({Generate if self.generates else NextToken})
         if hasattr(backend, "check_labels") and not self.generates:
             backend.check_labels(self.template.labels)
-        self.read = {"log_odds": _log_odds, "probability": _probability, "sampled": _sampled}[settings.score]
+        if settings.score == "logit" and not getattr(backend, "tells_raw_logits", False):
+            raise ConfigError(
+                f"score: logit: {backend.name} tells log-probabilities, which leave each prompt's own constant out; use "
+                "kind hf_causal or hf_seq2seq, or score: log_odds"
+            )
+        self.read = _READINGS[settings.score]
         form = "" if settings.score == "log_odds" else f":score={settings.score}"
         self.name = f"yes_no:{backend.name}:prompt={self.template.digest}{form}"
 
@@ -55,6 +62,9 @@ def _probability(logits: Sequence[float]) -> float:
 def _sampled(logits: Sequence[float]) -> float:
     yes = _probability(logits)
     return 1.0 + yes if yes >= 0.5 else yes
+
+
+_READINGS = {"log_odds": _log_odds, "probability": _probability, "sampled": _sampled, "logit": lambda x: x[0]}
 
 
 def _generated(result: Result, labels: Sequence[str]) -> Value:

@@ -30,9 +30,10 @@ class YesNoSettings(Settings):
     model: LanguageModelSettings
     prompt: str = "yes_no"
     """A built-in template's name or the path of a YAML template."""
-    score: Literal["log_odds", "probability", "sampled"] = "log_odds"
+    score: Literal["log_odds", "probability", "sampled", "logit"] = "log_odds"
     """log_odds: log p(yes) − log p(no); probability: p(yes) among the two; sampled: 1 + p if the answer is yes and
-    1 − p if it is no, for servers that tell the probability of a sampled token only."""
+    1 − p if it is no, for servers that tell the probability of a sampled token only; logit: the logit of yes alone, for
+    FlagEmbedding's LLM rerankers (prompt: bge_reranker_llm)."""
 
 
 class FineGrainedSettings(Settings):

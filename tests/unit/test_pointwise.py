@@ -35,6 +35,7 @@ class Table(Recorder):
     """Answers from a table: (kind of call, passage, continuation or none) -> value or whole result."""
 
     name = "table"
+    tells_raw_logits = True
 
     def __init__(self, table: dict, answers: frozenset[type] = Recorder.answers) -> None:
         super().__init__()
@@ -72,6 +73,7 @@ def said(text: str, p: float | None = None, cut_off: bool = False) -> Answer:
         ("log_odds", (math.log(3.0), -math.log(4.0), 0.0)),
         ("probability", (0.75, 0.2, 0.5)),
         ("sampled", (1.75, 0.2, 1.5)),
+        ("logit", (math.log(3.0) + 7.0, 0.0, -2.0)),
     ],
 )
 def test_the_forms_of_yes_no(score: str, expected: tuple[float, ...]):
@@ -81,6 +83,13 @@ def test_the_forms_of_yes_no(score: str, expected: tuple[float, ...]):
     method = YesNo(YesNoSettings(model=MODEL, score=score), backend)
     assert outcome_of(method, backend).scores.scores == pytest.approx(expected)
     assert method.name.endswith("" if score == "log_odds" else f":score={score}")
+
+
+def test_a_server_of_log_probabilities_cannot_tell_a_logit():
+    backend = Table({})
+    backend.tells_raw_logits = False
+    with pytest.raises(ConfigError, match="score: logit: .* use kind hf_causal or hf_seq2seq, or score: log_odds"):
+        YesNo(YesNoSettings(model=MODEL, score="logit"), backend)
 
 
 def test_sampled_yes_no_where_only_a_sample_is_told():
