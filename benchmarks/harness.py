@@ -16,11 +16,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from rerank_ray.formats.hits import read_hits
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.records import CandidateList
 from rerank_ray.report.tables import markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -64,6 +68,15 @@ def _put_section(name: str, text: str) -> None:
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     found = pattern.search(old)
     page.write_text(pattern.sub(lambda _: section, old) if found else f"{old.rstrip()}\n\n{section}\n")
+
+
+def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
+    """The first queries of TREC-DL 2019 and then 2021, each with the first passages of BM25's list."""
+    folder = os.environ.get("RERANK_RAY_DATA")
+    if not folder:
+        raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
+    lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
+    return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
 
 
 def machine() -> dict[str, str]:

@@ -11,18 +11,14 @@ on the machine don't prolong; on a GPU they are the clock's.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
-from harness import publish, ratio
+from harness import publish, ratio, trec_dl_lists
 from pydantic import TypeAdapter
 
-from rerank_ray.formats.hits import read_hits
-from rerank_ray.formats.lines import BadLines
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
 from rerank_ray.ranking import scheduler
@@ -46,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    requests = read(options.queries, options.depth)
+    requests = trec_dl_lists(options.queries, options.depth)
     chosen = {
         name: TypeAdapter(RankerSettings).validate_python({**said, "model": MODEL}) for name, said in METHODS.items()
     }
@@ -70,14 +66,6 @@ def main() -> None:
         "one CPU thread, or of a GPU's clock.",
         rows=figures(measured),
     )
-
-
-def read(queries: int, depth: int) -> list[CandidateList]:
-    folder = os.environ.get("RERANK_RAY_DATA")
-    if not folder:
-        raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
-    lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
-    return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
 
 
 def rank(method, backend: Backend, groups: Sequence[Sequence[CandidateList]]) -> tuple[float, int, int]:

@@ -31,8 +31,8 @@ class YesNo:
             backend.check_labels(self.template.labels)
         if settings.score == "logit" and not getattr(backend, "tells_raw_logits", False):
             raise ConfigError(
-                f"score: logit: {backend.name} tells log-probabilities, which leave each prompt's own constant out; use "
-                "kind hf_causal or hf_seq2seq, or score: log_odds"
+                f"score: logit: {backend.name} tells log-probabilities, which leave each prompt's own constant out; "
+                "use kind hf_causal or hf_seq2seq, or score: log_odds"
             )
         self.read = _READINGS[settings.score]
         form = "" if settings.score == "log_odds" else f":score={settings.score}"

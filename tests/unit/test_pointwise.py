@@ -88,7 +88,7 @@ def test_the_forms_of_yes_no(score: str, expected: tuple[float, ...]):
 def test_a_server_of_log_probabilities_cannot_tell_a_logit():
     backend = Table({})
     backend.tells_raw_logits = False
-    with pytest.raises(ConfigError, match="score: logit: .* use kind hf_causal or hf_seq2seq, or score: log_odds"):
+    with pytest.raises(ConfigError, match=r"score: logit: .* use kind hf_causal or hf_seq2seq, or score: log_odds"):
         YesNo(YesNoSettings(model=MODEL, score="logit"), backend)
 
 
