@@ -22,13 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
+from rerank_ray.distill.exit_warm_up import warm_up
 from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
 from rerank_ray.models.student import Student, load_student, new_student
 from rerank_ray.records import Labels
-from rerank_ray.settings.distill import DistillSettings, OptimizerSettings, StudentSettings
+from rerank_ray.settings.distill import DistillSettings, StudentSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ class Trainer:
         self.dtype = engine.pick_dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
         self.student = _student(settings.student, resume).to(self.device)
-        self.optimizer = _optimizer(self.student, settings.optimizer)
+        self.warm_up_metrics = self._warm_up() if resume is None else {}
+        self.optimizer = make_optimizer(self.student, settings.optimizer)
         self.average = [p.detach().clone() for p in self.student.parameters()] if settings.optimizer.averaging else None
         self.progress = checkpoints.load(resume, self.student, self.optimizer) if resume else Progress()
         if world.rank > 0:
@@ -87,6 +90,25 @@ class Trainer:
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped = dict.fromkeys(term_names(settings.objective), 0)
 
+    def _warm_up(self) -> dict[str, float]:
+        """Let the first worker warm up the early exits, where the settings say so, and the others take its weights."""
+        settings = self.settings.student.exit_warm_up
+        if settings is None:
+            return {}
+        metrics: dict[str, float] = {}
+        if self.world.rank == 0:
+            started = time.perf_counter()
+
+            def read(number: int) -> Labels:
+                return next(self.reader.read(self.data.train[number : number + 1]))
+
+            metrics = warm_up(self.student, read, len(self.data.train), settings, self._autocast, self.settings.seed)
+            metrics["exit_warm_up/seconds"] = time.perf_counter() - started
+        if self.world.size > 1:
+            for parameter in self.student.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        return metrics
+
     @property
     def finished(self) -> bool:
         return (
@@ -98,7 +120,7 @@ class Trainer:
         """One optimizer step; returns the mean of each loss over those of this worker's queries that it teaches."""
         started = time.perf_counter()
         self.student.train()
-        _set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
+        set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
         groups, epoch = self._groups()
         losses = self.forward_backward(groups, epoch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
@@ -242,6 +264,7 @@ class Trainer:
             "step": progress.step,
             "epoch": progress.step / self.steps_per_epoch,
             "validation_ndcg@10": ndcg,
+            **(self.warm_up_metrics if progress.step == 0 else {}),
             **{f"loss/{name}": value for name, value in losses.items()},
             **rates,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -339,30 +362,3 @@ def _student(settings: StudentSettings, resume: Path | None) -> Student:
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
     return student
-
-
-def _optimizer(student: Student, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW in four groups: backbone or new parameters, with weight decay (matrices) or without (vectors)."""
-    new = {id(p) for p in student.new_parameters()}
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = []
-    for is_new, rate in ((False, settings.learning_rate), (True, settings.head_learning_rate)):
-        for decayed in (True, False):
-            members = [p for p in parameters if (id(p) in new) is is_new and (p.ndim > 1 and not is_new) is decayed]
-            if members:
-                decay = settings.weight_decay if decayed else 0.0
-                groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, fused=True)
-
-
-def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, total_steps: int
-) -> None:
-    warmup = round(settings.warmup_fraction * total_steps)
-    if step < warmup:
-        factor = (step + 1) / warmup
-    else:
-        left = (total_steps - step) / max(1, total_steps - warmup)
-        factor = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[settings.decay]
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor

@@ -12,6 +12,48 @@ from rerank_ray.settings.models import ModelSettings
 StudentHead = Literal["linear", "similarity"]
 
 
+class OptimizerSettings(Settings):
+    """AdamW with a linear warm-up."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak rate of the backbone."""
+    head_learning_rate: PositiveFloat = 1e-3
+    """Peak rate of what is new: heads and gates."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Of weight matrices; vectors are not decayed."""
+    warmup_fraction: Fraction = 0.1
+    """Share of the steps in which the rate rises from 0."""
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls afterwards."""
+    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of an exponential moving average of the weights, which is what is validated and kept; 0.95 remembers some
+    20 steps, the starting weights included. 0 keeps the weights as they are."""
+    clip_norm: PositiveFloat = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+
+class ExitWarmUpSettings(Settings):
+    """What early exits of a similarity student learn before the labels: to score as its untrained last layer does.
+
+    An early layer's states were never trained to be compared. In each step one training list's query and spans of its
+    passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit, and the KL to the
+    untrained last layer's distribution is taken. No label is looked at.
+    """
+
+    steps: PositiveInt = 300
+    """Optimizer steps."""
+    passages: Annotated[int, Field(ge=2)] = 28
+    """Passages of a list that a step draws."""
+    spans: NonNegativeInt = 20
+    """Spans of 3 to 9 words that a step draws from those passages, to be queries beside the list's own."""
+    max_passage_length: PositiveInt = 128
+    """Tokens of a passage; longer ones are cut."""
+    temperature: PositiveFloat = 0.2
+    """Divides the scores of both sides."""
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-4)
+    """`averaging` has no part in it."""
+
+
 class StudentSettings(Settings):
     """The student and how it starts."""
 
@@ -29,13 +71,17 @@ class StudentSettings(Settings):
     """Tokens of the query; longer ones are cut."""
     gate: float = -8.0
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
-    scale: PositiveFloat = 4.0
+    scale: PositiveFloat | tuple[PositiveFloat, ...] = 4.0
     """similarity: initial factor of cosine and MaxSim, which sets the untrained student's scores on the scale of its
-    labels: on SPLADE's lists of TREC-DL MiniLM's KL to z-scored labels is 0.49 at 4, 0.53 at 2 and 1.09 at 12."""
-    interaction: Annotated[float, Field(ge=0.0)] = 2.0
+    labels: on SPLADE's lists of TREC-DL MiniLM's KL to z-scored labels is 0.49 at 4, 0.53 at 2 and 1.09 at 12. A list
+    has one for each of `layers`."""
+    interaction: Annotated[float, Field(ge=0.0)] | tuple[Annotated[float, Field(ge=0.0)], ...] = 2.0
     """similarity: initial weight of MaxSim beside the cosine; 0 starts as the bi-encoder itself. Of 0, 0.5, 1, 2 and 4
     the untrained MiniLM student agrees best with SPLADE's lists of TREC-DL 2021 and 2022 at 2 (nDCG@10 against the
-    teacher's first ten: 0.48, and 0.40 at 0)."""
+    teacher's first ten: 0.48, and 0.40 at 0). A list has one for each of `layers`: an early layer's cosine tells
+    little (MiniLM's fourth: 0.18), its MaxSim more (0.39)."""
+    exit_warm_up: ExitWarmUpSettings | None = None
+    """similarity, with several `layers`: train the early exits on unlabelled text first."""
     dropout: Fraction | None = 0.0
     """Hidden and attention dropout; null keeps the checkpoint's. Any dropout on attention rules out its fused kernel,
     which doubles the memory of a step."""
@@ -49,6 +95,17 @@ class StudentSettings(Settings):
                 f"max_query_length ({self.max_query_length}) must be at most max_length ({self.max_length}) − 8, or no "
                 "token is left for the document"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_exit_starts(self) -> StudentSettings:
+        count = len(self.layers or (None,))
+        for name in ("scale", "interaction"):
+            given = getattr(self, name)
+            if isinstance(given, tuple) and len(given) != count:
+                raise ValueError(f"{name} has {len(given)} entries for {count} layer(s) with a head (layers)")
+        if self.exit_warm_up is not None and (self.head != "similarity" or count == 1):
+            raise ValueError("exit_warm_up is for head: similarity with several layers: leave it out")
         return self
 
     def model_settings(self) -> ModelSettings:
@@ -234,26 +291,6 @@ class ObjectiveSettings(Settings):
     query_weights: Literal["equal", "uncertainty"] = "equal"
     """`uncertainty` weighs a query 1 / (1 + mean of its candidates' `uncertainty`): lists that an ensemble of teachers
     disagrees on count less."""
-
-
-class OptimizerSettings(Settings):
-    """AdamW with a linear warm-up."""
-
-    learning_rate: PositiveFloat = 2e-5
-    """Peak rate of the backbone."""
-    head_learning_rate: PositiveFloat = 1e-3
-    """Peak rate of what is new: heads and gates."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Of weight matrices; vectors are not decayed."""
-    warmup_fraction: Fraction = 0.1
-    """Share of the steps in which the rate rises from 0."""
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    """How the rate falls afterwards."""
-    averaging: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Decay of an exponential moving average of the weights, which is what is validated and kept; 0.95 remembers some
-    20 steps, the starting weights included. 0 keeps the weights as they are."""
-    clip_norm: PositiveFloat = 1.0
-    """Gradients with a larger norm are scaled down to it."""
 
 
 class ValidationSettings(Settings):

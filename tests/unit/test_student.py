@@ -50,7 +50,7 @@ def start(
     *,
     layers: tuple[int, ...] | None = None,
     gate: float = -8.0,
-    interaction: float = 0.0,
+    interaction: float | tuple[float, ...] = 0.0,
     **kwargs,
 ) -> Student:
     """A new student in eval mode, with heads that are not all alike (a new linear term is zero)."""
@@ -168,6 +168,20 @@ def reference_similarity(folder: Path, gate: float, interaction: float, query: s
     maxsim = sum(highest) / max(len(highest), 1)
     cosine = torch.cosine_similarity(hidden[: len(q)].mean(0), hidden[len(q) :].mean(0), dim=0).item()
     return 20 * (cosine + interaction * maxsim)
+
+
+def test_texts_encoded_alone_score_as_pairs_with_the_gate_shut(tiny_bert: Path):
+    """Every query with every document, at each layer, against one pair at a time; −40 leaves no attention across."""
+    student = start(tiny_bert, "similarity", layers=(1, 3), gate=-40.0, interaction=(0.5, 2.0))
+    room = student.description.max_length - student.description.max_query_length
+    queries, documents = (
+        student.collate(student.encode_alone(texts, length)) for texts, length in ((QUERIES, 16), (DOCUMENTS, room))
+    )
+    with torch.no_grad():
+        actual = student.score_all(queries, documents)
+    for number, query in enumerate(QUERIES):
+        expected = scores(student, [query] * len(DOCUMENTS), DOCUMENTS)
+        torch.testing.assert_close(actual[:, number], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("gate", "interaction"), [(0.0, 0.0), (-1.5, 0.0), (2.0, 0.0), (-8.0, 2.0), (-1.5, 0.5)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -74,13 +76,14 @@ def new_student(
     layers: tuple[int, ...] | None,
     max_query_length: int,
     gate: float,
-    scale: float,
-    interaction: float,
+    scale: float | Sequence[float],
+    interaction: float | Sequence[float],
 ) -> Student:
     """Start a student from a pretrained encoder: weights in float32, heads new.
 
     Args:
         layers: layers that get a head; None is the last only.
+        scale: the similarity head's, one for all layers or one for each; `interaction` likewise.
 
     Raises:
         ModelError: a layer that the backbone does not have, or attention that the similarity head can't gate.

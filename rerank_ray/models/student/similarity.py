@@ -40,16 +40,17 @@ class SimilarityStudent(Student):
         backbone: nn.Module,
         *,
         gate: float,
-        scale: float,
-        interaction: float,
+        scale: float | Sequence[float],
+        interaction: float | Sequence[float],
     ) -> None:
         super().__init__(description, tokenizer)
         self.backbone = backbone
         config = backbone.config
         count = len(description.layers)
         self.gate = nn.Parameter(torch.full((config.num_hidden_layers, config.num_attention_heads), gate))
-        self.log_scale = nn.Parameter(torch.full((count,), scale).log())
-        self.interaction = nn.Parameter(torch.full((count,), interaction))
+        # One number is every layer's.
+        self.log_scale = nn.Parameter(torch.tensor(scale).expand(count).log())
+        self.interaction = nn.Parameter(torch.tensor(interaction).expand(count).clone())
         self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
         self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
         # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
@@ -75,8 +76,21 @@ class SimilarityStudent(Student):
             for q, d in zip(head, tail, strict=True)
         ]
 
-    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> torch.Tensor:
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    def encode_alone(self, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
+        """Tokenise texts for `states`, as one segment each."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        start = self.first_position
+        return [
+            {
+                "input_ids": ids,
+                "position_ids": list(range(start, start + len(ids))),
+                "segment_sign": [1] * len(ids),
+            }
+            for ids in encoded
+        ]
+
+    def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> list[torch.Tensor]:
+        """Hidden states [B, L, H] after each layer that has a head."""
         output = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -85,12 +99,41 @@ class SimilarityStudent(Student):
             segment_sign=segment_sign,
             output_hidden_states=len(self.layers) > 1,
         )
-        segments = real * (segment_sign > 0), real * (segment_sign < 0)
-        words = real * ~torch.isin(input_ids, self.special_ids)
-        hidden = [output.hidden_states[n] for n in self.layers[:-1]] if len(self.layers) > 1 else []
-        return torch.stack(
-            [self._score(i, h, segments, words) for i, h in enumerate([*hidden, output.last_hidden_state])]
+        return [*(output.hidden_states[n] for n in self.layers[:-1]), output.last_hidden_state]
+
+    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> torch.Tensor:
+        states = self.states(
+            input_ids=input_ids, position_ids=position_ids, segment_sign=segment_sign, attention_mask=attention_mask
         )
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        segments = real * (segment_sign > 0), real * (segment_sign < 0)
+        words = real * self._are_words(input_ids)
+        return torch.stack([self._score(i, h, segments, words) for i, h in enumerate(states)])
+
+    def score_all(self, queries: dict[str, torch.Tensor], documents: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scores [layers, Q, D] of every query with every document, each encoded alone: what the pairs' scores are with
+        the gate shut and without the linear term.
+
+        Args:
+            queries: a batch [Q, L] of `encode_alone`.
+            documents: a batch [D, L'] of `encode_alone`.
+        """
+        sides = []
+        for batch in (queries, documents):
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            sides.append((self.states(**batch), mask, mask * self._are_words(batch["input_ids"])))
+        (query_states, query_mask, query_words), (document_states, document_mask, document_words) = sides
+        scores = []
+        for i, (query, document) in enumerate(zip(query_states, document_states, strict=True)):
+            query, document = query.float(), document.float()
+            pooled = _mean(query, query_mask)[:, None], _mean(document, document_mask)[None]
+            cosine = nn.functional.cosine_similarity(*pooled, dim=-1)
+            maxsim = _maxsim_all(query, query_words, document, document_words)
+            scores.append(self.log_scale[i].exp() * (cosine + self.interaction[i] * maxsim))
+        return torch.stack(scores)
+
+    def _are_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return ~torch.isin(input_ids, self.special_ids)
 
     def _score(
         self, i: int, hidden: torch.Tensor, segments: tuple[torch.Tensor, torch.Tensor], words: torch.Tensor
@@ -155,6 +198,17 @@ def _maxsim(
     cosines = unit[:, :max_query_length] @ unit.transpose(1, 2)
     highest = cosines.masked_fill(in_document[:, None, :] == 0, -1.0).amax(-1)
     weights = (in_query * in_document.any(-1, keepdim=True))[:, :max_query_length].to(highest.dtype)
+    return (highest * weights).sum(-1) / weights.sum(-1).clamp(min=1.0)
+
+
+def _maxsim_all(
+    queries: torch.Tensor, query_words: torch.Tensor, documents: torch.Tensor, document_words: torch.Tensor
+) -> torch.Tensor:
+    """MaxSim [Q, D] as `_maxsim` has it, of every query [Q, L, H] with every document [D, L', H]."""
+    queries, documents = (nn.functional.normalize(side, dim=-1) for side in (queries, documents))
+    cosines = torch.einsum("qih,djh->qdij", queries, documents)
+    highest = cosines.masked_fill(document_words[None, :, None, :] == 0, -1.0).amax(-1)
+    weights = (query_words[:, None] * document_words.any(-1)[None, :, None]).to(highest.dtype)
     return (highest * weights).sum(-1) / weights.sum(-1).clamp(min=1.0)
 
 

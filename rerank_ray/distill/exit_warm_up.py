@@ -1,0 +1,86 @@
+"""Early exits of a similarity student learn to score as its untrained last layer does, from unlabelled text.
+
+Texts are encoded alone, as a bi-encoder has them, so a step's queries and passages are encoded once each and scored all
+against all. The passages are of one list, so that they are as hard to tell apart as those of a reranking task.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.models.student.similarity import SimilarityStudent
+from rerank_ray.records import Labels
+from rerank_ray.settings.distill import ExitWarmUpSettings
+
+_WORDS_OF_A_SPAN = (3, 9)
+
+
+def warm_up(
+    student: SimilarityStudent,
+    read: Callable[[int], Labels],
+    count: int,
+    settings: ExitWarmUpSettings,
+    autocast: Callable[[], torch.autocast],
+    seed: int,
+) -> dict[str, float]:
+    """Train the student in place; returns each exit's KL over the first and over the last tenth of the steps.
+
+    The last layer is held to what it was, which moving the layers below it would change.
+
+    Args:
+        read: the training list of a number below `count`.
+        autocast: makes the context of a forward pass.
+    """
+    random = np.random.default_rng([seed, settings.steps])
+    start = copy.deepcopy(student).eval().requires_grad_(False)
+    optimizer = make_optimizer(student, settings.optimizer)
+    device = next(student.parameters()).device
+    student.train()
+    seen: list[torch.Tensor] = []
+    for step in range(settings.steps):
+        set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
+        queries, passages = draw(read(int(random.integers(count))), settings, random)
+        batches = []
+        for texts, length in (
+            (queries, student.description.max_query_length),
+            (passages, settings.max_passage_length),
+        ):
+            batch = student.collate(student.encode_alone(texts, length))
+            batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+        with autocast():
+            with torch.no_grad():
+                target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
+            scores = (student.score_all(*batches) / settings.temperature).log_softmax(-1)
+        divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
+        divergence.sum().backward()
+        nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen.append(divergence.detach())
+    tenth = math.ceil(settings.steps / 10)
+    first, last = torch.stack(seen[:tenth]).mean(0).tolist(), torch.stack(seen[-tenth:]).mean(0).tolist()
+    return {
+        f"exit_warm_up/layer_{layer}/{when}_kl": value
+        for when, values in (("first", first), ("last", last))
+        for layer, value in zip(student.layers, values, strict=True)
+    }
+
+
+def draw(labels: Labels, settings: ExitWarmUpSettings, random: np.random.Generator) -> tuple[list[str], list[str]]:
+    """Queries and passages of one step: the list's query and spans of passages; passages of the list."""
+    texts = [c.contents for c in labels.candidate_list.candidates]
+    passages = [texts[i] for i in random.permutation(len(texts))[: settings.passages]]
+    queries = [labels.candidate_list.query.text]
+    for number in range(settings.spans):
+        words = passages[number % len(passages)].split()
+        length = int(random.integers(_WORDS_OF_A_SPAN[0], _WORDS_OF_A_SPAN[1] + 1))
+        begin = int(random.integers(max(1, len(words) - length + 1)))
+        queries.append(" ".join(words[begin : begin + length]))
+    return queries, passages

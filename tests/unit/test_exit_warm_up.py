@@ -1,0 +1,140 @@
+"""Early exits learn from unlabelled text to score as the last layer does."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.rows import label_row, make_list, write_labels
+from fixtures.tiny_models import WORDS
+from pydantic import ValidationError
+
+from rerank_ray.distill.exit_warm_up import draw, warm_up
+from rerank_ray.distill.train import Trainer, World
+from rerank_ray.models.student import Student, new_student
+from rerank_ray.records import Candidate, CandidateList, Labels, Query
+from rerank_ray.settings.distill import DistillSettings, ExitWarmUpSettings, OptimizerSettings, StudentSettings
+from rerank_ray.settings.models import ModelSettings
+
+
+def text_list(number: int) -> Labels:
+    """A query with ten passages of random words; its teacher scores are NaN, and nobody may look at them."""
+    random = np.random.default_rng(number)
+    passages = [" ".join(random.choice(WORDS, 12)) for _ in range(10)]
+    query = Query(query_id=f"q{number}", text=" ".join(random.choice(WORDS, 3)))
+    candidates = tuple(Candidate(doc_id=f"d{i}", text=text) for i, text in enumerate(passages))
+    return Labels(
+        candidate_list=CandidateList(query=query, candidates=candidates), teacher="test", scores=(math.nan,) * 10
+    )
+
+
+def student_of(folder: Path) -> Student:
+    settings = ModelSettings(path=str(folder), max_length=64)
+    start = {"gate": -8.0, "scale": (0.4, 4.0), "interaction": (20.0, 2.0)}
+    student = new_student(settings, head="similarity", layers=(1, 3), max_query_length=16, **start)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return student
+
+
+def warmed(folder: Path, **changes) -> tuple[Student, dict[str, float]]:
+    torch.manual_seed(0)
+    student = student_of(folder)
+    options = {"steps": 150, "passages": 6, "spans": 4, "optimizer": OptimizerSettings(learning_rate=1e-3)}
+    settings = ExitWarmUpSettings(**options | changes)
+    return student, warm_up(student, text_list, 8, settings, nullcontext, seed=0)
+
+
+def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
+    """Its scores of whole pairs near those that the last layer had; the last layer's stay nearer."""
+    before = student_of(tiny_bert)
+    student, metrics = warmed(tiny_bert)
+    assert metrics["exit_warm_up/layer_1/last_kl"] < 0.75 * metrics["exit_warm_up/layer_1/first_kl"]
+
+    @torch.no_grad()
+    def scores(student: Student, number: int) -> torch.Tensor:
+        labels = text_list(number).candidate_list
+        texts = [c.text for c in labels.candidates]
+        pairs = student.encode([labels.query.text] * len(texts), texts)
+        return 5 * student.eval()(**student.collate(pairs))
+
+    def divergence(target: torch.Tensor, actual: torch.Tensor) -> float:
+        return float(torch.nn.functional.kl_div(actual.log_softmax(-1), target.softmax(-1), reduction="sum"))
+
+    targets = [scores(before, n)[-1] for n in range(8)]
+    early = [sum(divergence(t, scores(s, n)[0]) for n, t in enumerate(targets)) for s in (before, student)]
+    assert early[1] < 0.8 * early[0]
+    assert sum(divergence(t, scores(student, n)[-1]) for n, t in enumerate(targets)) < early[1]
+
+
+def test_it_is_a_function_of_the_seed(tiny_bert: Path):
+    (first, told), (second, again) = warmed(tiny_bert, steps=3), warmed(tiny_bert, steps=3)
+    assert told == again
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_step_draws():
+    """The list's query and spans of the drawn passages, word for word; a short list gives what it has."""
+    labels = text_list(0)
+    texts = [c.text for c in labels.candidate_list.candidates]
+    queries, passages = draw(labels, ExitWarmUpSettings(passages=4, spans=6), np.random.default_rng(0))
+    assert queries[0] == labels.candidate_list.query.text
+    assert len(set(passages)) == 4
+    assert set(passages) < set(texts)
+    for number, span in enumerate(queries[1:]):
+        assert span in passages[number % 4]
+        assert 3 <= len(span.split()) <= 9
+    assert len(queries) == 7
+    _, all_of_them = draw(labels, ExitWarmUpSettings(passages=50), np.random.default_rng(0))
+    assert sorted(all_of_them) == sorted(texts)
+
+
+def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_bert: Path, tmp_path: Path):
+    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
+    settings = DistillSettings.model_validate(
+        {
+            "input": [write_labels(tmp_path / "labels", rows)],
+            "student": {
+                "base": str(tiny_bert),
+                "head": "similarity",
+                "layers": [1, 3],
+                "max_length": 32,
+                "max_query_length": 8,
+                "exit_warm_up": {"steps": 2, "passages": 4, "spans": 2},
+            },
+            "dtype": "float32",
+        }
+    )
+    trainer = Trainer(settings, World(), None)
+    seen: list[dict] = []
+
+    def keep(metrics: dict, checkpoint: Path | None) -> None:
+        seen.append(metrics)
+        resumed = Trainer(settings, World(), checkpoint)
+        assert resumed.warm_up_metrics == {}
+        for a, b in zip(resumed.student.parameters(), trainer.student.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    trainer.validate_and_report(keep, {})
+    assert seen[0]["exit_warm_up/seconds"] > 0
+    start = student_of(tiny_bert).backbone.state_dict()
+    assert any(not torch.equal(start[k], v) for k, v in trainer.student.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"head": "linear", "layers": [1, 3]}, "head: similarity with several layers"),
+        ({"head": "similarity"}, "head: similarity with several layers"),
+        ({"head": "similarity", "layers": [1, 3], "scale": [1, 2, 3]}, r"scale has 3 entries for 2 layer\(s\)"),
+    ],
+)
+def test_settings_that_cannot_be(student: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        StudentSettings.model_validate({"base": "x", "exit_warm_up": {}} | student)
