@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a run (default: all alike)")
     combine.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
     combine.set_defaults(command=_combine)
+    _add_convert(commands)
     _add_evaluate(commands)
     _add_audit(commands)
     _add_prompt(commands)
@@ -86,21 +87,49 @@ def _add_ingest(commands) -> None:
     hits.add_argument("--qrels", metavar="FILE")
     hits.add_argument("--depth", type=int, help="candidates a query (default: all)")
     trec = kinds.add_parser("trec", help="a TREC run, topics and a collection")
-    for name in ("run", "queries", "corpus"):
-        trec.add_argument(f"--{name}", required=True, metavar="FILE")
-    trec.add_argument("--qrels", metavar="FILE")
-    trec.add_argument("--depth", type=int, help="candidates a query (default: all)")
+    rank_distillm = kinds.add_parser("rank-distillm", help="a teacher's TREC run: its ranks become labels")
+    for parser in (trec, rank_distillm):
+        for name in ("run", "queries", "corpus"):
+            parser.add_argument(f"--{name}", required=True, metavar="FILE")
+        parser.add_argument("--qrels", metavar="FILE")
+        parser.add_argument("--depth", type=int, help="candidates a query (default: all)")
+    lists = {
+        "flagembedding": kinds.add_parser("flagembedding", help="FlagEmbedding's JSONL; becomes labels"),
+        "sentence-transformers": kinds.add_parser("sentence-transformers", help="labelled lists; become labels"),
+        "margin-mse": kinds.add_parser("margin-mse", help="sentence-transformers' margin triplets; become labels"),
+        "tevatron": kinds.add_parser("tevatron", help="Tevatron's JSONL; becomes labels"),
+        "triples": kinds.add_parser("triples", help="MS MARCO triples (TSV) of texts or ids; become labels"),
+    }
+    for parser in lists.values():
+        parser.add_argument("files", nargs="+", metavar="FILE")
+        parser.add_argument("--depth", type=int, help="candidates a query, positives first (default: all)")
+    for name in ("queries", "corpus"):
+        lists["triples"].add_argument(f"--{name}", metavar="FILE", help="for triples of ids")
     merge = kinds.add_parser("merge", help="candidate Parquet of several first stages over the same queries")
     merge.add_argument("inputs", nargs="+", metavar="CANDIDATES", help="Parquet folder or ingest run")
     merge.add_argument("--method", default="rrf", choices=["rrf", "interleave"], help="order of the merged list")
     merge.add_argument("--depth", type=int, help="candidates a query (default: all)")
-    for parser in (beir, hits, trec):
+    training = {"rank-distillm": rank_distillm, **lists}
+    for parser in (beir, hits, trec, *training.values()):
         parser.add_argument("--instruction", help="task instruction for instruction-following models")
         parser.add_argument("--skip-bad-lines", action="store_true", help="count and list bad lines, don't stop")
-    for kind, parser in {"beir": beir, "hits": hits, "trec": trec, "merge": merge}.items():
-        parser.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
+    for kind, parser in {"beir": beir, "hits": hits, "trec": trec, "merge": merge, **training}.items():
+        parser.add_argument("--out", required=True, metavar="URI", help="folder for Parquet")
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier ingest in OUT")
         parser.set_defaults(command=_ingest, kind=kind)
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="labels to the training data of other projects")
+    convert.add_argument("source", metavar="RUN", help="label run, or Parquet of labels or candidates")
+    forms = ["flagembedding", "sentence-transformers", "margin-mse", "tevatron", "triples", "rank-distillm"]
+    convert.add_argument("--format", required=True, choices=forms, dest="form")
+    convert.add_argument("--out", required=True, metavar="FILE", help="JSONL or TSV (.gz too); rank-distillm: a folder")
+    convert.add_argument("--target", choices=["teacher", "gains"], help="numbers to write (default: teacher's scores)")
+    convert.add_argument("--min-gain", type=float, metavar="G", help="gain from which on a candidate is a positive (1)")
+    convert.add_argument("--positives", type=int, metavar="N", help="instead: the teacher's first N are positives")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT")
+    convert.set_defaults(command=_convert)
 
 
 def _add_evaluate(commands) -> None:
@@ -216,6 +245,18 @@ def _combine(options: argparse.Namespace, console: Console) -> None:
 
     content = {"inputs": options.runs, "method": options.method, "weights": options.weights}
     combine_runs(config.validate(CombineSettings, content, source="combine"), options.out, console)
+
+
+def _convert(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.convert import convert
+
+    names = ("source", "out", "form", "target", "min_gain", "positives", "overwrite")
+    done = convert(**{name: getattr(options, name) for name in names})
+    console.print(f"{options.out}: {done.lists:,} lists, {done.candidates:,} candidates", highlight=False)
+    for reason, count in done.skipped.items():
+        console.print(f"  {count:,} rows left out: {reason}", highlight=False)
+    if done.unscored:
+        console.print(f"  {done.unscored:,} candidates left out: the teacher gave them no score", highlight=False)
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

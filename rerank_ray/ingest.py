@@ -76,9 +76,9 @@ def ingest_beir(
             `out` holds an ingest already.
         ConfigError: depth, k1 or b out of range, or an unknown stop word list.
     """
-    _check_depth(depth)
+    check_depth(depth)
     bm25.check_parameters(k1, b)
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
     corpus_path, queries_path = beir.find_file(folder, "corpus.jsonl"), beir.find_file(folder, "queries.jsonl")
     sources = [corpus_path, queries_path]
@@ -135,8 +135,8 @@ def ingest_hits(
     Raises:
         InputError: a bad entry, a query id in two files, no entries at all, or `out` holds an ingest already.
     """
-    _check_depth(depth)
-    _check_out(out, overwrite)
+    check_depth(depth)
+    check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
     gains = read_qrels(qrels, bad) if qrels else {}
 
@@ -185,20 +185,12 @@ def ingest_trec(
         InputError: a bad line, a query or document of the run that topics or collection lack, no query with
             candidates, or `out` holds an ingest already.
     """
-    _check_depth(depth)
-    _check_out(out, overwrite)
+    check_depth(depth)
+    check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
     gains = read_qrels(qrels, bad) if qrels else {}
-    topics = list(trec.read_topics(queries, bad))
-    entries = {query_id: found[:depth] for query_id, found in trec.read_run(run, bad).items()}
-    _report_unknown(run, entries, {q.query_id for q in topics}, queries, bad)
-    needed = {e.doc_id for query in topics for e in entries.get(query.query_id, ())}
-    documents = fetch(needed, trec.read_collection(corpus, bad, needed))
-    lists = (
-        (query, tuple(hydrate(entries.get(query.query_id, ()), documents, run_path=run, bad=bad))) for query in topics
-    )
     return _write(
-        lists,
+        joined_run(run, queries, corpus, depth, bad),
         out,
         kind="trec",
         sources=[run, queries, corpus, *([qrels] if qrels else [])],
@@ -206,6 +198,20 @@ def ingest_trec(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+    )
+
+
+def joined_run(
+    run: str, queries: str, corpus: str, depth: int | None, bad: BadLines
+) -> Iterator[tuple[Query, tuple[Candidate, ...]]]:
+    """Each topic with what the run found for it, in the run's order."""
+    topics = list(trec.read_topics(queries, bad))
+    entries = {query_id: found[:depth] for query_id, found in trec.read_run(run, bad).items()}
+    _report_unknown(run, entries, {q.query_id for q in topics}, queries, bad)
+    needed = {e.doc_id for query in topics for e in entries.get(query.query_id, ())}
+    documents = fetch(needed, trec.read_collection(corpus, bad, needed))
+    return (
+        (query, tuple(hydrate(entries.get(query.query_id, ()), documents, run_path=run, bad=bad))) for query in topics
     )
 
 
@@ -226,12 +232,12 @@ def ingest_merge(
         InputError: an input is no candidate Parquet, two disagree on a query or a gain, or `out` is one of them or
             holds an ingest already.
     """
-    _check_depth(depth)
+    check_depth(depth)
     sources = [resolve_input(uri) for uri in inputs]
     for uri, source in zip(inputs, sources, strict=True):
         if storage.absolute(source) == storage.absolute(out):
             raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
-    _check_out(out, overwrite)
+    check_out(out, overwrite)
     lists = ((query, candidates[:depth]) for query, candidates in merge.read_merged(sources, method))
     return _write(
         lists,
@@ -245,7 +251,7 @@ def ingest_merge(
     )
 
 
-def _check_depth(depth: int | None) -> None:
+def check_depth(depth: int | None) -> None:
     if depth is not None and depth < 1:
         raise ConfigError(f"depth={depth}: keep at least one candidate a query")
 
@@ -269,23 +275,50 @@ def _write(
     parameters: dict[str, str | int | float | None],
 ) -> IngestSummary:
     without: list[str] = []
-    candidates = labelled = 0
 
-    def rows() -> Iterator[CandidateList]:
-        nonlocal candidates, labelled
+    def rows() -> Iterator[dict]:
         for query, found in lists:
             if not found:
                 without.append(query.query_id)
                 continue
             row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
-            if qrels:
-                row = with_gains(row, qrels.get(query.query_id, {}))
-            candidates += len(found)
-            labelled += sum(c.label is not None for c in row.candidates)
+            yield schema.candidate_row(with_gains(row, qrels.get(query.query_id, {})) if qrels else row)
+
+    return write_ingest(
+        rows(),
+        schema.CANDIDATES,
+        out,
+        kind=kind,
+        sources=sources,
+        without=without,
+        bad=bad,
+        parameters={**parameters, "instruction": instruction},
+    )
+
+
+def write_ingest(
+    rows: Iterable[dict],
+    table: pa.Schema,
+    out: str,
+    *,
+    kind: str,
+    sources: Sequence[str],
+    without: Sequence[str],
+    bad: BadLines,
+    parameters: dict[str, str | int | float | None],
+) -> IngestSummary:
+    """Write rows and their summary; `without` is read when all rows are made, for making them fills it."""
+    candidates = labelled = 0
+
+    def counted() -> Iterator[dict]:
+        nonlocal candidates, labelled
+        for row in rows:
+            candidates += len(row["candidates"])
+            labelled += sum(c["label"] is not None for c in row["candidates"])
             yield row
 
     _clear_out(out)
-    written = schema.write_candidates(rows(), out)
+    written = schema.write_rows(counted(), out, table)
     if not written:
         raise InputError(
             f"{', '.join(sources)}: nothing was ingested: {len(without)} queries, none of them with a candidate "
@@ -295,7 +328,7 @@ def _write(
         kind=kind,
         out=str(out),
         sources=tuple(str(s) for s in sources),
-        parameters={**parameters, "instruction": instruction},
+        parameters=parameters,
         queries=written + len(without),
         rows=written,
         candidates=candidates,
@@ -311,7 +344,7 @@ def _write(
     return summary
 
 
-def _check_out(out: str, overwrite: bool) -> None:
+def check_out(out: str, overwrite: bool) -> None:
     """Refuse a folder with a finished ingest (unless it may be overwritten) or with Parquet files of something else."""
     if storage.exists(out) and not storage.is_directory(out):
         raise InputError(f"{out}: is a file: name a folder for the Parquet files")
@@ -336,7 +369,7 @@ def _is_part(fs: pa.fs.FileSystem, folder: str, path: str) -> bool:
         metadata = pq.read_schema(path, filesystem=fs).metadata or {}
     except (pa.ArrowException, OSError):
         return True
-    return metadata.get(b"rerank_ray.schema") == b"candidates"
+    return metadata.get(b"rerank_ray.schema") in (b"candidates", b"labels")
 
 
 def _clear_out(out: str) -> None:

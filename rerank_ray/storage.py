@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 
@@ -94,3 +97,22 @@ def local_path(uri: str | os.PathLike[str]) -> Path | None:
     """The local path behind a URI, or None when it lies on another filesystem."""
     fs, path = open_filesystem(uri)
     return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
+
+
+@contextmanager
+def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
+    """A stream that becomes the file when it is whole; after an exception the file is as it was before.
+
+    A name that ends in a compression's suffix (`.gz`) is compressed so.
+    """
+    fs, path = open_filesystem(uri)
+    fs.create_dir(posixpath.dirname(path), recursive=True)
+    # The suffix stays last, for it tells the compression.
+    partial = posixpath.join(posixpath.dirname(path), ".partial-" + posixpath.basename(path))
+    try:
+        with fs.open_output_stream(partial) as stream:
+            yield stream
+    except BaseException:
+        delete_file(rejoin(uri, partial))
+        raise
+    fs.move(partial, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
+from rerank_ray.ingest_labels import LIST_READERS, ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.jobs import EvaluateSettings
 from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
@@ -75,7 +77,15 @@ def ingest(settings: IngestSettings, run_uri: str, console: Console) -> RunFolde
     return run
 
 
-INGESTS = {"beir": ingest_beir, "hits": ingest_hits, "trec": ingest_trec, "merge": ingest_merge}
+INGESTS = {
+    "beir": ingest_beir,
+    "hits": ingest_hits,
+    "trec": ingest_trec,
+    "merge": ingest_merge,
+    "triples": ingest_triples,
+    "rank-distillm": ingest_rank_distillm,
+    **{kind: partial(ingest_lists, kind) for kind in LIST_READERS},
+}
 
 
 def print_ingest(summary: IngestSummary, console: Console) -> None:

@@ -195,6 +195,39 @@ def optional_number(item: dict[str, Any], name: str) -> float | None:
     return _finite(name, value)
 
 
+def text_list(item: dict[str, Any], name: str) -> list[str]:
+    """An array of strings, which may be empty."""
+    return [_string(f"{name}[{i}]", value) for i, value in enumerate(_array(item, name))]
+
+
+def id_list(item: dict[str, Any], name: str) -> list[str]:
+    """An array of non-empty ids; integers are taken as their digits."""
+    return [id_field({f"{name}[{i}]": value}, (f"{name}[{i}]",)) for i, value in enumerate(_array(item, name))]
+
+
+def number_list(item: dict[str, Any], name: str, length: int, of: str) -> list[float]:
+    """An array of finite numbers, one for each of the `length` entries of the field `of`."""
+    values = _array(item, name)
+    if len(values) != length:
+        raise Fault(f"{name!r} has {len(values)} entries for {length} in {of!r}", "give each its own")
+    return [number_field({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values)]
+
+
+def number_field(item: dict[str, Any], name: str) -> float:
+    """A finite number field that must be there."""
+    value = optional_number(item, name)
+    if value is None:
+        raise Fault(f"{name!r} is {'null' if name in item else 'missing'}", "write a number")
+    return value
+
+
+def _array(item: dict[str, Any], name: str) -> list:
+    name, value = _first_field(item, (name,))
+    if not isinstance(value, list):
+        raise Fault(f"{name!r} is a JSON {_kind(value)}, not an array", "write it as an array")
+    return value
+
+
 def number_column(name: str, text: str) -> float:
     """A column of a text format as a finite number."""
     try:

@@ -61,6 +61,57 @@ class TrecIngestSettings(Settings):
     """Count and list bad lines instead of stopping at the first."""
 
 
+class _ListsIngestSettings(Settings):
+    """What ingests of training lists share; their output is labels."""
+
+    files: Annotated[list[str], Field(min_length=1)]
+    """Their lists are put one after another."""
+    depth: PositiveInt | None = None
+    """Candidates a query, positives first; null keeps all."""
+    skip_bad_lines: bool = False
+    """Count and list bad lines instead of stopping at the first."""
+
+
+class FlagEmbeddingIngestSettings(_ListsIngestSettings):
+    """FlagEmbedding's JSONL: `query, pos, neg`, and `pos_scores, neg_scores` where a teacher gave some."""
+
+    kind: Literal["flagembedding"]
+
+
+class SentenceTransformersIngestSettings(_ListsIngestSettings):
+    """Labelled lists of sentence-transformers, JSONL or Parquet: a query, its docs, and `labels` or `scores`."""
+
+    kind: Literal["sentence-transformers"]
+
+
+class MarginMSEIngestSettings(_ListsIngestSettings):
+    """Triplets of sentence-transformers' MarginMSELoss, JSONL or Parquet: query, two passages, and `label`."""
+
+    kind: Literal["margin-mse"]
+
+
+class TevatronIngestSettings(_ListsIngestSettings):
+    """Tevatron's JSONL: `query_id, query, positive_passages, negative_passages`."""
+
+    kind: Literal["tevatron"]
+
+
+class TriplesIngestSettings(_ListsIngestSettings):
+    """MS MARCO triples: TSV of query, positive and negative."""
+
+    kind: Literal["triples"]
+    queries: str | None = None
+    """Topics as TSV or JSONL, for triples of ids; null when the columns are texts."""
+    corpus: str | None = None
+    """Collection as TSV or JSONL, for triples of ids."""
+
+
+class RankDistiLLMIngestSettings(TrecIngestSettings):
+    """A teacher's TREC run with topics and collection: its ranks are the labels."""
+
+    kind: Literal["rank-distillm"]
+
+
 class MergeIngestSettings(Settings):
     """Candidates of several first stages over the same queries, merged by doc id."""
 
@@ -75,7 +126,17 @@ class MergeIngestSettings(Settings):
 
 
 IngestSettings = Annotated[
-    BeirIngestSettings | HitsIngestSettings | TrecIngestSettings | MergeIngestSettings, Field(discriminator="kind")
+    BeirIngestSettings
+    | HitsIngestSettings
+    | TrecIngestSettings
+    | MergeIngestSettings
+    | FlagEmbeddingIngestSettings
+    | SentenceTransformersIngestSettings
+    | MarginMSEIngestSettings
+    | TevatronIngestSettings
+    | TriplesIngestSettings
+    | RankDistiLLMIngestSettings,
+    Field(discriminator="kind"),
 ]
 JOBS = ("ingest", "label", "combine", "distill", "rerank", "evaluate")
 

@@ -25,7 +25,7 @@ BRACKETS = [
     ["retrieval"],
     ["ranking", "distill"],
     ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity", "prompt"],
-    ["audit"],
+    ["audit", "ingest_labels", "convert"],
     ["execution"],
     ["quickstart"],
     ["cli"],

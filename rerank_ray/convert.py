@@ -1,0 +1,210 @@
+"""Labels to the training data of other projects: `rerank-ray convert`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from rerank_ray import storage
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.formats.flagembedding import flagembedding_line
+from rerank_ray.formats.sentence_transformers import labeled_list_line, margin_lines
+from rerank_ray.formats.tevatron import tevatron_line
+from rerank_ray.formats.training_data import TrainingList, json_line, split, text_id
+from rerank_ray.formats.trec import write_run
+from rerank_ray.formats.triples import triples_lines
+from rerank_ray.records import Labels, Ranking, Scores, ranking_of
+from rerank_ray.runs import resolve_input
+from rerank_ray.schema import (
+    CANDIDATES,
+    LABELS,
+    candidate_list_from_row,
+    check_columns,
+    labels_from_row,
+    open_parquet,
+    read_rows,
+)
+
+RUN_FILE, QUERIES_FILE, CORPUS_FILE = "run.trec", "queries.jsonl", "corpus.jsonl"
+RANK_DISTILLM = "rank-distillm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How lists become lines of one file, and what they need for that."""
+
+    lines: Callable[[TrainingList, bool], str]
+    """From a list, and whether teacher scores are wanted."""
+    by_role: bool = True
+    """Positives are told from negatives, and a list needs both."""
+    targets: tuple[str, ...] = ("teacher", "gains")
+    """What its numbers can be; () when it has none."""
+
+
+FORMATS = {
+    "flagembedding": Format(lines=lambda entry, scores: flagembedding_line(entry, scores=scores)),
+    "sentence-transformers": Format(lines=lambda entry, scores: labeled_list_line(entry, scores=scores), by_role=False),
+    "margin-mse": Format(lines=lambda entry, _: margin_lines(entry), targets=("teacher",)),
+    "tevatron": Format(lines=lambda entry, _: tevatron_line(entry), targets=()),
+    "triples": Format(lines=lambda entry, _: triples_lines(entry), targets=()),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversion:
+    """What was written and what was left out."""
+
+    lists: int = 0
+    candidates: int = 0
+    unscored: int = 0
+    """Candidates left out because the teacher gave them no score."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Why rows were left out -> how many."""
+
+    def add(self, labels: Labels) -> None:
+        self.lists += 1
+        self.candidates += len(labels.candidate_list)
+
+    def check(self, source: str) -> None:
+        """Raise `InputError` if nothing was written."""
+        if not self.lists:
+            reasons = ", ".join(f"{count} rows {reason}" for reason, count in self.skipped.items())
+            raise InputError(f"{source}: no list can be written ({reasons or 'no rows'})")
+
+
+def convert(
+    source: str,
+    out: str,
+    form: str,
+    *,
+    target: str | None = None,
+    min_gain: float | None = None,
+    positives: int | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write a label run, or candidates with gains, in another project's format.
+
+    Args:
+        source: a label run, label Parquet or candidate Parquet.
+        out: the file, compressed if it ends in `.gz`; for rank-distillm the folder of run, queries and collection.
+        form: one of `FORMATS`, or rank-distillm.
+        target: whether the format's numbers are the teacher's scores or the gains (default: teacher, if there is one).
+        min_gain: candidates with this gain or a higher one are positives (default: 1).
+        positives: the teacher's first ones are the positives instead, so many of a list.
+
+    Raises:
+        ConfigError: an option that this format or source has no use for.
+        InputError: the source can't be read, no list could be written, or `out` is there already.
+        RowError: a row breaks the contract.
+    """
+    data = resolve_input(source)
+    labelled = _has_labels(data, source)
+    _check_options(source, labelled, form, target, min_gain, positives)
+    with_scores = labelled if target is None else target == "teacher"
+    if storage.exists(out) and not overwrite:
+        raise InputError(f"{out}: is there already: --overwrite replaces it, or name another")
+    conversion = Conversion()
+    rows = _labels(data, labelled, conversion)
+    if form == RANK_DISTILLM:
+        _write_rank_distillm(rows, out, conversion)
+    else:
+        with storage.new_file(out) as file:
+            for labels in rows:
+                entry = split(labels, min_gain=1.0 if min_gain is None else min_gain, positives=positives)
+                if FORMATS[form].by_role and not (entry.positives and entry.negatives):
+                    conversion.skipped["without a negative" if entry.positives else "without a positive"] += 1
+                    continue
+                file.write(FORMATS[form].lines(entry, with_scores).encode())
+                conversion.add(labels)
+            conversion.check(source)
+    return conversion
+
+
+def _has_labels(data: str, source: str) -> bool:
+    """Whether the Parquet of `data` has label columns; with neither those nor the candidates' it can't be converted."""
+    fs, _ = storage.open_filesystem(data)
+    paths = storage.list_files(data, ".parquet")
+    if not paths:
+        raise InputError(f"{source}: holds no .parquet file: give a label run, or Parquet of labels or candidates")
+    with open_parquet(fs, paths[0]) as file:
+        labelled = "scores" in file.schema_arrow.names
+        check_columns(file.schema_arrow, LABELS if labelled else CANDIDATES, paths[0])
+    return labelled
+
+
+def _check_options(
+    source: str, labelled: bool, form: str, target: str | None, min_gain: float | None, positives: int | None
+) -> None:
+    if form not in FORMATS and form != RANK_DISTILLM:
+        raise ConfigError(f"format {form!r} is unknown; known: {', '.join([*FORMATS, RANK_DISTILLM])}")
+    targets = FORMATS[form].targets if form in FORMATS else ("teacher",)
+    if target is not None and target not in targets:
+        raise ConfigError(f"target {target} does nothing for {form}, which holds {' or '.join(targets) or 'neither'}")
+    if not labelled and (target == "teacher" or positives is not None or targets == ("teacher",)):
+        raise ConfigError(f"{source}: holds no teacher's scores, only candidates: label them first")
+    by_role = form in FORMATS and FORMATS[form].by_role
+    for name, value in (("min_gain", min_gain), ("positives", positives)):
+        if value is not None and not by_role:
+            raise ConfigError(f"{name} does nothing for {form}, which does not tell positives from negatives")
+    if min_gain is not None and positives is not None:
+        raise ConfigError("min_gain and positives both say what the positives are: give one")
+    if positives is not None and positives < 1:
+        raise ConfigError(f"positives={positives}: a list has at least one")
+
+
+def _labels(data: str, labelled: bool, conversion: Conversion) -> Iterator[Labels]:
+    """Rows as labels without the candidates that have no score; rows without any are counted."""
+    for row in read_rows(data, (LABELS if labelled else CANDIDATES).names):
+        if not labelled:
+            yield Labels(candidate_list=candidate_list_from_row(row), teacher="", scores=None)
+            continue
+        if row["error"] is not None:
+            conversion.skipped["with an error instead of labels"] += 1
+            continue
+        labels = labels_from_row(row)
+        scored = [i for i, score in enumerate(labels.scores) if not math.isnan(score)]
+        if not scored:
+            conversion.skipped["without a score"] += 1
+            continue
+        conversion.unscored += len(labels.scores) - len(scored)
+        candidates = tuple(labels.candidate_list.candidates[i] for i in scored)
+        yield replace(
+            labels,
+            candidate_list=replace(labels.candidate_list, candidates=candidates),
+            scores=tuple(labels.scores[i] for i in scored),
+        )
+
+
+def _write_rank_distillm(rows: Iterator[Labels], out: str, conversion: Conversion) -> None:
+    """Write the teacher's order as a TREC run, with the queries and the documents that it names.
+
+    Raises:
+        InputError: one doc id has two texts, or an id can't stand in a run.
+    """
+    text_of: dict[str, str] = {}
+    with (
+        storage.new_file(storage.join(out, QUERIES_FILE)) as queries,
+        storage.new_file(storage.join(out, CORPUS_FILE)) as corpus,
+    ):
+
+        def rankings() -> Iterator[Ranking]:
+            for labels in rows:
+                query = labels.candidate_list.query
+                queries.write(json_line({"_id": query.query_id, "text": query.text}).encode())
+                for c in labels.candidate_list.candidates:
+                    digest = text_id(f"{c.title}\0{c.text}")
+                    if c.doc_id not in text_of:
+                        text_of[c.doc_id] = digest
+                        corpus.write(json_line({"_id": c.doc_id, "title": c.title or "", "text": c.text}).encode())
+                    elif text_of[c.doc_id] != digest:
+                        raise InputError(
+                            f"query {query.query_id!r}: {c.doc_id!r} has another text than in an earlier list, and a "
+                            "collection has one: give every text its own doc id"
+                        )
+                conversion.add(labels)
+                yield ranking_of(labels.candidate_list, Scores(scores=labels.scores), labels.teacher)
+
+        write_run(rankings(), storage.join(out, RUN_FILE))
+        conversion.check(out)
