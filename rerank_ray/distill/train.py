@@ -7,6 +7,7 @@ job and the tests each bring their own.
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -255,7 +256,8 @@ class Trainer:
         rates = self._rates() | self._skip_counts()
         started = time.perf_counter()
         by_layer = self.validate()
-        ndcg = by_layer[-1]
+        # A layer-wise student is kept for the sake of all its exits.
+        ndcg = statistics.fmean(by_layer)
         if ndcg > progress.best_ndcg:
             progress.best_ndcg, progress.best_step, progress.validations_without_best = ndcg, progress.step, 0
         else:

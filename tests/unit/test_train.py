@@ -218,6 +218,15 @@ def test_every_layer_is_trained(labels: str, tiny_bert: Path, head: str):
             assert (parameter != before[name]).reshape(3, -1).any(1).all()
 
 
+def test_a_layerwise_student_is_kept_for_all_its_layers(labels: str, tiny_bert: Path, tmp_path: Path):
+    reports = Reports(tmp_path)
+    train(settings(labels, tiny_bert, student={"layers": [1, 2, 3]}, max_steps=4), World(), reports)
+    for metrics in reports.metrics.values():
+        of_layers = [metrics[f"validation_ndcg@10/layer_{n}"] for n in (1, 2, 3)]
+        assert metrics["validation_ndcg@10"] == pytest.approx(sum(of_layers) / 3)
+    assert len(set(of_layers)) > 1
+
+
 def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
     """Micro-batches of any size give the same gradient: they only split the work."""
 
