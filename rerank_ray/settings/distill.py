@@ -294,8 +294,8 @@ class ObjectiveSettings(Settings):
 
 
 class ValidationSettings(Settings):
-    """How the kept step is chosen, on queries held out of training: by nDCG@10, of a layer-wise student the mean over its
-    layers."""
+    """How the kept step is chosen, on queries held out of training: by nDCG@10, of a layer-wise student the mean
+    over its layers."""
 
     fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the queries held out, at least one; which ones depends on their ids and the seed alone."""

@@ -123,14 +123,20 @@ class SimilarityStudent(Student):
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             sides.append((self.states(**batch), mask, mask * self._are_words(batch["input_ids"])))
         (query_states, query_mask, query_words), (document_states, document_mask, document_words) = sides
-        scores = []
-        for i, (query, document) in enumerate(zip(query_states, document_states, strict=True)):
-            query, document = query.float(), document.float()
-            pooled = _mean(query, query_mask)[:, None], _mean(document, document_mask)[None]
-            cosine = nn.functional.cosine_similarity(*pooled, dim=-1)
-            maxsim = _maxsim_all(query, query_words, document, document_words)
-            scores.append(self.log_scale[i].exp() * (cosine + self.interaction[i] * maxsim))
-        return torch.stack(scores)
+        with torch.autocast(query_mask.device.type, enabled=False):
+            return torch.stack(
+                [
+                    self._score_all(i, q.float(), query_mask, query_words, d.float(), document_mask, document_words)
+                    for i, (q, d) in enumerate(zip(query_states, document_states, strict=True))
+                ]
+            )
+
+    def _score_all(self, i: int, query, query_mask, query_words, document, document_mask, document_words):
+        """Scores [Q, D] of the i-th head on hidden states [Q, L, H] and [D, L', H]."""
+        pooled = _mean(query, query_mask)[:, None], _mean(document, document_mask)[None]
+        cosine = nn.functional.cosine_similarity(*pooled, dim=-1)
+        maxsim = _maxsim_all(query, query_words, document, document_words)
+        return self.log_scale[i].exp() * (cosine + self.interaction[i] * maxsim)
 
     def _are_words(self, input_ids: torch.Tensor) -> torch.Tensor:
         return ~torch.isin(input_ids, self.special_ids)
