@@ -29,7 +29,8 @@ from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
-from rerank_ray.models.student import Student, load_student, new_student
+from rerank_ray.models.student import Student, StudentPrompt, load_student, new_student
+from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings, StudentSettings
 
@@ -350,17 +351,27 @@ def _student(settings: StudentSettings, resume: Path | None) -> Student:
         saved = {"path": str(resume / checkpoints.STUDENT), "revision": None}
         student = load_student(settings.model_settings().model_copy(update=saved))
     else:
-        student = new_student(
-            settings.model_settings(),
-            head=settings.head,
-            layers=settings.layers,
-            max_query_length=settings.max_query_length,
-            gate=settings.gate,
-            scale=settings.scale,
-            interaction=settings.interaction,
-        )
+        student = new_student(settings, _prompt(settings))
     if settings.dropout is not None:
         for module in student.modules():
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
     return student
+
+
+def _prompt(settings: StudentSettings) -> StudentPrompt | None:
+    """The template as the student keeps it: its instruction is part of it, and the labels are what it is scored by.
+
+    Raises:
+        ConfigError: no such template, or a bad one.
+    """
+    if settings.head not in ("yes_no", "token_logit"):
+        return None
+    template = load_template(settings.prompt, "yes_no")
+    return StudentPrompt(
+        text=template.text.replace("{instruction}", template.instruction),
+        system=template.system,
+        chat=template.chat,
+        prefill=template.prefill,
+        labels=template.labels if settings.head == "yes_no" else (settings.token,),
+    )

@@ -9,7 +9,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import ModelSettings
 
-StudentHead = Literal["linear", "similarity"]
+StudentHead = Literal["linear", "similarity", "yes_no", "token_logit"]
+_LAYERED: tuple[StudentHead, ...] = ("linear", "similarity")
+_PROMPTED: tuple[StudentHead, ...] = ("yes_no", "token_logit")
 
 
 class OptimizerSettings(Settings):
@@ -58,17 +60,28 @@ class StudentSettings(Settings):
     """The student and how it starts."""
 
     base: str
-    """Pretrained encoder to start from: hub id, folder or `package://`."""
+    """Pretrained model to start from: hub id, folder, `package://` or GGUF file."""
     revision: str | None = None
     """Hub commit or tag."""
     head: StudentHead = "linear"
-    """`linear` is the architecture's own head and loads anywhere; `similarity` starts from a bi-encoder's cosine."""
+    """`linear` is the architecture's own head, on the first token of an encoder or the last of a decoder, and loads
+    anywhere; `similarity` makes a cross-encoder start from a bi-encoder's cosine. Decoders and seq2seq models stay
+    language models with `yes_no`, the log-odds of a prompt's two answers, and `token_logit`, one token's logit."""
     layers: tuple[PositiveInt, ...] | None = None
     """Layers that get a head, ascending, the last one included: a layer-wise student. null is the last layer only."""
     max_length: PositiveInt = 256
     """Tokens of query and document together."""
     max_query_length: PositiveInt = 64
     """Tokens of the query; longer ones are cut."""
+    query_prefix: str | None = None
+    """linear: put before every query; null is `query: ` for decoders, as RankLLaMA's, and nothing for encoders."""
+    document_prefix: str | None = None
+    """linear: put before every document; null is `document: ` for decoders and nothing for encoders."""
+    prompt: str = "yes_no"
+    """yes_no and token_logit: a built-in template's name or the path of a YAML template, of method yes_no."""
+    token: str = "<extra_id_10>"
+    """token_logit: whose logit after the prompt is the score, in place of the template's answers; the default is
+    RankT5's, a word that T5 never learnt to say."""
     gate: float = -8.0
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
     scale: PositiveFloat | tuple[PositiveFloat, ...] = 4.0
@@ -106,6 +119,15 @@ class StudentSettings(Settings):
                 raise ValueError(f"{name} has {len(given)} entries for {count} layer(s) with a head (layers)")
         if self.exit_warm_up is not None and (self.head != "similarity" or count == 1):
             raise ValueError("exit_warm_up is for head: similarity with several layers: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> StudentSettings:
+        owners = {"layers": _LAYERED, "query_prefix": ("linear",), "document_prefix": ("linear",)}
+        owners |= {"prompt": _PROMPTED, "token": ("token_logit",)}
+        for option, heads in owners.items():
+            if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:
+                raise ValueError(f"{option} is for head {' and '.join(heads)}, and the head is {self.head}")
         return self
 
     def model_settings(self) -> ModelSettings:

@@ -118,6 +118,8 @@ VARIANTS = {
     "linear": {"student": {"head": "linear", "dropout": 0.3}},
     "layer-wise": {"student": {"head": "linear", "layers": [1, 3], "dropout": 0.3}},
     "similarity": {"student": {"head": "similarity", "layers": [2, 3], "gate": -2.0}},
+    "decoder, layer-wise": {"student": {"head": "linear", "layers": [1, 2]}},
+    "decoder, yes_no": {"student": {"head": "yes_no", "max_length": 128}},
     "averaged": {
         "student": {"head": "linear", "dropout": 0.3},
         "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},
@@ -126,9 +128,12 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_bert: Path, tmp_path: Path, variant: str):
+def test_a_resumed_run_ends_as_an_undisturbed_one(
+    labels: str, tiny_bert: Path, tiny_llama: Path, tmp_path: Path, variant: str
+):
     """Stopped in the middle of the first epoch and again in a later one, with dropout: every byte is the same."""
-    chosen = settings(labels, tiny_bert, **VARIANTS[variant], validation={"every_steps": 2}, max_steps=8)
+    base = tiny_llama if variant.startswith("decoder") else tiny_bert
+    chosen = settings(labels, base, **VARIANTS[variant], validation={"every_steps": 2}, max_steps=8)
     whole = Reports(tmp_path / "whole")
     train(chosen, World(), whole)
     assert Trainer(chosen, World(), None).steps_per_epoch > 2

@@ -1,10 +1,10 @@
-"""Student cross-encoders: a backbone with a `linear` or `similarity` head on its last layer or on several.
+"""Students: a pretrained model, and a head that gives a pair of query and document its score.
 
-On disk a student is a transformers folder plus `student.json` (head, layers, lengths). A `linear` student of one layer
-needs nothing more and loads anywhere; every other one adds `heads.safetensors`.
+On disk a student is a transformers folder plus `student.json` (head, layers, lengths). A student of one layer needs
+nothing more and loads anywhere; layer-wise ones and those with a `similarity` head add `heads.safetensors`.
 """
 
-from rerank_ray.models.student.base import Student
+from rerank_ray.models.student.base import Student, StudentPrompt
 from rerank_ray.models.student.loading import load_student, new_student
 
-__all__ = ["Student", "load_student", "new_student"]
+__all__ = ["Student", "StudentPrompt", "load_student", "new_student"]

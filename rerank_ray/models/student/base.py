@@ -9,14 +9,32 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from rerank_ray.config import Settings
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.protocol import Prompt
 from rerank_ray.settings.distill import StudentHead
 
 DESCRIPTION = "student.json"
 HEADS = "heads.safetensors"
+
+
+class StudentPrompt(Settings):
+    """The prompt of a student that stays a language model, its instruction filled in."""
+
+    text: str
+    """With the slots {query} and {passage}."""
+    system: str | None = None
+    chat: bool = True
+    prefill: str = ""
+    labels: tuple[str, ...]
+    """Two answers, whose log-odds is the score, or one token, whose logit it is."""
+
+    def fill(self, query: str, document: str) -> Prompt:
+        parts = tuple(part.replace("{query}", query) for part in self.text.split("{passage}"))
+        return Prompt(parts=parts, passages=(document,), system=self.system, chat=self.chat, prefill=self.prefill)
 
 
 class StudentDescription(Settings):
@@ -29,6 +47,10 @@ class StudentDescription(Settings):
     """Tokens of query and document together, special tokens included."""
     max_query_length: int
     """Tokens of the query, special tokens included."""
+    query_prefix: str = ""
+    document_prefix: str = ""
+    prompt: StudentPrompt | None = None
+    """Of heads yes_no and token_logit."""
     version: int = 1
 
 
@@ -75,15 +97,23 @@ class Student(nn.Module):
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed."""
         raise NotImplementedError  # abstract
 
-    def save(self, folder: Path) -> None:
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        """The transformers model, which the saved folder holds."""
         raise NotImplementedError  # abstract
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """What the student has beside the transformers model, by its name in `heads.safetensors`."""
+        return {}
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Parameters that the pretrained checkpoint did not have."""
         raise NotImplementedError  # abstract
 
-    def _describe(self, folder: Path, heads: dict[str, torch.Tensor]) -> None:
-        if heads:
+    def save(self, folder: Path) -> None:
+        self.pretrained.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+        if heads := self.head_tensors():
             save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)
         (folder / DESCRIPTION).write_text(json.dumps(self.description.model_dump(mode="json"), indent=2) + "\n")
 
@@ -112,13 +142,10 @@ def described_at(description: StudentDescription, layers: Sequence[int], layer: 
     return description.model_copy(update={"layers": tuple(n for n in layers if n <= layer)})
 
 
-def keep_layers(model: nn.Module, count: int) -> None:
-    """Remove every layer above the first `count` from a transformers model and its config."""
-    base = model.base_model
-    stack = getattr(base, "encoder", base)
-    name = next((n for n in ("layer", "layers") if isinstance(getattr(stack, n, None), nn.ModuleList)), None)
-    if name is None:
-        raise ModelError(f"{type(model).__name__}: can't tell its layers apart, so it can't be truncated")
-    setattr(stack, name, getattr(stack, name)[:count])
-    model.config.num_hidden_layers = count
-    base.config.num_hidden_layers = count
+def collate_causal(encoded: Sequence[dict[str, list[int]]], limit: int | None) -> dict[str, torch.Tensor]:
+    """Token ids [B, L] of pairs for a decoder, and `last` [B], the position that each ends at.
+
+    No mask is needed: a causal model's real tokens never see the padding on their right.
+    """
+    ids, lengths = engine.right_pad([e["input_ids"] for e in encoded], pad_id=0, limit=limit)
+    return {"input_ids": ids, "last": lengths - 1}

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.student.base import (
-    Student,
-    StudentDescription,
-    check_layer,
-    clipped,
-    described_at,
-    keep_layers,
-    save_tokenizer,
-)
+from rerank_ray.models.student.base import Student, StudentDescription, check_layer, clipped, described_at
+from rerank_ray.models.student.source import keep_layers
 
 
 class LinearStudent(Student):
@@ -28,7 +21,7 @@ class LinearStudent(Student):
     sentence-transformers' `CrossEncoder` whether or not earlier layers have heads too.
     """
 
-    def __init__(self, description: StudentDescription, tokenizer, model: nn.Module) -> None:
+    def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
         super().__init__(description, tokenizer)
         self.model = model
         self.early_heads = nn.ModuleDict(
@@ -36,13 +29,24 @@ class LinearStudent(Student):
         )
 
     @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.model
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        return self.early_heads.state_dict()
+
+    @property
     def positions(self) -> int | None:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
-        queries = clipped(self.tokenizer, queries, self.description.max_query_length)
+        description = self.description
+        queries = [description.query_prefix + q for q in queries]
         encoded = self.tokenizer(
-            list(queries), list(documents), truncation="only_second", max_length=self.description.max_length
+            clipped(self.tokenizer, queries, description.max_query_length),
+            [description.document_prefix + d for d in documents],
+            truncation="only_second",
+            max_length=description.max_length,
         )
         names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
         return [{n: encoded[n][i] for n in names} for i in range(len(queries))]
@@ -62,7 +66,7 @@ class LinearStudent(Student):
         if layer != self.layers[-1]:
             classification_head(model).load_state_dict(self.early_heads[str(layer)].state_dict())
         keep_layers(model, layer)
-        student = LinearStudent(described_at(self.description, self.layers, layer), self.tokenizer, model)
+        student = type(self)(described_at(self.description, self.layers, layer), self.tokenizer, model)
         for n, head in student.early_heads.items():
             head.load_state_dict(self.early_heads[n].state_dict())
         return student.eval()
@@ -71,11 +75,6 @@ class LinearStudent(Student):
         pretrained = {id(p) for p in self.model.base_model.parameters()}
         own_head = [p for p in self.model.parameters() if id(p) not in pretrained]
         return [*self.early_heads.parameters(), *own_head]
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
-        self._describe(folder, self.early_heads.state_dict())
 
 
 class PooledHead(nn.Module):
@@ -90,13 +89,17 @@ class PooledHead(nn.Module):
 
 
 def classification_head(model: nn.Module) -> nn.Module:
-    """A sequence-classification model's own head as one module from hidden states [B, L, H] to logits [B, 1].
+    """A sequence-classification model's own head as one module from hidden states [B, L, H] to logits [B, 1]; a
+    decoder's, from any [..., H] to [..., 1].
 
     The module shares the model's parameters.
 
     Raises:
         ModelError: the architecture's head is not one that can be put on another layer.
     """
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Linear):
+        return score
     classifier = getattr(model, "classifier", None)
     pooler = getattr(model.base_model, "pooler", None) or getattr(model, "pooler", None)
     if isinstance(classifier, nn.Linear) and pooler is not None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.attention import GATED
-from rerank_ray.models.loading import load
-from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription
+from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
+from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
+from rerank_ray.models.student.prompted import PromptedStudent
 from rerank_ray.models.student.similarity import SimilarityStudent, is_gated
-from rerank_ray.settings.distill import StudentHead
+from rerank_ray.models.student.source import Source
+from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import ModelSettings
 
-
-def is_student(resolved: ResolvedModel) -> bool:
-    return resolved.folder is not None and (resolved.folder / DESCRIPTION).exists()
+Heads = dict[str, torch.Tensor]
 
 
 def load_student(settings: ModelSettings, *, max_query_length: int | None = None, dtype=torch.float32) -> Student:
@@ -29,11 +31,13 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
     Raises:
         ModelError: the model is missing, has no trained head, or has several outputs.
     """
-    resolved = resolve(settings)
-    tokenizer = load(AutoTokenizer, resolved, settings)
-    if is_student(resolved):
-        return _load_described(resolved, settings, tokenizer, dtype)
-    model, info = load(AutoModelForSequenceClassification, resolved, settings, dtype=dtype, output_loading_info=True)
+    source = Source.open(settings)
+    folder = source.resolved.folder
+    if folder is not None and (folder / DESCRIPTION).exists():
+        description = StudentDescription.model_validate_json((folder / DESCRIPTION).read_text())
+        heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
+        return _READ[description.head](source, description, heads, dtype).eval()
+    model, info = source.load(AutoModelForSequenceClassification, dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ModelError(
             f"{settings.path}: not a cross-encoder: the checkpoint has no weights for {sorted(info['missing_keys'])}, "
@@ -41,72 +45,129 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         )
     if model.config.num_labels != 1:
         raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
-    max_length = min(settings.max_length, tokenizer.model_max_length)
+    max_length = min(settings.max_length, source.tokenizer.model_max_length)
     description = StudentDescription(
         head="linear",
         layers=(model.config.num_hidden_layers,),
         max_length=max_length,
         max_query_length=max_query_length or max_length // 2,
     )
-    return LinearStudent(description, tokenizer, model).eval()
+    return _linear_class(source)(description, source.tokenizer, model).eval()
 
 
-def _load_described(resolved: ResolvedModel, settings: ModelSettings, tokenizer, dtype) -> Student:
-    folder = resolved.folder
-    description = StudentDescription.model_validate_json((folder / DESCRIPTION).read_text())
-    heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
-    if description.head == "linear":
-        model = load(AutoModelForSequenceClassification, resolved, settings, dtype=dtype)
-        student: Student = LinearStudent(description, tokenizer, model)
-        student.early_heads.load_state_dict(heads)
-        student.early_heads.to(dtype)
-    else:
-        backbone = load(AutoModel, resolved, settings, dtype=dtype, attn_implementation=GATED)
-        student = SimilarityStudent(description, tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
-        with torch.no_grad():
-            for name, parameter in student.head_parameters().items():
-                parameter.copy_(heads[name])
-    return student.eval()
-
-
-def new_student(
-    settings: ModelSettings,
-    *,
-    head: StudentHead,
-    layers: tuple[int, ...] | None,
-    max_query_length: int,
-    gate: float,
-    scale: float | Sequence[float],
-    interaction: float | Sequence[float],
-) -> Student:
-    """Start a student from a pretrained encoder: weights in float32, heads new.
+def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None) -> Student:
+    """Start a student from a pretrained model: weights in float32, heads new.
 
     Args:
-        layers: layers that get a head; None is the last only.
-        scale: the similarity head's, one for all layers or one for each; `interaction` likewise.
+        prompt: of heads yes_no and token_logit.
 
     Raises:
-        ModelError: a layer that the backbone does not have, or attention that the similarity head can't gate.
+        ModelError: a head that the architecture can't carry, or a layer that it does not have.
     """
-    resolved = resolve(settings)
-    tokenizer = load(AutoTokenizer, resolved, settings)
-    if head == "linear":
-        model = load(AutoModelForSequenceClassification, resolved, settings, dtype=torch.float32, num_labels=1)
-    else:
-        model = load(AutoModel, resolved, settings, dtype=torch.float32, attn_implementation=GATED)
-    depth = model.config.num_hidden_layers
-    layers = layers or (depth,)
-    if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] != depth:
-        raise ModelError(f"layers: {list(layers)}: give ascending layers of 1..{depth} that end with {depth}")
-    description = StudentDescription(
-        head=head, layers=layers, max_length=settings.max_length, max_query_length=max_query_length
+    return _START[settings.head](Source.open(settings.model_settings()), settings, prompt)
+
+
+def _linear_class(source: Source) -> type[LinearStudent]:
+    return DecoderStudent if source.is_decoder else LinearStudent
+
+
+def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student:
+    if source.is_seq2seq:
+        raise ModelError(f"{settings.base}: a {source.config.model_type} is an encoder and a decoder: {_PROMPTED_ONLY}")
+    model = source.start(AutoModelForSequenceClassification, num_labels=1)
+    prefixes = ("query: ", "document: ") if source.is_decoder else ("", "")
+    given = (settings.query_prefix, settings.document_prefix)
+    query, document = (p if g is None else g for g, p in zip(given, prefixes, strict=True))
+    description = _describe(settings, model.config.num_hidden_layers, query_prefix=query, document_prefix=document)
+    return _linear_class(source)(description, source.tokenizer, model)
+
+
+def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
+    model = source.load(AutoModelForSequenceClassification, dtype)
+    student = _linear_class(source)(description, source.tokenizer, model)
+    student.early_heads.load_state_dict(heads)
+    student.early_heads.to(dtype)
+    return student
+
+
+def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Student:
+    if source.is_seq2seq or source.is_decoder:
+        raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: {_PROMPTED_ONLY}")
+    model = source.start(AutoModel, attn_implementation=GATED)
+    student = SimilarityStudent(
+        _describe(settings, model.config.num_hidden_layers),
+        source.tokenizer,
+        model,
+        gate=settings.gate,
+        scale=settings.scale,
+        interaction=settings.interaction,
     )
-    if head == "linear":
-        return LinearStudent(description, tokenizer, model)
-    student = SimilarityStudent(description, tokenizer, model, gate=gate, scale=scale, interaction=interaction)
     if not is_gated(student):
         raise ModelError(
-            f"{settings.path}: {type(model).__name__} does not use transformers' attention interface, so its attention "
+            f"{settings.base}: {type(model).__name__} does not use transformers' attention interface, so its attention "
             "can't be gated (BERT, RoBERTa, ELECTRA and ModernBERT kinds can); use head: linear"
         )
     return student
+
+
+def _read_similarity(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
+    backbone = source.load(AutoModel, dtype, attn_implementation=GATED)
+    student = SimilarityStudent(description, source.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
+    with torch.no_grad():
+        for name, parameter in student.head_parameters().items():
+            parameter.copy_(heads[name])
+    return student
+
+
+def _start_prompted(source: Source, settings: StudentSettings, prompt: StudentPrompt) -> Student:
+    if not source.is_seq2seq and not source.is_decoder:
+        raise ModelError(
+            f"{settings.base}: a {source.config.model_type} is no language model that goes on with a text, so "
+            f"{settings.head} has nothing to read; use head: linear"
+        )
+    model = source.start(_language_model(source))
+    description = _describe(settings, model.config.num_hidden_layers, prompt=prompt)
+    student = PromptedStudent(description, source.tokenizer, model)
+    (bare,) = student.encode(["a " * settings.max_query_length], [""])
+    if len(bare["input_ids"]) > settings.max_length - 8:
+        raise ModelError(
+            f"max_length ({settings.max_length}) leaves no room for a document: the prompt and a query of "
+            f"max_query_length take {len(bare['input_ids'])} tokens; raise max_length"
+        )
+    return student
+
+
+def _read_prompted(source: Source, description: StudentDescription, _: Heads, dtype: torch.dtype) -> Student:
+    return PromptedStudent(description, source.tokenizer, source.load(_language_model(source), dtype))
+
+
+def _language_model(source: Source) -> type:
+    return AutoModelForSeq2SeqLM if source.is_seq2seq else AutoModelForCausalLM
+
+
+_START = {
+    "linear": _start_linear,
+    "similarity": _start_similarity,
+    "yes_no": _start_prompted,
+    "token_logit": _start_prompted,
+}
+_READ = {
+    "linear": _read_linear,
+    "similarity": _read_similarity,
+    "yes_no": _read_prompted,
+    "token_logit": _read_prompted,
+}
+_PROMPTED_ONLY = "use head: yes_no or token_logit"
+
+
+def _describe(settings: StudentSettings, depth: int, **more) -> StudentDescription:
+    layers = settings.layers or (depth,)
+    if list(layers) != sorted(set(layers)) or layers[-1] != depth:
+        raise ModelError(f"layers: {list(layers)}: give ascending layers of 1..{depth} that end with {depth}")
+    return StudentDescription(
+        head=settings.head,
+        layers=layers,
+        max_length=settings.max_length,
+        max_query_length=settings.max_query_length,
+        **more,
+    )

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from rerank_ray.models.student.base import (
-    Student,
-    StudentDescription,
-    check_layer,
-    described_at,
-    keep_layers,
-    save_tokenizer,
-)
+from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
+from rerank_ray.models.student.source import keep_layers
 
 
 class SimilarityStudent(Student):
@@ -37,7 +31,7 @@ class SimilarityStudent(Student):
         self,
         description: StudentDescription,
         tokenizer,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         *,
         gate: float,
         scale: float | Sequence[float],
@@ -57,6 +51,13 @@ class SimilarityStudent(Student):
         positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
         padding_position = getattr(positions, "padding_idx", None)
         self.first_position = 0 if padding_position is None else padding_position + 1
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.backbone
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        return self.head_parameters()
 
     @property
     def positions(self) -> None:
@@ -175,11 +176,6 @@ class SimilarityStudent(Student):
 
     def new_parameters(self) -> list[nn.Parameter]:
         return list(self.head_parameters().values())
-
-    def save(self, folder: Path) -> None:
-        self.backbone.save_pretrained(folder)
-        save_tokenizer(self.tokenizer, folder)
-        self._describe(folder, self.head_parameters())
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """What the head adds to the backbone: gate [layers, heads], log_scale and interaction [exits], linear [exits,

@@ -1,0 +1,56 @@
+"""Decoders with a scalar head: RankLLaMA (Ma et al. 2023), and its layer-wise kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.student.base import StudentDescription, collate_causal
+from rerank_ray.models.student.linear import LinearStudent
+
+
+class DecoderStudent(LinearStudent):
+    """head(norm(hidden state of the pair's last token)), one head for each layer, as MiniCPM's layer-wise rerankers
+    have.
+
+    The folder is an `AutoModelForSequenceClassification`, which finds the last token by what is no padding: the
+    end-of-sequence token stands for that where the tokenizer has none.
+    """
+
+    def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
+        super().__init__(description, tokenizer, model)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        # These models take no segments, and some tokenizers would hand them over.
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        # Where there is a chat template, sentence-transformers' CrossEncoder puts pairs into it.
+        tokenizer.chat_template = None
+
+    def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return collate_causal(encoded, self.positions)
+
+    def forward(self, *, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        early = len(self.early_heads) > 0
+        base = self.model.base_model
+        output = base(input_ids=input_ids, use_cache=False, output_hidden_states=early)
+        rows = torch.arange(len(last), device=last.device)
+        scores = [self.model.score(output.last_hidden_state[rows, last])[:, 0]]
+        if early:
+            norm = _final_norm(base)
+            # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
+            hidden = {n: norm(output.hidden_states[n][rows, last]) for n in self.layers[:-1]}
+            scores = [self.early_heads[str(n)](h)[:, 0] for n, h in hidden.items()] + scores
+        return torch.stack(scores)
+
+
+def _final_norm(base: nn.Module) -> nn.Module:
+    """The norm that a decoder's last hidden state has passed."""
+    norm = next((getattr(base, n) for n in ("norm", "final_layernorm", "ln_f") if hasattr(base, n)), None)
+    if norm is None:
+        raise ModelError(f"{type(base).__name__}: can't find its last norm, so earlier layers can't have heads")
+    return norm

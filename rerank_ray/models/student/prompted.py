@@ -1,0 +1,88 @@
+"""Students that stay language models: the score is read off the logits of the token that follows a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.student.base import Student, StudentDescription, clipped, collate_causal
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+
+
+class PromptedStudent(Student):
+    """logit(yes) − logit(no) after the prompt, or one token's logit (RankT5, Zhuang et al. 2023).
+
+    A decoder's token is the one behind the prompt, a seq2seq model's the first of its answer. Nothing is new: the
+    folder is an ordinary `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`, and a `yes_no` ranker with the same
+    template reads the same score off it.
+    """
+
+    def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
+        super().__init__(description, tokenizer)
+        self.model = model
+        self.is_seq2seq = model.config.is_encoder_decoder
+        self.label_ids = label_ids(tokenizer, description.prompt.labels)
+        self.encoder = PromptEncoder(tokenizer, description.max_length, chat=False if self.is_seq2seq else None)
+        if self.is_seq2seq:
+            prefill = tokenizer(description.prompt.prefill, add_special_tokens=False)["input_ids"]
+            self.begun = [model.config.decoder_start_token_id, *prefill]
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.model
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Raises `ModelError` where the prompt and its query leave no room for a document."""
+        queries = clipped(self.tokenizer, queries, self.description.max_query_length)
+        prompts = [self.description.prompt.fill(q, d) for q, d in zip(queries, documents, strict=True)]
+        if self.is_seq2seq:
+            prompts = [dataclasses.replace(p, prefill="") for p in prompts]
+        encoded = self.encoder.encode(prompts, [0] * len(prompts))
+        if failed := next((e for e in encoded if isinstance(e, PromptTooLongError)), None):
+            raise ModelError(f"student: {failed}")
+        return [{"input_ids": ids} for ids in encoded]
+
+    def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return super().collate(encoded) if self.is_seq2seq else collate_causal(encoded, self.positions)
+
+    def forward(self, *, input_ids: torch.Tensor, last=None, attention_mask=None) -> torch.Tensor:
+        if self.is_seq2seq:
+            begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
+            output = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun, use_cache=False
+            )
+            logits = output.logits[:, -1]
+        else:
+            logits = self._causal_logits(input_ids, last)
+        labels = logits[:, self.label_ids].float()
+        return (labels[:, 0] - labels[:, 1] if len(self.label_ids) == 2 else labels[:, 0])[None]
+
+    def _causal_logits(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] at positions `last` [B]; the output layer computes no others.
+
+        A hook, because models do more to logits than this layer (scales, soft caps), each in its own way.
+        """
+
+        def select(_output_layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (inputs[0][torch.arange(len(last), device=last.device), last][:, None],)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            return self.model(input_ids=input_ids, use_cache=False).logits[:, 0]
+        finally:
+            hook.remove()
+
+    def truncated(self, layer: int) -> PromptedStudent:
+        raise ModelError(f"exit_layer: {layer}: a {self.description.head} student has no head but its last")
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        return []

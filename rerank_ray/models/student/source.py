@@ -1,0 +1,122 @@
+"""Where a student's weights come from, and its layers told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.loading import load
+from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.settings.models import ModelSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A checkpoint: how it is loaded, its config and its tokenizer."""
+
+    settings: ModelSettings
+    resolved: ResolvedModel
+    config: PreTrainedConfig
+    tokenizer: Any
+
+    @classmethod
+    def open(cls, settings: ModelSettings) -> Source:
+        resolved = resolve(settings)
+        return cls(
+            settings=settings,
+            resolved=resolved,
+            config=load(AutoConfig, resolved, settings),
+            tokenizer=load(AutoTokenizer, resolved, settings),
+        )
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return bool(self.config.is_encoder_decoder)
+
+    @property
+    def is_decoder(self) -> bool:
+        """A causal language model; encoders, some of which can be run as one, have a masked one too."""
+        kind = self.config.model_type
+        causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        return causal and not self.is_seq2seq
+
+    def load(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
+        return load(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
+
+    def start(self, auto_class, **arguments) -> PreTrainedModel:
+        """The pretrained weights in float32, for training.
+
+        Raises:
+            ModelError: they are not those of the architecture that the config names.
+        """
+        model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
+        stack = {f"{prefix}.{name}" for prefix, module in _layer_lists(model) for name, _ in module.named_parameters()}
+        if lost := sorted(stack & set(info["missing_keys"])):
+            raise ModelError(
+                f"{self.settings.path}: the checkpoint has no weights for {len(lost)} parameters of its layers "
+                f"({lost[0]}, …), which would be random: its weights are of another architecture than its config, "
+                f"{type(model).__name__}"
+            )
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.settings.max_length > limit:
+            raise ModelError(
+                f"{self.settings.path}: max_length is {self.settings.max_length}, but the model ends at {limit} tokens"
+            )
+        # Weights that were stored packed (GGUF) are not any more.
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
+        return model
+
+
+def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of an encoder or a decoder, from the first to the last.
+
+    Raises:
+        ModelError: the architecture does not keep them in one list.
+    """
+    owner, name = _stack(model)
+    return getattr(owner, name)
+
+
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """Remove every layer above the first `count` from a transformers model and its config."""
+    take_layers(model, range(1, count + 1))
+
+
+def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Leave only these layers, counted from 1 and ascending, in a transformers model and its config."""
+    owner, name = _stack(model)
+    taken = nn.ModuleList(getattr(owner, name)[n - 1] for n in layers)
+    for index, layer in enumerate(taken):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    setattr(owner, name, taken)
+    for config in {id(c): c for c in (model.config, model.base_model.config)}.values():
+        types = getattr(config, "layer_types", None)
+        config.num_hidden_layers = len(taken)
+        if types is not None:
+            config.layer_types = [types[n - 1] for n in layers]
+
+
+def _stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    base = model.base_model
+    stack = getattr(base, "encoder", base)
+    name = next((n for n in ("layer", "layers", "h") if isinstance(getattr(stack, n, None), nn.ModuleList)), None)
+    if name is None:
+        raise ModelError(f"{type(model).__name__}: can't tell its layers apart, so none can be removed or chosen")
+    return stack, name
