@@ -29,14 +29,17 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     trained: Sequence[torch.Tensor] | None,
+    average: Sequence[torch.Tensor] | None,
 ) -> None:
     """Write a checkpoint: `student/` as it would be deployed, and the trainer's state beside it.
 
-    `trained` are the weights that training goes on from, when the student holds their average instead.
+    `trained` are the weights that training goes on from, when the student holds their average or has adapters merged;
+    `average` is their average, when the student has adapters merged.
     """
     student.save(folder / STUDENT)
     state = {
         "trained": None if trained is None else list(trained),
+        "average": None if average is None else list(average),
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
         "torch_rng": torch.get_rng_state(),
@@ -45,12 +48,17 @@ def save(
     torch.save(state, folder / _STATE)
 
 
-def load(folder: Path, student, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore weights, optimizer and random state from a checkpoint; the caller loaded the student from its folder."""
+def load(folder: Path, student, optimizer: torch.optim.Optimizer, average: Sequence[torch.Tensor] | None) -> Progress:
+    """Restore weights, optimizer and random state from a checkpoint.
+
+    The caller made the student, from the checkpoint's folder unless that has adapters merged, and `average` of it.
+    """
     state = torch.load(folder / _STATE, weights_only=True)
     if state["trained"] is not None:
         with torch.no_grad():
-            torch._foreach_copy_(list(student.parameters()), state["trained"])
+            torch._foreach_copy_([p for p in student.parameters() if p.requires_grad], state["trained"])
+    if state["average"] is not None:
+        torch._foreach_copy_(list(average), state["average"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:

@@ -29,7 +29,7 @@ from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
-from rerank_ray.models.student import Student, StudentPrompt, load_student, new_student
+from rerank_ray.models.student import Student, StudentPrompt, adapt, load_student, new_student, trained_parameters
 from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings, StudentSettings
@@ -80,8 +80,9 @@ class Trainer:
         self.student = _student(settings.student, resume).to(self.device)
         self.warm_up_metrics = self._warm_up() if resume is None else {}
         self.optimizer = make_optimizer(self.student, settings.optimizer)
-        self.average = [p.detach().clone() for p in self.student.parameters()] if settings.optimizer.averaging else None
-        self.progress = checkpoints.load(resume, self.student, self.optimizer) if resume else Progress()
+        self.trained = trained_parameters(self.student)
+        self.average = [p.detach().clone() for p in self.trained] if settings.optimizer.averaging else None
+        self.progress = checkpoints.load(resume, self.student, self.optimizer, self.average) if resume else Progress()
         if world.rank > 0:
             # Dropout differs between workers; the start of the student, drawn above, does not.
             torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
@@ -128,7 +129,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
         self.optimizer.step()
         if self.average is not None:
-            parameters = [p.detach() for p in self.student.parameters()]
+            parameters = [p.detach() for p in self.trained]
             torch._foreach_lerp_(self.average, parameters, 1.0 - self.settings.optimizer.averaging)
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
@@ -234,16 +235,18 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[list[torch.Tensor] | None]:
-        """Put the averaged weights into the student for a while; yields the trained ones, None without averaging."""
+        """Put the averaged weights into the student for a while.
+
+        Yields the trained ones, or None where the saved student holds them: without averaging and without LoRA.
+        """
         if self.average is None:
-            yield None
+            yield None if self.settings.student.lora is None else [p.detach() for p in self.trained]
             return
-        parameters = list(self.student.parameters())
-        trained = [p.detach().clone() for p in parameters]
+        trained = [p.detach().clone() for p in self.trained]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, self.average)
+            torch._foreach_copy_(self.trained, self.average)
             yield trained
-            torch._foreach_copy_(parameters, trained)
+            torch._foreach_copy_(self.trained, trained)
 
     def validate_and_report(self, report: Report, losses: dict[str, float]) -> None:
         """Validate the weights that would be kept, and report them as a checkpoint."""
@@ -282,7 +285,8 @@ class Trainer:
             report(metrics, None)
             return
         with tempfile.TemporaryDirectory() as folder:
-            checkpoints.save(Path(folder), self.student, self.optimizer, progress, trained)
+            average = self.average if self.settings.student.lora else None
+            checkpoints.save(Path(folder), self.student, self.optimizer, progress, trained, average)
             report(metrics, Path(folder))
 
     def _rates(self) -> dict[str, float]:
@@ -347,15 +351,13 @@ def _chunks(tokens: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:
-    if resume is not None:
+    # A checkpoint's folder has LoRA merged into the weights; the adapters are in the trainer's state.
+    if resume is not None and settings.lora is None:
         saved = {"path": str(resume / checkpoints.STUDENT), "revision": None}
         student = load_student(settings.model_settings().model_copy(update=saved))
     else:
         student = new_student(settings, _prompt(settings))
-    if settings.dropout is not None:
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = settings.dropout
+    adapt(student, settings)
     return student
 
 

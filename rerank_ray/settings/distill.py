@@ -56,6 +56,36 @@ class ExitWarmUpSettings(Settings):
     """`averaging` has no part in it."""
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters on linear layers in place of full training (Hu et al. 2022); new parameters are trained whole.
+
+    Their rate is the optimizer's `learning_rate`, for which 1e-4 is usual.
+    """
+
+    rank: PositiveInt = 16
+    """Of each adapter's two matrices."""
+    alpha: PositiveInt = 32
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Of what an adapter reads."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Ends of the linear layers' names, for example `[q_proj, v_proj]`; null is every linear layer but the head."""
+    dora: bool = False
+    """Learn the weights' magnitudes apart from their directions (DoRA, Liu et al. 2024)."""
+    save: Literal["merged", "adapter"] = "merged"
+    """`merged` adds the adapters to the weights of the saved student, which then loads everywhere; `adapter` saves them
+    alone, in PEFT's layout, and loading needs `base`."""
+
+
+class FreezeSettings(Settings):
+    """Parts of the pretrained model that training leaves as they are."""
+
+    embeddings: bool = False
+    """Of tokens, and what else the architecture keeps with them; an output layer that shares their weights too."""
+    layers: NonNegativeInt = 0
+    """The first so many layers."""
+
+
 class StudentSettings(Settings):
     """The student and how it starts."""
 
@@ -98,6 +128,14 @@ class StudentSettings(Settings):
     dropout: Fraction | None = 0.0
     """Hidden and attention dropout; null keeps the checkpoint's. Any dropout on attention rules out its fused kernel,
     which doubles the memory of a step."""
+    take_layers: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Start from some of the layers of `base`, which is then a smaller model: these, counted from 1 and ascending, or
+    with one number n every n-th (Shleifer & Rush 2020). null is all."""
+    freeze: FreezeSettings = FreezeSettings()
+    lora: LoraSettings | None = None
+    """null trains all weights that are not frozen."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again for its backward, for the memory of long inputs and deep models."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships."""
 
@@ -128,6 +166,12 @@ class StudentSettings(Settings):
         for option, heads in owners.items():
             if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:
                 raise ValueError(f"{option} is for head {' and '.join(heads)}, and the head is {self.head}")
+        if self.lora is not None and self.freeze != FreezeSettings():
+            raise ValueError("freeze changes nothing with lora, which trains adapters alone: leave it out")
+        if self.lora is not None and self.lora.save == "adapter" and self.take_layers is not None:
+            raise ValueError(
+                "lora.save: adapter is of no use without all layers of base: leave save or take_layers out"
+            )
         return self
 
     def model_settings(self) -> ModelSettings:

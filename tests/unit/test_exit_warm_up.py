@@ -15,10 +15,9 @@ from pydantic import ValidationError
 
 from rerank_ray.distill.exit_warm_up import draw, warm_up
 from rerank_ray.distill.train import Trainer, World
-from rerank_ray.models.student import Student, new_student
+from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Labels, Query
 from rerank_ray.settings.distill import DistillSettings, ExitWarmUpSettings, OptimizerSettings, StudentSettings
-from rerank_ray.settings.models import ModelSettings
 
 
 def text_list(number: int) -> Labels:
@@ -33,12 +32,11 @@ def text_list(number: int) -> Labels:
 
 
 def student_of(folder: Path) -> Student:
-    settings = ModelSettings(path=str(folder), max_length=64)
+    lengths = {"max_length": 64, "max_query_length": 16}
     start = {"gate": -8.0, "scale": (0.4, 4.0), "interaction": (20.0, 2.0)}
-    student = new_student(settings, head="similarity", layers=(1, 3), max_query_length=16, **start)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    settings = StudentSettings(base=str(folder), head="similarity", layers=(1, 3), **lengths, **start)
+    student = new_student(settings)
+    adapt(student, settings)
     return student
 
 

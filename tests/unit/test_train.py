@@ -120,6 +120,12 @@ VARIANTS = {
     "similarity": {"student": {"head": "similarity", "layers": [2, 3], "gate": -2.0}},
     "decoder, layer-wise": {"student": {"head": "linear", "layers": [1, 2]}},
     "decoder, yes_no": {"student": {"head": "yes_no", "max_length": 128}},
+    "LoRA": {"student": {"head": "linear", "dropout": 0.3, "lora": {"rank": 4, "dropout": 0.3}}},
+    "DoRA, averaged": {
+        "student": {"head": "similarity", "lora": {"rank": 2, "dora": True}},
+        "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},
+    },
+    "frozen": {"student": {"head": "linear", "freeze": {"embeddings": True, "layers": 1}, "take_layers": [1, 3]}},
     "averaged": {
         "student": {"head": "linear", "dropout": 0.3},
         "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},

@@ -4,7 +4,8 @@ On disk a student is a transformers folder plus `student.json` (head, layers, le
 nothing more and loads anywhere; layer-wise ones and those with a `similarity` head add `heads.safetensors`.
 """
 
+from rerank_ray.models.student.adaptation import adapt, trained_parameters
 from rerank_ray.models.student.base import Student, StudentPrompt
 from rerank_ray.models.student.loading import load_student, new_student
 
-__all__ = ["Student", "StudentPrompt", "load_student", "new_student"]
+__all__ = ["Student", "StudentPrompt", "adapt", "load_student", "new_student", "trained_parameters"]

@@ -15,6 +15,7 @@ from rerank_ray.config import Settings
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.student import lora
 from rerank_ray.settings.distill import StudentHead
 
 DESCRIPTION = "student.json"
@@ -56,6 +57,9 @@ class StudentDescription(Settings):
 
 class Student(nn.Module):
     """Scores of (query, document) pairs at each of its `layers`; subclasses add the head."""
+
+    saves_adapter = False
+    """Whether the saved folder holds LoRA adapters alone, without the model that they are for."""
 
     def __init__(self, description: StudentDescription, tokenizer) -> None:
         super().__init__()
@@ -111,7 +115,11 @@ class Student(nn.Module):
         raise NotImplementedError  # abstract
 
     def save(self, folder: Path) -> None:
-        self.pretrained.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.saves_adapter:
+            lora.save_adapter(self.pretrained, folder)
+        else:
+            lora.merged(self.pretrained).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
         if heads := self.head_tensors():
             save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)

@@ -74,7 +74,7 @@ def _linear_class(source: Source) -> type[LinearStudent]:
 def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student:
     if source.is_seq2seq:
         raise ModelError(f"{settings.base}: a {source.config.model_type} is an encoder and a decoder: {_PROMPTED_ONLY}")
-    model = source.start(AutoModelForSequenceClassification, num_labels=1)
+    model = source.start(AutoModelForSequenceClassification, settings.take_layers, num_labels=1)
     prefixes = ("query: ", "document: ") if source.is_decoder else ("", "")
     given = (settings.query_prefix, settings.document_prefix)
     query, document = (p if g is None else g for g, p in zip(given, prefixes, strict=True))
@@ -83,7 +83,7 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
 
 
 def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
-    model = source.load(AutoModelForSequenceClassification, dtype)
+    model = source.read(AutoModelForSequenceClassification, dtype)
     student = _linear_class(source)(description, source.tokenizer, model)
     student.early_heads.load_state_dict(heads)
     student.early_heads.to(dtype)
@@ -93,7 +93,7 @@ def _read_linear(source: Source, description: StudentDescription, heads: Heads, 
 def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Student:
     if source.is_seq2seq or source.is_decoder:
         raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: {_PROMPTED_ONLY}")
-    model = source.start(AutoModel, attn_implementation=GATED)
+    model = source.start(AutoModel, settings.take_layers, attn_implementation=GATED)
     student = SimilarityStudent(
         _describe(settings, model.config.num_hidden_layers),
         source.tokenizer,
@@ -111,7 +111,7 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
 
 
 def _read_similarity(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
-    backbone = source.load(AutoModel, dtype, attn_implementation=GATED)
+    backbone = source.read(AutoModel, dtype, attn_implementation=GATED)
     student = SimilarityStudent(description, source.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
     with torch.no_grad():
         for name, parameter in student.head_parameters().items():
@@ -125,7 +125,7 @@ def _start_prompted(source: Source, settings: StudentSettings, prompt: StudentPr
             f"{settings.base}: a {source.config.model_type} is no language model that goes on with a text, so "
             f"{settings.head} has nothing to read; use head: linear"
         )
-    model = source.start(_language_model(source))
+    model = source.start(_language_model(source), settings.take_layers)
     description = _describe(settings, model.config.num_hidden_layers, prompt=prompt)
     student = PromptedStudent(description, source.tokenizer, model)
     (bare,) = student.encode(["a " * settings.max_query_length], [""])
@@ -138,7 +138,7 @@ def _start_prompted(source: Source, settings: StudentSettings, prompt: StudentPr
 
 
 def _read_prompted(source: Source, description: StudentDescription, _: Heads, dtype: torch.dtype) -> Student:
-    return PromptedStudent(description, source.tokenizer, source.load(_language_model(source), dtype))
+    return PromptedStudent(description, source.tokenizer, source.read(_language_model(source), dtype))
 
 
 def _language_model(source: Source) -> type:

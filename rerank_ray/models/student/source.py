@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from rerank_ray.errors import ModelError
 from rerank_ray.models.loading import load
 from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.models.student import lora
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -53,11 +55,24 @@ class Source:
     def load(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
         return load(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
 
-    def start(self, auto_class, **arguments) -> PreTrainedModel:
-        """The pretrained weights in float32, for training.
+    def read(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
+        """A saved student's model; adapters that were saved alone are added to the model they are for."""
+        folder = self.resolved.folder
+        if not (folder / lora.CONFIG).exists():
+            return self.load(auto_class, dtype, **arguments)
+        adapter = json.loads((folder / lora.CONFIG).read_text())
+        location = {"path": adapter["base_model_name_or_path"], "revision": adapter["revision"]}
+        base = Source.open(self.settings.model_copy(update=location))
+        return lora.with_adapter(base.load(auto_class, dtype, config=self.config, **arguments), folder)
+
+    def start(self, auto_class, layers: int | Sequence[int] | None, **arguments) -> PreTrainedModel:
+        """The pretrained weights in float32, for training; `new_names` of it are the parameters they did not have.
+
+        Args:
+            layers: those to take, `take_layers` of the settings.
 
         Raises:
-            ModelError: they are not those of the architecture that the config names.
+            ModelError: they are not those of the architecture that the config names, or lack a layer.
         """
         model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
         stack = {f"{prefix}.{name}" for prefix, module in _layer_lists(model) for name, _ in module.named_parameters()}
@@ -75,7 +90,17 @@ class Source:
         # Weights that were stored packed (GGUF) are not any more.
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
+        model.new_names = frozenset(info["missing_keys"])
+        if layers is not None:
+            take_layers(model, _chosen(layers, len(layers_of(model))))
         return model
+
+
+def _chosen(layers: int | Sequence[int], depth: int) -> Sequence[int]:
+    chosen = range(layers, depth + 1, layers) if isinstance(layers, int) else layers
+    if not chosen or list(chosen) != sorted(set(chosen)) or chosen[-1] > depth:
+        raise ModelError(f"take_layers: {layers}: give ascending layers of 1..{depth}, or a number up to {depth}")
+    return chosen
 
 
 def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

@@ -1,0 +1,50 @@
+"""What of a student is trained: all of it, parts of it, or low-rank adapters."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.student import lora
+from rerank_ray.models.student.base import Student
+from rerank_ray.models.student.source import layers_of
+from rerank_ray.settings.distill import FreezeSettings, StudentSettings
+
+
+def adapt(student: Student, settings: StudentSettings) -> None:
+    """Set dropout, freeze what is not trained, add adapters, and switch gradient checkpointing on.
+
+    Raises:
+        ModelError: more layers to freeze than there are, adapters that fit no layer, or nothing left to train.
+    """
+    if settings.dropout is not None:
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+    _freeze(student.pretrained, settings.freeze)
+    if settings.lora is not None:
+        new = student.new_parameters()
+        lora.add_adapters(student.pretrained, settings.lora, base=settings.base, revision=settings.revision)
+        for parameter in new:
+            parameter.requires_grad_(True)
+        student.saves_adapter = settings.lora.save == "adapter"
+    if settings.gradient_checkpointing:
+        student.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not trained_parameters(student):
+        raise ModelError("freeze: nothing is left to train")
+
+
+def trained_parameters(student: Student) -> list[nn.Parameter]:
+    return [p for p in student.parameters() if p.requires_grad]
+
+
+def _freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
+    if settings.embeddings:
+        embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+        embeddings.requires_grad_(False)
+    if settings.layers:
+        layers = layers_of(model)
+        if settings.layers > len(layers):
+            raise ModelError(f"freeze.layers: {settings.layers}: the model has {len(layers)} layers")
+        layers[: settings.layers].requires_grad_(False)
