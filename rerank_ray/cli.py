@@ -159,6 +159,13 @@ def _add_audit(commands) -> None:
     shuffle.add_argument("--seed", type=int, default=0, metavar="N")
     shuffle.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
     shuffle.set_defaults(command=_shuffle)
+    exits = commands.add_parser("calibrate-exit", help="when a layer-wise student may stop early, for a stated loss")
+    exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the thresholds")
+    exits.add_argument("--labels", required=True, metavar="RUN", help="label run on queries it was not trained on")
+    exits.add_argument("--max-loss", type=float, required=True, metavar="L", help="nDCG@10 that may be lost on average")
+    exits.add_argument("--gains", choices=["teacher", "labels"], default="teacher", help="what nDCG@10 is against")
+    exits.add_argument("--limit", type=int, metavar="N", help="read so many rows at most")
+    exits.set_defaults(command=_calibrate_exit)
     selectivity = commands.add_parser("selectivity", help="the threshold of selective reranking that keeps to a budget")
     selectivity.add_argument("label_run", metavar="RUN", help="label run of the cheap ranker")
     selectivity.add_argument("--budget", type=float, required=True, metavar="SHARE", help="of the queries, 0 to 1")
@@ -298,6 +305,23 @@ def _selectivity(options: argparse.Namespace, console: Console) -> None:
     share = f"{found.selected:,} of {found.queries:,} queries ({found.selected / found.queries:.1%})"
     console.print(f"threshold: {found.threshold!r}", highlight=False)
     console.print(f"sends {share} to the expensive ranker, k {options.k}, {options.criterion}", highlight=False)
+
+
+def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.calibrate_exit import calibrate_exit
+
+    names = ("student", "labels", "max_loss", "gains", "limit")
+    report = calibrate_exit(**{name: getattr(options, name) for name in names})
+    found = report.calibration
+    for number, layer in enumerate(report.layers):
+        threshold = f"threshold {found.thresholds[number]:.4f}" if layer != report.layers[-1] else "the last"
+        told = f"nDCG@10 {report.ndcg[number]:.4f}, {found.left[number]:.0%} of {report.lists} lists leave, {threshold}"
+        console.print(f"layer {layer}: {told}", highlight=False)
+    console.print(
+        f"{report.layers_computed:.0%} of the layers are computed; nDCG@10 lost: {found.loss:.4f}, below "
+        f"{found.loss_bound:.4f} with 90 % confidence",
+        highlight=False,
+    )
 
 
 def _prompt_show(options: argparse.Namespace, console: Console) -> None:

@@ -69,7 +69,7 @@ class RankStage:
         if error is not None:
             return Ranking(query_id=query_id, doc_ids=(), scores=None, model=self.ranker.name, error=error)
         ranking = ranking_of(result.request, result.scores, self.ranker.name)
-        return replace(ranking, exit_layer=self.ranker.exit_layer)
+        return ranking if self.ranker.exit_layer is None else replace(ranking, exit_layer=self.ranker.exit_layer)
 
 
 def _parse(row: dict) -> CandidateList | RowError:

@@ -6,32 +6,40 @@ from collections.abc import Sequence
 
 import torch
 
+from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.protocol import Answer, Pair, Result
+from rerank_ray.models.adaptive_exit import AdaptiveExit
+from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.student import load_student
+from rerank_ray.models.student import Student, load_student
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import CrossEncoderSettings
 
 
 class CrossEncoder:
-    """Answers `Pair` with a checkpoint's raw score, or with a layer-wise student's at its exit layer."""
-
-    answers = frozenset({Pair})
+    """Answers `Pair` with a checkpoint's raw score, or with a layer-wise student's at its exit layer; `PairList`, where
+    the exit is adaptive."""
 
     def __init__(self, settings: CrossEncoderSettings) -> None:
         self.name = f"cross_encoder:{resolve(settings).identity}"
         self.device = engine.pick_device(settings.device)
         student = load_student(settings, dtype=engine.pick_dtype(settings.dtype, self.device))
+        self.adaptive = _adaptive(settings, student) if settings.exit_layer == "adaptive" else None
         self.exit_layer = None
-        if settings.exit_layer is not None or len(student.layers) > 1:
+        if self.adaptive is None and (settings.exit_layer is not None or len(student.layers) > 1):
             self.exit_layer = settings.exit_layer or student.layers[-1]
-            student = student.truncated(self.exit_layer)
-        self.student = student.to(self.device)
-        self.parameters = engine.count_parameters(self.student)
+            student = student.truncated(self.exit_layer, alone=True)
+        self.answers = frozenset({Pair} if self.adaptive is None else {PairList})
+        self.parameters = engine.count_parameters(student)
+        # With adaptive exits its parts do the work, and the whole only tokenises.
+        self.student = student if self.adaptive else student.to(self.device)
+        if self.adaptive is not None:
+            self.adaptive.to(self.device)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
-    def run(self, calls: Sequence[Pair]) -> list[Result]:
+    def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:
+        if self.adaptive is not None:
+            return self._run_lists(calls)
         encoded = self.student.encode([c.query for c in calls], [c.text for c in calls])
         lengths = [len(e["input_ids"]) for e in encoded]
         scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
@@ -40,7 +48,25 @@ class CrossEncoder:
             for score, length in zip(scores, lengths, strict=True)
         ]
 
+    def _run_lists(self, calls: Sequence[PairList]) -> list[Result]:
+        lists = [self.student.encode([c.query] * len(c.texts), list(c.texts)) for c in calls]
+        tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
+        return [
+            Answer(value=result, usage=Usage(calls=len(pairs), prompt_tokens=count))
+            for result, pairs, count in zip(self.adaptive.run(lists, self.runner), lists, tokens, strict=True)
+        ]
+
     @torch.inference_mode()
     def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
         inputs = {k: v.to(self.device) for k, v in self.student.collate(encoded).items()}
         return self.student(**inputs)[-1].float().tolist()
+
+
+def _adaptive(settings: CrossEncoderSettings, student: Student) -> AdaptiveExit:
+    thresholds = student.description.exit_thresholds
+    if thresholds is None:
+        raise ModelError(
+            f"{settings.path}: exit_layer: adaptive: the student has no thresholds; find them on held-out lists with "
+            f"`rerank-ray calibrate-exit {settings.path} --labels RUN --max-loss 0.01`"
+        )
+    return AdaptiveExit(student, thresholds)

@@ -95,6 +95,15 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairList:
+    """Relevance of each of a list's texts to a query, at the layer where the list's order is settled; value: a tuple of
+    floats, one a text, and that layer."""
+
+    query: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Embed:
     """Embedding of a text as `role` query or document; value: tuple of floats of unit length.
 
@@ -115,7 +124,7 @@ class EmbedTokens:
     role: str
 
 
-Call = NextToken | LogLikelihood | Generate | Attention | Pair | Embed | EmbedTokens
+Call = NextToken | LogLikelihood | Generate | Attention | Pair | PairList | Embed | EmbedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

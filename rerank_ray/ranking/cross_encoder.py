@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from rerank_ray.models.protocol import Backend, Pair
-from rerank_ray.ranking.pointwise import Steps, score_each
-from rerank_ray.records import CandidateList
+from dataclasses import replace
+
+from rerank_ray.errors import RowError
+from rerank_ray.models.protocol import Backend, Failure, Pair, PairList
+from rerank_ray.ranking.pointwise import Steps, score_each, scores_from
+from rerank_ray.records import CandidateList, Scores
 from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 
 class CrossEncoderRanker:
-    """Score = the model's raw output for (query, document)."""
-
-    needs = frozenset({Pair})
+    """Score = the model's raw output for (query, document); of a student with adaptive exits, at one layer for all of a
+    query's documents."""
 
     def __init__(self, settings: CrossEncoderRankerSettings, backend: Backend) -> None:
+        self.adaptive = PairList in backend.answers
+        self.needs = frozenset({PairList if self.adaptive else Pair})
         layer = "" if backend.exit_layer is None else f":layer={backend.exit_layer}"
         self.name = f"cross_encoder:{backend.name.removeprefix('cross_encoder:')}{layer}"
 
     def rank(self, request: CandidateList) -> Steps:
+        if self.adaptive:
+            return self._rank_list(request)
         calls = [Pair(query=request.query.text, text=c.contents) for c in request.candidates]
         return score_each(request, calls, lambda score: score)
+
+    def _rank_list(self, request: CandidateList) -> Steps:
+        texts = tuple(c.contents for c in request.candidates)
+        if not texts:
+            return Scores(scores=())
+        (result,) = yield [PairList(query=request.query.text, texts=texts)]
+        if isinstance(result, Failure):
+            raise RowError(result.reason)
+        values, layer = result.value
+        return replace(scores_from(request, values), exit_layer=layer)

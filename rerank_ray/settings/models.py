@@ -64,8 +64,9 @@ class CrossEncoderSettings(ModelSettings):
     """A cross-encoder: a sequence-classification checkpoint with one output, or a student of ours."""
 
     kind: Literal["cross_encoder"] = "cross_encoder"
-    exit_layer: PositiveInt | None = None
-    """Layer-wise students only: the layer to stop at; null is the last."""
+    exit_layer: PositiveInt | Literal["adaptive"] | None = None
+    """Layer-wise students only: the layer to stop at; null is the last. `adaptive` stops at the first layer where a
+    list's order is settled, by the thresholds that `rerank-ray calibrate-exit` wrote into the student."""
 
 
 class ScalarHeadSettings(ModelSettings):

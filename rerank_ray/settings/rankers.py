@@ -18,9 +18,9 @@ from rerank_ray.settings.models import (
     LayerwiseSettings,
     ScalarHeadSettings,
 )
+from rerank_ray.uncertainty import UncertaintyCriterion
 
 FusionMethod = Literal["zscore", "minmax", "rrf", "borda", "kemeny"]
-UncertaintyCriterion = Literal["entropy", "margin"]
 
 
 class YesNoSettings(Settings):

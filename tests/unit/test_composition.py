@@ -18,7 +18,7 @@ from rerank_ray import config
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.fake import Fake
 from rerank_ray.ranking import rankers
-from rerank_ray.ranking.composition import Cascade, Child, Ensemble, Selective, uncertainty_of
+from rerank_ray.ranking.composition import Cascade, Child, Ensemble, Selective
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores, Usage, ranking_of
@@ -38,6 +38,7 @@ from rerank_ray.settings.rankers import (
     YesNoSettings,
 )
 from rerank_ray.stages import RankStage
+from rerank_ray.uncertainty import uncertainty_of
 
 NAN = math.nan
 FIRST = FirstStageSettings()

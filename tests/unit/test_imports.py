@@ -17,7 +17,7 @@ ROOT = Path(rerank_ray.__file__).parent
 
 # Brackets of ARCHITECTURE.md, lowest first: a module imports from lower brackets, and from its own package.
 BRACKETS = [
-    ["errors", "records"],
+    ["errors", "records", "uncertainty"],
     ["storage"],
     ["schema", "config"],
     ["settings", "runs"],
@@ -25,7 +25,7 @@ BRACKETS = [
     ["retrieval"],
     ["ranking", "distill"],
     ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity", "prompt"],
-    ["audit", "ingest_labels", "convert"],
+    ["audit", "ingest_labels", "convert", "calibrate_exit"],
     ["execution"],
     ["quickstart"],
     ["cli"],

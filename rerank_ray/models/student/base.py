@@ -52,6 +52,8 @@ class StudentDescription(Settings):
     document_prefix: str = ""
     prompt: StudentPrompt | None = None
     """Of heads yes_no and token_logit."""
+    exit_thresholds: tuple[float, ...] | None = None
+    """Of adaptive exits, one for each of `layers` but the last (`exit_thresholds.calibrate`)."""
     version: int = 1
 
 
@@ -97,8 +99,12 @@ class Student(nn.Module):
             )
         return batch
 
-    def truncated(self, layer: int) -> Student:
-        """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed."""
+    def truncated(self, layer: int, *, alone: bool = False) -> Student:
+        """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.
+
+        Args:
+            alone: without the heads of earlier layers: an ordinary cross-encoder.
+        """
         raise NotImplementedError  # abstract
 
     @property
@@ -146,8 +152,9 @@ def check_layer(layer: int, layers: Sequence[int]) -> None:
         raise ModelError(f"exit_layer: {layer}: this student has heads on layers {list(layers)}")
 
 
-def described_at(description: StudentDescription, layers: Sequence[int], layer: int) -> StudentDescription:
-    return description.model_copy(update={"layers": tuple(n for n in layers if n <= layer)})
+def described_at(description: StudentDescription, layer: int, *, alone: bool) -> StudentDescription:
+    kept = (layer,) if alone else tuple(n for n in description.layers if n <= layer)
+    return description.model_copy(update={"layers": kept, "exit_thresholds": None})
 
 
 def collate_causal(encoded: Sequence[dict[str, list[int]]], limit: int | None) -> dict[str, torch.Tensor]:

@@ -60,13 +60,13 @@ class LinearStudent(Student):
             scores = [self.early_heads[str(n)](output.hidden_states[n])[:, 0] for n in self.layers[:-1]] + scores
         return torch.stack(scores)
 
-    def truncated(self, layer: int) -> LinearStudent:
+    def truncated(self, layer: int, *, alone: bool = False) -> LinearStudent:
         check_layer(layer, self.layers)
         model = copy.deepcopy(self.model)
         if layer != self.layers[-1]:
             classification_head(model).load_state_dict(self.early_heads[str(layer)].state_dict())
         keep_layers(model, layer)
-        student = type(self)(described_at(self.description, self.layers, layer), self.tokenizer, model)
+        student = type(self)(described_at(self.description, layer, alone=alone), self.tokenizer, model)
         for n, head in student.early_heads.items():
             head.load_state_dict(self.early_heads[n].state_dict())
         return student.eval()

@@ -160,18 +160,18 @@ class SimilarityStudent(Student):
             similarity = cosine + self.interaction[i] * maxsim.float()
             return self.log_scale[i].exp() * similarity + hidden[:, 0] @ self.linear[i]
 
-    def truncated(self, layer: int) -> SimilarityStudent:
+    def truncated(self, layer: int, *, alone: bool = False) -> SimilarityStudent:
         check_layer(layer, self.layers)
         backbone = copy.deepcopy(self.backbone)
         keep_layers(backbone, layer)
-        description = described_at(self.description, self.layers, layer)
+        description = described_at(self.description, layer, alone=alone)
         student = SimilarityStudent(description, self.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
-        count = len(description.layers)
+        kept = [self.layers.index(n) for n in description.layers]
         with torch.no_grad():
             student.gate.copy_(self.gate[:layer])
-            student.log_scale.copy_(self.log_scale[:count])
-            student.interaction.copy_(self.interaction[:count])
-            student.linear.copy_(self.linear[:count])
+            student.log_scale.copy_(self.log_scale[kept])
+            student.interaction.copy_(self.interaction[kept])
+            student.linear.copy_(self.linear[kept])
         return student.eval()
 
     def new_parameters(self) -> list[nn.Parameter]:

@@ -1,0 +1,106 @@
+"""Adaptive exits of a layer-wise student, calibrated on held-out lists (`rerank-ray calibrate-exit`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from rerank_ray.distill.targets import validation_ndcg
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.models import engine
+from rerank_ray.models.adaptive_exit import exit_uncertainty
+from rerank_ray.models.exit_thresholds import ExitCalibration, calibrate
+from rerank_ray.models.student import Student, load_student
+from rerank_ray.models.student.base import DESCRIPTION
+from rerank_ray.runs import resolve_input
+from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
+from rerank_ray.settings.models import ModelSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was found, on how many lists."""
+
+    layers: tuple[int, ...]
+    lists: int
+    ndcg: tuple[float, ...]
+    """Mean nDCG@10 at each layer."""
+    calibration: ExitCalibration
+
+    @property
+    def layers_computed(self) -> float:
+        """Mean share of the layers that are computed."""
+        return float(np.dot(self.calibration.left, np.array(self.layers) / self.layers[-1]))
+
+
+def calibrate_exit(
+    student: str,
+    labels: str,
+    max_loss: float,
+    gains: Literal["teacher", "labels"] = "teacher",
+    limit: int | None = None,
+) -> Report:
+    """Find the thresholds and write them into the student's folder, from where `exit_layer: adaptive` reads them.
+
+    Args:
+        student: its folder.
+        labels: a label run on queries that the student was not trained on.
+        max_loss: nDCG@10 that lists may lose on average against the last layer, with 90 % confidence.
+        gains: nDCG@10 against the teacher (its rank r has gain 11 − r for r ≤ 10) or against known gains.
+        limit: read so many rows at most.
+
+    Raises:
+        ConfigError: not a layer-wise student, or a negative loss.
+        InputError: fewer than two lists have a gain.
+    """
+    description = Path(student, DESCRIPTION)
+    if not description.exists():
+        raise ConfigError(f"{student}: not a student of ours: it has no {DESCRIPTION}")
+    if max_loss < 0:
+        raise ConfigError(f"--max-loss {max_loss}: the nDCG@10 that may be lost is 0 or more")
+    device = engine.pick_device("auto")
+    model = load_student(ModelSettings(path=student), dtype=engine.pick_dtype("auto", device)).to(device)
+    if len(model.layers) == 1:
+        raise ConfigError(f"{student}: it has a head on its last layer alone: distil with student.layers")
+    data = resolve_input(labels)
+    inspect_input(data, LABELS)
+    uncertainty, ndcg = _measure(model, data, gains, limit)
+    if len(ndcg) < 2:
+        raise InputError(f"{labels}: {len(ndcg)} lists have a gain ({gains}); at least two are needed to calibrate on")
+    found = calibrate(uncertainty, ndcg[:, -1:] - ndcg[:, :-1], max_loss)
+    changed = json.loads(description.read_text()) | {"exit_thresholds": found.thresholds}
+    description.write_text(json.dumps(changed, indent=2) + "\n")
+    return Report(layers=model.layers, lists=len(ndcg), ndcg=tuple(ndcg.mean(0).tolist()), calibration=found)
+
+
+@torch.inference_mode()
+def _measure(student: Student, data: str, gains: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of every list with a gain: its uncertainty [lists, early exits] and its nDCG@10 [lists, exits]."""
+    device = next(student.parameters()).device
+    runner = engine.BatchRunner(None, device)
+    uncertainty, ndcg = [], []
+    for row in islice(read_rows(data, LABELS.names), limit):
+        if row["error"] is not None:
+            continue
+        labels = labels_from_row(row)
+        texts = [c.contents for c in labels.candidate_list.candidates]
+        encoded = student.encode([labels.candidate_list.query.text] * len(texts), texts)
+
+        def forward(batch: Sequence[int], encoded=encoded) -> list[list[float]]:
+            inputs = {k: v.to(device) for k, v in student.collate([encoded[i] for i in batch]).items()}
+            return student(**inputs).float().T.tolist()
+
+        by_layer = np.array(runner.run([len(e["input_ids"]) for e in encoded], forward)).T
+        values = [validation_ndcg(labels, scores, gains) for scores in by_layer]
+        if values[0] is not None:
+            uncertainty.append([exit_uncertainty(scores) for scores in by_layer[:-1]])
+            ndcg.append(values)
+    exits = len(student.layers)
+    return np.array(uncertainty).reshape(-1, exits - 1), np.array(ndcg).reshape(-1, exits)
