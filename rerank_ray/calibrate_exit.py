@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from rerank_ray import config
+from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models import engine
@@ -19,8 +21,10 @@ from rerank_ray.models.adaptive_exit import exit_uncertainty
 from rerank_ray.models.exit_thresholds import ExitCalibration, calibrate
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import DESCRIPTION
-from rerank_ray.runs import resolve_input
+from rerank_ray.records import Labels
+from rerank_ray.runs import CONFIG, resolve_input
 from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
+from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -42,7 +46,7 @@ class Report:
 
 def calibrate_exit(
     student: str,
-    labels: str,
+    labels: str | None,
     max_loss: float,
     gains: Literal["teacher", "labels"] = "teacher",
     limit: int | None = None,
@@ -51,7 +55,8 @@ def calibrate_exit(
 
     Args:
         student: its folder.
-        labels: a label run on queries that the student was not trained on.
+        labels: a label run on queries that the student was not trained on; None takes the queries that the student's
+            own distillation run, whose folder it lies in, held out.
         max_loss: nDCG@10 that lists may lose on average against the last layer, with 90 % confidence.
         gains: nDCG@10 against the teacher (its rank r has gain 11 − r for r ≤ 10) or against known gains.
         limit: read so many rows at most.
@@ -69,27 +74,40 @@ def calibrate_exit(
     model = load_student(ModelSettings(path=student), dtype=engine.pick_dtype("auto", device)).to(device)
     if len(model.layers) == 1:
         raise ConfigError(f"{student}: it has a head on its last layer alone: distil with student.layers")
-    data = resolve_input(labels)
-    inspect_input(data, LABELS)
-    uncertainty, ndcg = _measure(model, data, gains, limit)
+    lists = _held_out(Path(student).parent) if labels is None else _labelled(labels)
+    uncertainty, ndcg = _measure(model, islice(lists, limit), gains)
     if len(ndcg) < 2:
-        raise InputError(f"{labels}: {len(ndcg)} lists have a gain ({gains}); at least two are needed to calibrate on")
+        raise InputError(
+            f"{labels or student}: {len(ndcg)} lists have a gain ({gains}); at least two are needed to calibrate on"
+        )
     found = calibrate(uncertainty, ndcg[:, -1:] - ndcg[:, :-1], max_loss)
     changed = json.loads(description.read_text()) | {"exit_thresholds": found.thresholds}
     description.write_text(json.dumps(changed, indent=2) + "\n")
     return Report(layers=model.layers, lists=len(ndcg), ndcg=tuple(ndcg.mean(0).tolist()), calibration=found)
 
 
+def _labelled(labels: str) -> Iterator[Labels]:
+    data = resolve_input(labels)
+    inspect_input(data, LABELS)
+    return (labels_from_row(row) for row in read_rows(data, LABELS.names) if row["error"] is None)
+
+
+def _held_out(run: Path) -> Iterator[Labels]:
+    """The lists that a distillation run kept out of training."""
+    if not (run / CONFIG).exists():
+        raise ConfigError(f"{run}: not a distillation run: name held-out lists with --labels")
+    settings = config.load(DistillSettings, run / CONFIG)
+    data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    return data.reader().read(data.validation)
+
+
 @torch.inference_mode()
-def _measure(student: Student, data: str, gains: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _measure(student: Student, lists: Iterable[Labels], gains: str) -> tuple[np.ndarray, np.ndarray]:
     """Of every list with a gain: its uncertainty [lists, early exits] and its nDCG@10 [lists, exits]."""
     device = next(student.parameters()).device
     runner = engine.BatchRunner(None, device)
     uncertainty, ndcg = [], []
-    for row in islice(read_rows(data, LABELS.names), limit):
-        if row["error"] is not None:
-            continue
-        labels = labels_from_row(row)
+    for labels in lists:
         texts = [c.contents for c in labels.candidate_list.candidates]
         encoded = student.encode([labels.candidate_list.query.text] * len(texts), texts)
 

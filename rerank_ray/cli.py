@@ -161,7 +161,7 @@ def _add_audit(commands) -> None:
     shuffle.set_defaults(command=_shuffle)
     exits = commands.add_parser("calibrate-exit", help="when a layer-wise student may stop early, for a stated loss")
     exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the thresholds")
-    exits.add_argument("--labels", required=True, metavar="RUN", help="label run on queries it was not trained on")
+    exits.add_argument("--labels", metavar="RUN", help="other label run (default: what its distillation run held out)")
     exits.add_argument("--max-loss", type=float, required=True, metavar="L", help="nDCG@10 that may be lost on average")
     exits.add_argument("--gains", choices=["teacher", "labels"], default="teacher", help="what nDCG@10 is against")
     exits.add_argument("--limit", type=int, metavar="N", help="read so many rows at most")

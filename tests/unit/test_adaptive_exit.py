@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from fixtures.rows import label_row, make_list, write_labels
 from fixtures.students import DOCUMENTS, QUERIES, scores, start, stirred
 from hypothesis import given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from rerank_ray import cli
 from rerank_ray.calibrate_exit import calibrate_exit
+from rerank_ray.distill.labels import LabelSet
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.adaptive_exit import AdaptiveExit, _parts, exit_uncertainty
 from rerank_ray.models.cross_encoder import CrossEncoder
@@ -23,6 +25,8 @@ from rerank_ray.models.exit_thresholds import exit_of
 from rerank_ray.models.student import Student
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
+from rerank_ray.schema import LABELS, read_rows
+from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import CrossEncoderSettings
 from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
@@ -150,6 +154,24 @@ def test_calibration_is_kept_by_the_ranker(calibrated: tuple[Path, str], capsys:
             CrossEncoderRankerSettings(model=model.model_copy(update={"exit_layer": outcome.scores.exit_layer}))
         )
         assert outcome.scores.scores == pytest.approx(fixed.rank([request])[0].scores.scores, abs=1e-4)
+
+
+def test_the_lists_that_the_distillation_held_out(calibrated: tuple[Path, str], tmp_path: Path):
+    """A quarter of 16 queries, by the run's own split; beside no run, lists have to be named."""
+    folder, labels = calibrated
+    with pytest.raises(ConfigError, match=r"not a distillation run: name held-out lists with --labels"):
+        calibrate_exit(str(folder), None, 0.2)
+    settings = DistillSettings.model_validate(
+        {"input": [labels], "student": {"base": "x", "head": "similarity"}, "validation": {"fraction": 0.25}, "seed": 3}
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    held_out = LabelSet.open([labels], 0.25, 3).validation
+    report = calibrate_exit(str(folder), None, 0.2)
+    assert report.lists == len(held_out) >= 2
+    names = {row.candidate_list.query.query_id for row in LabelSet.open([labels], 0.25, 3).reader().read(held_out)}
+    rows = [row for row in read_rows(labels, LABELS.names) if row["query_id"] in names]
+    chosen = write_labels(tmp_path / "chosen", rows)
+    assert calibrate_exit(str(folder), chosen, 0.2).ndcg == pytest.approx(report.ndcg)
 
 
 def test_what_cannot_be_calibrated(calibrated: tuple[Path, str], tiny_bert: Path, tmp_path: Path):

@@ -1,0 +1,92 @@
+"""Adaptive exits on real lists: what they save, and what they lose against computing all layers.
+
+    RERANK_RAY_DATA=DIR python benchmarks/adaptive_exit.py RUN [--max-loss 0.03] [--rounds 3]
+
+RUN is the distillation run of a layer-wise student, as `rerank-ray pipeline configs/pipelines/trec-dl.yaml` leaves it.
+The thresholds are found on the queries that it held out (they stay in its student's folder) and tried on BM25's lists
+of TREC-DL 2019, whose qrels measure what was lost. Seconds are those of the process, on one thread: all layers, each
+exit, and adaptive exits in alternation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from harness import publish, ratio, trec_dl_lists
+
+from rerank_ray.calibrate_exit import calibrate_exit
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.formats.qrels import read_qrels
+from rerank_ray.metrics.evaluation import evaluate_rankings
+from rerank_ray.ranking.rankers import Ranker
+from rerank_ray.ranking.scheduler import Outcome
+from rerank_ray.records import ranking_of
+from rerank_ray.settings.rankers import CrossEncoderRankerSettings
+
+QUERIES = 43
+METRIC = "ndcg@10"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--max-loss", type=float, default=0.03)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    requests = trec_dl_lists(QUERIES, 100)
+    qrels = read_qrels(f"{os.environ['RERANK_RAY_DATA']}/trec-dl/qrels.dl19-passage.txt", BadLines())
+    student = Path(options.run, "student")
+    report = calibrate_exit(str(student), None, options.max_loss)
+    layers = report.layers
+    chosen = {
+        f"all {layers[-1]} layers": layers[-1],
+        **{f"exit at layer {n}": n for n in layers[:-1]},
+        "adaptive exit": "adaptive",
+    }
+    rankers = {name: Ranker(settings(student, layer)) for name, layer in chosen.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in rankers}
+    outcomes: dict[str, list[Outcome]] = {}
+    for number in range(options.rounds + 1):
+        for name, ranker in rankers.items():
+            started = time.process_time()
+            outcomes[name] = ranker.rank(requests)
+            if number:  # the first round warms everything up
+                seconds[name].append(time.process_time() - started)
+    whole = next(iter(rankers))
+    rows = {
+        name: {
+            METRIC: f"{ndcg(outcomes[name], qrels):.4f}",
+            "mean layer": f"{statistics.mean(o.scores.exit_layer or chosen[name] for o in outcomes[name]):.2f}",
+            "pairs/s": sum(map(len, requests)) / statistics.median(seconds[name]),
+            "times as fast": ratio(seconds[whole], seconds[name]),
+        }
+        for name in rankers
+    }
+    publish(
+        "adaptive_exit",
+        title="Adaptive exits of a layer-wise student",
+        about=f"BM25's lists of TREC-DL 2019, one thread, CPU seconds. Calibrated on {report.lists} held-out lists for "
+        f"a loss of at most {options.max_loss} nDCG@10 with 90 % confidence.",
+        rows=rows,
+        facts={"thresholds": report.calibration.thresholds, "loss on the calibration lists": report.calibration.loss},
+    )
+
+
+def settings(student: Path, layer: int | str) -> CrossEncoderRankerSettings:
+    model = {"kind": "cross_encoder", "path": str(student), "max_length": 256, "exit_layer": layer}
+    return CrossEncoderRankerSettings.model_validate({"model": model})
+
+
+def ndcg(outcomes: list[Outcome], qrels) -> float:
+    rankings = {o.request.query.query_id: ranking_of(o.request, o.scores, "").doc_ids for o in outcomes}
+    return evaluate_rankings(qrels, {"": rankings}, [METRIC])[""].means[METRIC]
+
+
+if __name__ == "__main__":
+    main()
