@@ -20,7 +20,7 @@ from rerank_ray.errors import RunError
 
 CONFIG, STATE = "config.yaml", "run.json"
 _VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
-_CHANGEABLE = ("execution", "limits")
+_CHANGEABLE = ("execution", "limits", "store")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class RunFolder:
     def start(self, kind: str, settings: Settings, inputs: dict[str, str]) -> dict:
         """Create the run or check that it may be resumed; returns its state before this start.
 
-        `execution` and `limits` may change between starts; anything that changes an output may not.
+        `execution`, `limits` and `store` may change between starts; anything that changes an output may not.
 
         Args:
             kind: the job's name.

@@ -9,6 +9,7 @@ from typing import Literal
 import pyarrow as pa
 
 from rerank_ray.errors import RowError
+from rerank_ray.label_store import LabelStore
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Ranking, ranking_of
@@ -29,8 +30,10 @@ class RankStage:
     A row that breaks the contract, or that the ranker can't score, becomes a row with `error`; nothing is dropped.
     """
 
-    def __init__(self, ranker: RankerSettings, output: Literal["labels", "rankings"]) -> None:
-        self.ranker = Ranker(ranker)
+    def __init__(
+        self, ranker: RankerSettings, output: Literal["labels", "rankings"], store: LabelStore | None = None
+    ) -> None:
+        self.ranker = Ranker(ranker, store=store)
         self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -52,19 +52,29 @@ def make_directory(uri: str | os.PathLike[str]) -> None:
 
 
 def read_text(uri: str | os.PathLike[str]) -> str:
+    return read_bytes(uri).decode("utf-8")
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     fs, path = open_filesystem(uri)
-    with fs.open_input_stream(path) as stream:
-        return stream.read().decode("utf-8")
+    # Whatever its name ends in, a file's own bytes.
+    with fs.open_input_stream(path, compression=None) as stream:
+        return stream.read()
 
 
 def write_text(uri: str | os.PathLike[str], text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never half of it."""
+    write_bytes(uri, text.encode("utf-8"))
+
+
+def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never half of it."""
     fs, path = open_filesystem(uri)
     fs.create_dir(posixpath.dirname(path), recursive=True)
     # A local rename is atomic; object stores have no rename, but there a put becomes visible only when complete.
     target = path + ".tmp" if isinstance(fs, pafs.LocalFileSystem) else path
     with fs.open_output_stream(target) as stream:
-        stream.write(text.encode("utf-8"))
+        stream.write(data)
     if target != path:
         fs.move(target, path)
 

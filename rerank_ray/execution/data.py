@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
+from dataclasses import asdict
 from typing import Literal
 
 import pyarrow as pa
@@ -17,10 +19,11 @@ from rerank_ray.accounting import Counts, count_output, drop_errors
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay
+from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, InputSummary
-from rerank_ray.settings.jobs import ExecutionSettings
+from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.stages import RankStage
 
@@ -37,12 +40,15 @@ class RankWorker:
         execution: ExecutionSettings,
         attempts_uri: str,
         counter: ray.actor.ActorHandle,
+        store: StoreSettings | None,
     ) -> None:
         import torch
 
         if not execution.gpus_per_actor:
             torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
-        stage = RankStage(ranker, output)
+        self._store = None if store is None else LabelStore(store)
+        self._id = uuid.uuid4().hex
+        stage = RankStage(ranker, output, self._store)
         self._guard = CrashGuard(stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
         counter.describe.remote(stage.ranker.name, stage.ranker.parameters)
@@ -55,6 +61,8 @@ class RankWorker:
         usage = result["usage"].to_pylist() if "usage" in result.column_names else []
         tokens = sum(u["prompt_tokens"] - u["cached_tokens"] + u["output_tokens"] for u in usage)
         self._counter.add.remote(rows=result.num_rows, pairs=pairs, tokens=tokens, started=started, ended=ended)
+        if self._store is not None:
+            self._counter.store_counts.remote(self._id, asdict(self._store.counts))
         return result
 
 
@@ -67,6 +75,7 @@ def rank_rows(
     execution: ExecutionSettings,
     *,
     retry_errors: bool,
+    store: StoreSettings | None = None,
 ) -> tuple[Counts, dict]:
     """Rank every row that the run's checkpoint does not hold yet; returns the output's totals and this start's timings.
 
@@ -79,7 +88,7 @@ def rank_rows(
     cpus = execution.actors * execution.cpus_per_actor
     with session(cpus), ProgressDisplay(run.uri, source.rows, done) as progress:
         try:
-            _execute(run, source_uri, source, ranker, output, execution, progress)
+            _execute(run, source_uri, source, ranker, output, execution, progress, store)
         except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
             raise RunError(
                 f"{run.uri}: stopped: {root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
@@ -87,6 +96,8 @@ def rank_rows(
             ) from error
         timings = progress.throughput()
     storage.delete_directory(run.path("attempts"))
+    if store is not None:
+        tidy(store)
     timings["seconds_of_last_start"] = round(time.monotonic() - started, 2)
     return count_output(run.data, source.rows), timings
 
@@ -99,6 +110,7 @@ def _execute(
     output: Literal["labels", "rankings"],
     execution: ExecutionSettings,
     progress: ProgressDisplay,
+    store: StoreSettings | None,
 ) -> None:
     _configure(run, execution, source_uri, source)
     fs, _ = storage.open_filesystem(source_uri)
@@ -116,6 +128,7 @@ def _execute(
             "execution": execution,
             "attempts_uri": run.path("attempts", str(run.state()["starts"])),
             "counter": progress.counter,
+            "store": store,
         },
         batch_size=execution.rows_per_batch,
         batch_format="pyarrow",

@@ -14,6 +14,7 @@ from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import check_objective
 from rerank_ray.errors import RunError
 from rerank_ray.formats.trec import write_run
+from rerank_ray.label_store import prepare
 from rerank_ray.models.resolve import resolve
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.runs import RunFolder, resolve_input
@@ -41,6 +42,8 @@ def _rank_job(
     source_uri = resolve_input(settings.input)
     source = inspect_input(source_uri, CANDIDATES)
     preflight(ranker)
+    if settings.store is not None:
+        prepare(settings.store)
     run = RunFolder(uri=run_uri)
     with run.locked():
         before = run.start(kind, settings, {settings.input: source.fingerprint})
@@ -50,7 +53,14 @@ def _rank_job(
         run.update(state="running")
         output = "labels" if kind == "label" else "rankings"
         counts, timings = rank_rows(
-            run, source_uri, source, ranker, output, settings.execution, retry_errors=retry_errors
+            run,
+            source_uri,
+            source,
+            ranker,
+            output,
+            settings.execution,
+            retry_errors=retry_errors,
+            store=settings.store,
         )
         _print_counts(console, run, counts, timings)
         _finish(run, counts, settings.limits, timings)
@@ -87,13 +97,24 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
         "model calls": f"{usage['calls']:,}",
         "prompt tokens": f"{usage['prompt_tokens']:,}, {usage['cached_tokens']:,} of them cached",
         "output tokens": f"{usage['output_tokens']:,}",
+        "label store": _store_line(timings.get("label_store")),
         "seconds of this start": f"{timings['seconds_of_last_start']:,.1f}",
         "output": run.data,
     }
     for name, value in rows.items():
-        if usage["calls"] or not name.endswith(("calls", "tokens")):
+        if value and (usage["calls"] or not name.endswith(("calls", "tokens"))):
             table.add_row(name, value)
     console.print(table)
+
+
+def _store_line(store: dict | None) -> str:
+    """What this start asked of the label store; empty without one."""
+    if not store:
+        return ""
+    calls = store["hits"] + store["misses"]
+    faults = [f"{store[name]:,} {name.replace('_', ' ')}" for name in ("corrupt_segments", "failed_writes")]
+    rate = f" ({store['hit_rate']:.1%})" if calls else ""
+    return ", ".join([f"{store['hits']:,} of {calls:,} calls{rate}", *(f for f in faults if not f.startswith("0 "))])
 
 
 def _defects_line(counts: Counts) -> str:

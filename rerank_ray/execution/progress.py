@@ -21,6 +21,7 @@ class Counter:
     def __init__(self) -> None:
         self.totals = {"rows": 0, "pairs": 0, "tokens": 0, "replica_seconds": 0.0}
         self.model: dict = {}
+        self.stores: dict[str, dict[str, int]] = {}
         self.first_start, self.last_end = math.inf, 0.0
 
     def describe(self, name: str, parameters: int) -> None:
@@ -33,9 +34,14 @@ class Counter:
             self.totals[name] += amount
         self.first_start, self.last_end = min(self.first_start, started), max(self.last_end, ended)
 
+    def store_counts(self, worker: str, counts: dict[str, int]) -> None:
+        """Take what a worker has counted of the label store since it started."""
+        self.stores[worker] = counts
+
     def read(self) -> dict:
         ranking_seconds = max(0.0, self.last_end - self.first_start)
-        return self.totals | {"model": self.model, "ranking_seconds": ranking_seconds}
+        store = {name: sum(c[name] for c in self.stores.values()) for name in next(iter(self.stores.values()), ())}
+        return self.totals | {"model": self.model, "ranking_seconds": ranking_seconds, "store": store}
 
 
 class ProgressDisplay:
@@ -65,11 +71,14 @@ class ProgressDisplay:
         totals = ray.get(self.counter.read.remote())
         seconds = totals["replica_seconds"]
         rate = round(totals["pairs"] / seconds, 2) if seconds else None
+        store = totals["store"]
+        calls = store["hits"] + store["misses"] if store else 0
         return {
             "model": totals["model"],
             "rows_this_start": totals["rows"],
             "pairs_per_replica_second": rate,
             "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
+            "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,
         }
 
     def _show(self) -> None:

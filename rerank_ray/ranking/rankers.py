@@ -9,6 +9,7 @@ from importlib import import_module
 from rerank_ray import storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, RerankRayError
+from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
 from rerank_ray.models.resolve import resolve, resolve_adapter
@@ -97,11 +98,14 @@ class Ranker:
     It is one method on one model, or a composition of other rankers.
     """
 
-    def __init__(self, settings: RankerSettings, loaded: dict[str, Backend] | None = None) -> None:
+    def __init__(
+        self, settings: RankerSettings, loaded: dict[str, Backend] | None = None, store: LabelStore | None = None
+    ) -> None:
         """Load the model, if the method has one, or the rankers that it is made of.
 
         Args:
             loaded: what rankers of the same composition have loaded, by their model's settings: equal ones share it.
+            store: where answers are looked up first, and new ones kept.
 
         Raises:
             ConfigError: the model does not answer a call that the method makes.
@@ -109,19 +113,19 @@ class Ranker:
         """
         loaded = {} if loaded is None else loaded
         if isinstance(settings, CompositionSettings):
-            self._compose(settings, loaded)
+            self._compose(settings, loaded, store)
         else:
-            self._load(settings, loaded)
+            self._load(settings, loaded, store)
 
-    def _compose(self, settings: CompositionSettings, loaded: dict[str, Backend]) -> None:
-        rankers = {path: Ranker(child, loaded) for path, child in settings.children.items()}
+    def _compose(self, settings: CompositionSettings, loaded: dict[str, Backend], store: LabelStore | None) -> None:
+        rankers = {path: Ranker(child, loaded, store) for path, child in settings.children.items()}
         children = {path: Child(path=path, name=r.name, rank=r.rank) for path, r in rankers.items()}
         self._method = method_class(settings.method)(settings, children)
         self._backends = {id(b): b for r in rankers.values() for b in r._backends.values()}
         self.exit_layer = None
         self._rank = self._method.rank
 
-    def _load(self, settings: RankerSettings, loaded: dict[str, Backend]) -> None:
+    def _load(self, settings: RankerSettings, loaded: dict[str, Backend], store: LabelStore | None) -> None:
         method = method_class(settings.method)
         model = getattr(settings, "model", None)
         backend = None if model is None else _load_once(model, loaded)
@@ -133,7 +137,8 @@ class Ranker:
             raise ConfigError(f"method {settings.method} needs {names}, which {backend.name} does not answer")
         self._backends = {} if backend is None else {id(backend): backend}
         self.exit_layer = None if backend is None else backend.exit_layer
-        self._rank = partial(scheduler.run, self._method, backend)
+        asked = backend if backend is None or store is None else StoredBackend(backend, model, store)
+        self._rank = partial(scheduler.run, self._method, asked)
 
     @property
     def name(self) -> str:

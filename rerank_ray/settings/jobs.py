@@ -33,6 +33,20 @@ class ExecutionSettings(Settings):
     """A run in which nothing finished for this long ends with an error."""
 
 
+class StoreSettings(Settings):
+    """Answers of models, shared by any number of jobs and kept between them: a call that is there is not made again.
+
+    It changes no score, so a resumed run may change it. Give hub models a `revision`: without one, answers of an
+    earlier version are taken for the present one's.
+    """
+
+    uri: str
+    """Folder of the store, made if missing: any pyarrow filesystem that every replica sees."""
+    max_gb: PositiveFloat = 2.0
+    """GiB beyond which the oldest answers are dropped. A yes/no answer takes some 50 bytes, and 12 of each replica's
+    memory."""
+
+
 class LimitSettings(Settings):
     """Bounds beyond which a finished job counts as failed; its output is kept."""
 
@@ -52,6 +66,8 @@ class RankJobSettings(Settings):
     """Candidate Parquet: a file, a folder or a run folder."""
     execution: ExecutionSettings = ExecutionSettings()
     limits: LimitSettings = LimitSettings()
+    store: StoreSettings | None = None
+    """The label store: `{uri: FOLDER}`; null asks the model for everything."""
 
 
 class LabelSettings(RankJobSettings):

@@ -208,3 +208,37 @@ def test_an_ensemble_teacher_labels_with_its_disagreement_and_a_bound_for_one_ki
     assert state["state"] == "failed"
     assert state["rates"]["defects"]["unscored"] == {"per_row": 55 / 40, "rows_affected": 0.275}
     assert audit(str(run))["counts"]["errors"] == 11
+
+
+def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates, tmp_path, console):
+    """With 5 % new rows, only those are asked; neither changes a score, and the counts say so."""
+    store = {"uri": str(tmp_path / "store")}
+
+    def run(rows: int, name: str, store: dict | None) -> tuple[dict, dict]:
+        source = make_candidates(rows, name=f"candidates-{rows}")
+        content = label_settings(source).model_dump(mode="json") | {"store": store}
+        jobs.label(config.validate(LabelSettings, content, source="test"), str(tmp_path / name), console)
+        state = json.loads((tmp_path / name / "run.json").read_text())
+        return {i: row["scores"] for i, row in rows_of(tmp_path / name).items()}, state
+
+    plain, state = run(42, "plain", None)
+    assert state["timings"]["label_store"] is None
+    for rows, name, calls, hits in ((40, "first", 200, 0), (40, "second", 0, 200), (42, "third", 10, 200)):
+        scores, state = run(rows, name, store)
+        assert scores == {i: plain[i] for i in scores}
+        assert len(scores) == rows
+        assert state["counts"]["usage"]["calls"] == calls
+        assert state["timings"]["label_store"] == {
+            "hits": hits,
+            "misses": calls,
+            "corrupt_segments": 0,
+            "failed_writes": 0,
+            "hit_rate": hits / (hits + calls),
+        }
+
+
+def test_a_resumed_run_may_change_its_store(make_candidates, tmp_path, console):
+    source, run = make_candidates(8), str(tmp_path / "run")
+    jobs.label(label_settings(source), run, console)
+    content = label_settings(source).model_dump(mode="json") | {"store": {"uri": str(tmp_path / "store")}}
+    jobs.label(config.validate(LabelSettings, content, source="test"), run, console)

@@ -22,7 +22,7 @@ BRACKETS = [
     ["schema", "config"],
     ["settings", "runs"],
     ["formats", "prompts", "models", "losses", "metrics", "report"],
-    ["retrieval"],
+    ["retrieval", "label_store"],
     ["ranking", "distill"],
     ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity", "prompt"],
     ["audit", "ingest_labels", "convert", "calibrate_exit"],

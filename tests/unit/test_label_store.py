@@ -1,0 +1,348 @@
+"""The label store gives back what was stored or nothing, whoever else reads, writes, tidies or breaks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from fixtures.oracles import Recorder
+from fixtures.rows import make_list
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rerank_ray import label_store
+from rerank_ray.errors import InputError
+from rerank_ray.label_store import LabelStore, StoredBackend, model_key, prepare, tidy
+from rerank_ray.models.fake import Fake
+from rerank_ray.models.protocol import (
+    Answer,
+    Attention,
+    Embed,
+    Failure,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Pair,
+    Prompt,
+)
+from rerank_ray.ranking.rankers import Ranker
+from rerank_ray.records import Usage
+from rerank_ray.settings import models
+from rerank_ray.settings.jobs import StoreSettings
+from rerank_ray.settings.models import FakeSettings, HFCausalSettings
+from rerank_ray.settings.rankers import CascadeSettings, YesNoSettings
+
+PROMPT = Prompt(parts=("Is ", " relevant?"), passages=("a passage",))
+CALLS = [
+    NextToken(prompt=PROMPT, labels=("yes", "no")),
+    LogLikelihood(prompt=PROMPT, continuation="a query"),
+    Generate(prompt=PROMPT, max_tokens=8),
+    Generate(prompt=PROMPT, max_tokens=8, temperature=1.0, seed=3),
+    Pair(query="q", text="t"),
+    Embed(text="t", role="query"),
+]
+ATTENTION = Attention(prompt=Prompt(parts=("", " q"), passages=("a passage",)), query="q")
+
+
+class Model(Recorder):
+    """Answers what it is told to, and remembers what it was asked."""
+
+    name = "model@1"
+
+    def __init__(self, reply) -> None:
+        super().__init__()
+        self.answer = reply
+
+
+def opened(folder: Path, **arguments) -> LabelStore:
+    return LabelStore(StoreSettings(uri=str(folder), **arguments))
+
+
+def stored(folder: Path, backend, **model) -> StoredBackend:
+    return StoredBackend(backend, FakeSettings(**model), opened(folder))
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(4, "big") * 4
+
+
+def answer(number: float) -> Answer:
+    return Answer(value=(number, number / 3), usage=Usage(calls=1, prompt_tokens=7))
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
+
+
+def test_every_kind_of_call_is_asked_once(tmp_path):
+    """The second process gets equal values, makes no call, and says in the usage that all tokens were there already."""
+    first = stored(tmp_path, Fake(FakeSettings())).run(CALLS)
+    model = Model(lambda call: pytest.fail(f"asked again: {call}"))
+    model.name = Fake(FakeSettings()).name
+    second = stored(tmp_path, model).run(CALLS)
+    assert [(r.value, type(r.value)) for r in second] == [(r.value, type(r.value)) for r in first]
+    for before, after in zip(first, second, strict=True):
+        tokens = before.usage.prompt_tokens
+        assert after.usage == Usage(calls=0, prompt_tokens=tokens, cached_tokens=tokens)
+
+
+def test_what_a_text_came_with_is_kept(tmp_path):
+    text = Answer(value="caf\u00e9 \ud800", usage=Usage(calls=1), cut_off=True, log_probability=-0.1)
+    stored(tmp_path, Model(lambda call: text)).run(CALLS[2:3])
+    (again,) = stored(tmp_path, Model(None)).run(CALLS[2:3])
+    assert (again.value, again.cut_off, again.log_probability) == (text.value, True, -0.1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataclasses.replace(CALLS[0], labels=("no", "yes")),
+        dataclasses.replace(CALLS[0], prompt=dataclasses.replace(PROMPT, chat=False)),
+        dataclasses.replace(CALLS[0], prompt=dataclasses.replace(PROMPT, parts=("Is ", " relevant? "))),
+        dataclasses.replace(CALLS[3], seed=4),
+        Embed(text="t", role="document"),
+    ],
+    ids=repr,
+)
+def test_another_call_is_another_entry(tmp_path, other):
+    stored(tmp_path, Fake(FakeSettings())).run(CALLS)
+    model = Model(lambda call: answer(1.0))
+    model.name = Fake(FakeSettings()).name
+    stored(tmp_path, model).run([other])
+    assert model.calls == [other]
+
+
+def test_the_key_holds_what_changes_answers_and_nothing_else():
+    backend = Fake(FakeSettings())
+    base = HFCausalSettings(path="org/model")
+
+    def key(**changes) -> str:
+        return model_key(backend, base.model_copy(update=changes))
+
+    assert key(tokens_per_batch=9999, share_prefix=False, device="cpu") == key()
+    assert len({key(), key(max_length=100), key(chat=False), key(dtype="float32"), key(path="org/other")}) == 5
+    backend.name = "fake:seed=1"
+    assert model_key(backend, base) != model_key(Fake(FakeSettings()), base)
+
+
+def test_dtype_auto_is_what_this_machine_computes(monkeypatch):
+    """The same config on a machine without bfloat16 must not be given bfloat16's answers."""
+    import torch
+
+    from rerank_ray.models import engine
+
+    backend = Model(None)
+    backend.device = torch.device("cpu")
+    keys = set()
+    for native in (True, False):
+        monkeypatch.setattr(engine, "computes_bfloat16", lambda device, native=native: native)
+        keys.add(model_key(backend, HFCausalSettings(path="org/model")))
+    assert len(keys) == 2
+
+
+def test_settings_left_out_of_the_key_exist():
+    kinds = [v for v in vars(models).values() if isinstance(v, type) and hasattr(v, "model_fields")]
+    assert {name for kind in kinds for name in kind.model_fields} >= label_store._NOT_IN_KEY
+
+
+def test_failures_and_values_that_are_no_numbers_are_asked_again(tmp_path):
+    replies = [
+        Failure(reason="timeout"),
+        Answer(value=(math.nan, 0.0), usage=Usage(calls=1)),
+        Answer(value=(-math.inf, 0.0), usage=Usage(calls=1)),
+    ]
+    calls = [NextToken(prompt=PROMPT, labels=("yes", str(i))) for i in range(3)]
+    for _ in range(2):
+        model = Model(lambda call: replies[int(call.labels[1])])
+        stored(tmp_path, model).run(calls)
+        assert model.calls == calls
+    assert segments(tmp_path) == []
+
+
+def test_attention_passes_through_in_its_place(tmp_path):
+    """Calls that are not stored are asked together with those that are missing, and come back in their order."""
+    fake = Fake(FakeSettings())
+    stored(tmp_path, fake).run(CALLS[:1])
+    results = stored(tmp_path, fake).run([CALLS[4], ATTENTION, CALLS[0]])
+    assert results[0].value == fake.run([CALLS[4]])[0].value
+    assert results[1].value[0].tolist() == fake.run([ATTENTION])[0].value[0].tolist()
+    assert results[2].value == fake.run([CALLS[0]])[0].value
+    assert results[2].usage.calls == 0
+
+
+def test_a_ranker_with_a_store_ranks_as_one_without(tmp_path):
+    """Also inside a composition; a changed cheap stage leaves the expensive one's answers where they are."""
+    model = FakeSettings(seed=5)
+    teacher = CascadeSettings(stages=[{"ranker": YesNoSettings(model=model)}])
+    requests = [make_list(f"q{i}") for i in range(3)]
+    plain = Ranker(teacher).rank(requests)
+    for expected_calls in (sum(len(r) for r in requests), 0):
+        store = opened(tmp_path)
+        outcomes = Ranker(teacher, store=store).rank(requests)
+        assert [o.scores for o in outcomes] == [o.scores for o in plain]
+        assert sum(o.usage.calls for o in outcomes) == store.counts.misses == expected_calls
+    assert store.counts.hits == sum(len(r) for r in requests)
+
+
+def test_only_new_rows_are_asked(tmp_path):
+    teacher = YesNoSettings(model=FakeSettings())
+    Ranker(teacher, store=opened(tmp_path)).rank([make_list(f"q{i}") for i in range(19)])
+    outcomes = Ranker(teacher, store=opened(tmp_path)).rank([make_list(f"q{i}") for i in range(20)])
+    assert [o.usage.calls for o in outcomes] == [0] * 19 + [len(make_list("q19"))]
+
+
+NUMBERS = st.integers(0, 30)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.integers(0, 2), st.sets(NUMBERS, min_size=1)),
+        st.tuples(st.just("get"), st.integers(0, 2), st.lists(NUMBERS)),
+        st.tuples(st.just("open"), st.integers(0, 2), st.none()),
+        st.tuples(st.just("tidy"), st.integers(0, 1 << 10), st.none()),
+        st.tuples(st.just("delete"), st.integers(0, 1 << 10), st.none()),
+        st.tuples(st.just("flip"), st.integers(0, 1 << 10), st.integers(0, 1 << 20)),
+        st.tuples(st.just("truncate"), st.integers(0, 1 << 10), st.integers(0, 1 << 20)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_the_stored_value_or_none_whatever_happens(tmp_path_factory, steps):
+    """Three processes on one folder; in between someone tidies it, deletes files and damages bytes."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label_store, "_WRITES_UNTIL_MERGED", 3)
+        patch.setattr(label_store, "_HELD_BYTES", 0)
+        stores = [opened(folder) for _ in range(3)]
+        put: set[int] = set()
+        for kind, which, argument in steps:
+            files = segments(folder)
+            if kind == "put":
+                stores[which].put({digest(n): answer(n) for n in argument})
+                put |= argument
+            elif kind == "get":
+                for n, found in zip(argument, stores[which].get([digest(n) for n in argument]), strict=True):
+                    assert found is None or (n in put and found.value == answer(n).value)
+            elif kind == "open":
+                stores[which] = opened(folder)
+            elif kind == "tidy":
+                tidy(StoreSettings(uri=str(folder), max_gb=1e-6 * (1 + which)))
+            elif files:
+                damage(files[which % len(files)], kind, argument)
+
+
+def damage(file: Path, how: str, where: int | None) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "delete":
+        file.unlink()
+    elif how == "truncate":
+        file.write_bytes(data[: where % len(data)])
+    else:
+        data[where % len(data)] ^= 1 << (where % 8)
+        file.write_bytes(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(where=st.integers(0, 1 << 20), how=st.sampled_from(["flip", "truncate"]))
+def test_damage_is_counted_and_what_it_hit_is_written_again(tmp_path_factory, where, how):
+    folder = tmp_path_factory.mktemp("store")
+    fake = Fake(FakeSettings())
+    expected = [r.value for r in stored(folder, fake).run(CALLS)]
+    (file,) = segments(folder)
+    damage(file, how, where)
+    store = opened(folder)
+    results = StoredBackend(fake, FakeSettings(), store).run(CALLS)
+    assert [r.value for r in results] == expected
+    assert (store.counts.corrupt_segments, store.counts.misses) == (1, len(CALLS))
+    third = opened(folder)
+    assert all(r.usage.calls == 0 for r in StoredBackend(fake, FakeSettings(), third).run(CALLS))
+    assert third.counts.corrupt_segments == 0
+
+
+def test_damage_after_opening_is_a_miss(tmp_path):
+    opened(tmp_path).put({digest(1): answer(1)})
+    store = opened(tmp_path)
+    damage(segments(tmp_path)[0], "flip", 100)
+    assert store.get([digest(1)]) == [None]
+    assert store.counts.corrupt_segments == 1
+
+
+def test_half_a_digest_alone_is_no_match(tmp_path):
+    """The index holds the first 8 bytes of a digest; an entry that shares them with another is not that other."""
+    store = opened(tmp_path)
+    store.put({digest(1): answer(1)})
+    assert store.get([digest(1)[:8] + bytes(8)]) == [None]
+
+
+def test_tidy_merges_without_losing_anything(tmp_path):
+    writers = [opened(tmp_path) for _ in range(2)]
+    for n in range(20):
+        writers[n % 2].put({digest(n): answer(n), digest(100): answer(100)})
+    tidy(StoreSettings(uri=str(tmp_path)))
+    assert len(segments(tmp_path)) == 1
+    found = opened(tmp_path).get([digest(n) for n in [*range(20), 100]])
+    assert [a.value for a in found] == [answer(n).value for n in [*range(20), 100]]
+
+
+def test_a_writer_merges_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_store, "_WRITES_UNTIL_MERGED", 4)
+    store = opened(tmp_path)
+    for n in range(10):
+        store.put({digest(n): answer(n)})
+    assert len(segments(tmp_path)) <= 4
+    assert None not in store.get([digest(n) for n in range(10)])
+
+
+def test_the_oldest_are_dropped_beyond_the_bound(tmp_path):
+    store = opened(tmp_path)
+    for n in range(3):
+        store.put({digest(n): answer(n)})
+    sizes = [f.stat().st_size for f in segments(tmp_path)]
+    label_store._drop_oldest(str(tmp_path), sizes[1] + sizes[2])
+    assert [a is not None for a in opened(tmp_path).get([digest(n) for n in range(3)])] == [False, True, True]
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    """A store put by mistake into a folder of data neither reads, merges, counts nor deletes what is there."""
+    foreign = [tmp_path / "part-0.parquet", tmp_path / "notes.tmp"]
+    for file in foreign:
+        file.write_bytes(b"data" * 1000)
+        os.utime(file, (0, 0))
+    store = opened(tmp_path)
+    store.put({digest(1): answer(1)})
+    tidy(StoreSettings(uri=str(tmp_path), max_gb=1e-6))
+    assert all(file.exists() for file in foreign)
+    assert store.counts.corrupt_segments == 0
+
+
+def test_what_a_killed_writer_left_is_deleted_when_it_is_old(tmp_path):
+    opened(tmp_path).put({digest(1): answer(1)})
+    name = segments(tmp_path)[0].name
+    old, fresh = tmp_path / f"{name}.tmp", tmp_path / f"1{name[1:]}.tmp"
+    for file in (old, fresh):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    tidy(StoreSettings(uri=str(tmp_path)))
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
+def test_a_store_that_can_not_be_written_costs_no_answer(tmp_path):
+    store = opened(tmp_path / "a")
+    (tmp_path / "a").write_text("a file where the folder should be")
+    results = StoredBackend(Fake(FakeSettings()), FakeSettings(), store).run(CALLS)
+    assert all(isinstance(r, Answer) for r in results)
+    assert store.counts.failed_writes == 1
+    with pytest.raises(InputError, match=r"store\.uri: .*can't be written"):
+        prepare(StoreSettings(uri=str(tmp_path / "a")))
+
+
+def test_floats_come_back_exactly(tmp_path):
+    values = (0.1, -1e-300, 1 / 3, 3.4028234663852886e38, -0.0)
+    store = opened(tmp_path)
+    store.put({digest(1): Answer(value=values, usage=Usage())})
+    assert json.dumps(store.get([digest(1)])[0].value) == json.dumps(values)
