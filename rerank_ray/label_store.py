@@ -105,7 +105,7 @@ class LabelStore:
     def get(self, digests: Sequence[bytes]) -> list[Answer | None]:
         """The answers under these digests; None where there is none. An answer's usage says that no call was made."""
         answers: list[Answer | None] = [None] * len(digests)
-        wanted, left = _prefixes(b"".join(digests)), np.arange(len(digests))
+        wanted, left = _first_halves(b"".join(digests)), np.arange(len(digests))
         # The latest segments first: a run that is done again finds its batches in few of them.
         for name in reversed(list(self._segments)):
             if not len(left):
@@ -251,7 +251,9 @@ class _Index:
     """Where a segment's digests stand: the first half of each, sorted, and its row."""
 
     def __init__(self, table: pa.Table) -> None:
-        prefixes = _prefixes(b"".join(table["digest"].to_pylist()))
+        digests = table["digest"].combine_chunks()
+        every = memoryview(digests.buffers()[1])
+        prefixes = _first_halves(every[digests.offset * _DIGEST_BYTES :][: len(digests) * _DIGEST_BYTES])
         self._rows = np.argsort(prefixes, kind="stable").astype(np.uint32)
         self._prefixes = prefixes[self._rows]
 
@@ -266,7 +268,7 @@ class _CorruptError(Exception):
     """A segment whose bytes are not those that were written."""
 
 
-def _prefixes(digests: bytes) -> np.ndarray:
+def _first_halves(digests: bytes | memoryview) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)[::2]
 
 

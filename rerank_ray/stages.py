@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pyarrow as pa
 
 from rerank_ray.errors import RowError
-from rerank_ray.label_store import LabelStore
+from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Ranking, ranking_of
@@ -33,7 +34,7 @@ class RankStage:
     def __init__(
         self, ranker: RankerSettings, output: Literal["labels", "rankings"], store: LabelStore | None = None
     ) -> None:
-        self.ranker = Ranker(ranker, store=store)
+        self.ranker = Ranker(ranker, wrap=None if store is None else partial(StoredBackend, store=store))
         self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -18,7 +18,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.settings.models import ModelSettings
 
 PACKAGE_SCHEME = "package://"
-_DIGEST_EDGE = 1 << 20
+_DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 256, 16 << 10
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
@@ -161,15 +161,18 @@ def _local(path: Path, identity: str, settings: ModelSettings, config_file: str)
 
 
 def _digest(path: Path) -> str:
-    """A short digest of a model's files: names, sizes, and the first and last MiB of each."""
+    """A short digest of a model's files: names, sizes, and 256 blocks of each, evenly spread.
+
+    Training changes every tensor or a few in each layer, and so some of the blocks; reading all of a large model would
+    take longer than loading it.
+    """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(_DIGEST_EDGE))
-            if size > _DIGEST_EDGE:
-                stream.seek(max(_DIGEST_EDGE, size - _DIGEST_EDGE))
-                digest.update(stream.read())
+            for start in range(0, size, max(_DIGEST_BLOCK_BYTES, size // _DIGEST_BLOCKS)):
+                stream.seek(start)
+                digest.update(stream.read(_DIGEST_BLOCK_BYTES))
     return digest.hexdigest()[:12]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 
 from rerank_ray import storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, RerankRayError
-from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
 from rerank_ray.models.resolve import resolve, resolve_adapter
@@ -20,6 +19,9 @@ from rerank_ray.ranking.heads_file import load_heads
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.rankers import CompositionSettings, RankerSettings
+
+Wrap = Callable[[Backend, ModelSettings], Backend]
+"""Puts something between a method and its model: it answers what the model would."""
 
 # Names, not classes: a job imports the method it runs.
 METHODS = {
@@ -99,13 +101,13 @@ class Ranker:
     """
 
     def __init__(
-        self, settings: RankerSettings, loaded: dict[str, Backend] | None = None, store: LabelStore | None = None
+        self, settings: RankerSettings, loaded: dict[str, Backend] | None = None, wrap: Wrap | None = None
     ) -> None:
         """Load the model, if the method has one, or the rankers that it is made of.
 
         Args:
             loaded: what rankers of the same composition have loaded, by their model's settings: equal ones share it.
-            store: where answers are looked up first, and new ones kept.
+            wrap: called with each model and its settings; the calls go to what it returns.
 
         Raises:
             ConfigError: the model does not answer a call that the method makes.
@@ -113,19 +115,19 @@ class Ranker:
         """
         loaded = {} if loaded is None else loaded
         if isinstance(settings, CompositionSettings):
-            self._compose(settings, loaded, store)
+            self._compose(settings, loaded, wrap)
         else:
-            self._load(settings, loaded, store)
+            self._load(settings, loaded, wrap)
 
-    def _compose(self, settings: CompositionSettings, loaded: dict[str, Backend], store: LabelStore | None) -> None:
-        rankers = {path: Ranker(child, loaded, store) for path, child in settings.children.items()}
+    def _compose(self, settings: CompositionSettings, loaded: dict[str, Backend], wrap: Wrap | None) -> None:
+        rankers = {path: Ranker(child, loaded, wrap) for path, child in settings.children.items()}
         children = {path: Child(path=path, name=r.name, rank=r.rank) for path, r in rankers.items()}
         self._method = method_class(settings.method)(settings, children)
         self._backends = {id(b): b for r in rankers.values() for b in r._backends.values()}
         self.exit_layer = None
         self._rank = self._method.rank
 
-    def _load(self, settings: RankerSettings, loaded: dict[str, Backend], store: LabelStore | None) -> None:
+    def _load(self, settings: RankerSettings, loaded: dict[str, Backend], wrap: Wrap | None) -> None:
         method = method_class(settings.method)
         model = getattr(settings, "model", None)
         backend = None if model is None else _load_once(model, loaded)
@@ -137,7 +139,7 @@ class Ranker:
             raise ConfigError(f"method {settings.method} needs {names}, which {backend.name} does not answer")
         self._backends = {} if backend is None else {id(backend): backend}
         self.exit_layer = None if backend is None else backend.exit_layer
-        asked = backend if backend is None or store is None else StoredBackend(backend, model, store)
+        asked = backend if backend is None or wrap is None else wrap(backend, model)
         self._rank = partial(scheduler.run, self._method, asked)
 
     @property

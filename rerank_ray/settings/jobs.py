@@ -37,13 +37,14 @@ class StoreSettings(Settings):
     """Answers of models, shared by any number of jobs and kept between them: a call that is there is not made again.
 
     It changes no score, so a resumed run may change it. Give hub models a `revision`: without one, answers of an
-    earlier version are taken for the present one's.
+    earlier version are taken for the present one's; so are those of a server whose model changed behind its name. A
+    text that could not be read is an answer too: `--retry-errors --set store=null` asks for another.
     """
 
     uri: str
     """Folder of the store, made if missing: any pyarrow filesystem that every replica sees."""
     max_gb: PositiveFloat = 2.0
-    """GiB beyond which the oldest answers are dropped. A yes/no answer takes some 50 bytes, and 12 of each replica's
+    """GiB beyond which the oldest answers are dropped. A yes/no answer takes some 40 bytes, and 12 of each replica's
     memory."""
 
 

@@ -219,6 +219,20 @@ def test_the_identity_is_that_of_the_files(tiny_llama: Path, tmp_path: Path):
     assert resolve(ModelSettings(path=str(tmp_path / "m"))).identity.split("@")[1] != digest
 
 
+def test_a_tensor_in_the_middle_of_a_large_file_changes_the_identity(tmp_path: Path):
+    """LoRA merged into some layers leaves embeddings and the last layers as they were."""
+    file = tmp_path / "model.gguf"
+
+    def identity(content: bytearray) -> str:
+        file.write_bytes(content)
+        return resolve(ModelSettings(path=str(file))).identity
+
+    content = bytearray(8 << 20)
+    before = identity(content)
+    content[4_000_001 : 4_000_001 + (64 << 10)] = b"\x01" * (64 << 10)
+    assert identity(content) != before
+
+
 def test_a_revision_is_for_the_hub(tiny_llama: Path):
     with pytest.raises(ModelError, match=r"'revision' \(v1\) only applies to hub models"):
         resolve(ModelSettings(path=str(tiny_llama), revision="v1"))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,14 @@ def test_another_call_is_another_entry(tmp_path, other):
     assert model.calls == [other]
 
 
+def test_another_model_is_given_nothing(tmp_path):
+    stored(tmp_path, Fake(FakeSettings(seed=1)), seed=1).run(CALLS)
+    other = Fake(FakeSettings(seed=2))
+    results = stored(tmp_path, other, seed=2).run(CALLS)
+    assert [r.value for r in results] == [r.value for r in other.run(CALLS)]
+    assert all(r.usage.calls == 1 for r in results)
+
+
 def test_the_key_holds_what_changes_answers_and_nothing_else():
     backend = Fake(FakeSettings())
     base = HFCausalSettings(path="org/model")
@@ -182,7 +191,7 @@ def test_a_ranker_with_a_store_ranks_as_one_without(tmp_path):
     plain = Ranker(teacher).rank(requests)
     for expected_calls in (sum(len(r) for r in requests), 0):
         store = opened(tmp_path)
-        outcomes = Ranker(teacher, store=store).rank(requests)
+        outcomes = Ranker(teacher, wrap=partial(StoredBackend, store=store)).rank(requests)
         assert [o.scores for o in outcomes] == [o.scores for o in plain]
         assert sum(o.usage.calls for o in outcomes) == store.counts.misses == expected_calls
     assert store.counts.hits == sum(len(r) for r in requests)
@@ -190,8 +199,9 @@ def test_a_ranker_with_a_store_ranks_as_one_without(tmp_path):
 
 def test_only_new_rows_are_asked(tmp_path):
     teacher = YesNoSettings(model=FakeSettings())
-    Ranker(teacher, store=opened(tmp_path)).rank([make_list(f"q{i}") for i in range(19)])
-    outcomes = Ranker(teacher, store=opened(tmp_path)).rank([make_list(f"q{i}") for i in range(20)])
+    requests = [make_list(f"q{i}") for i in range(20)]
+    for count in (19, 20):
+        outcomes = Ranker(teacher, wrap=partial(StoredBackend, store=opened(tmp_path))).rank(requests[:count])
     assert [o.usage.calls for o in outcomes] == [0] * 19 + [len(make_list("q19"))]
 
 
@@ -241,8 +251,8 @@ def damage(file: Path, how: str, where: int | None) -> None:
     if how == "delete":
         file.unlink()
     elif how == "truncate":
-        file.write_bytes(data[: where % len(data)])
-    else:
+        file.write_bytes(data[: where % max(1, len(data))])
+    elif data:
         data[where % len(data)] ^= 1 << (where % 8)
         file.write_bytes(data)
 
