@@ -53,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("label", "rerank"):
             job.add_argument("--retry-errors", action="store_true", help="do rows with `error` again")
         job.set_defaults(command=_JOBS[name])
+    plan = commands.add_parser("plan", help="what a label or rerank job will take, from a sample of its rows")
+    plan.add_argument("config", metavar="CONFIG", help="YAML file of the job")
+    plan.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
+    plan.add_argument("--run", metavar="FOLDER", help="the job's run folder (default: runs/ and the config's name)")
+    plan.add_argument("--sample", type=int, default=16, metavar="ROWS", help="rows to rank (default: 16)")
+    plan.add_argument("--gpus", type=float, metavar="N", help="GPUs there are (default: what the config asks for)")
+    plan.add_argument("--price-per-hour", type=float, metavar="P", help="of one GPU; without GPUs, of one replica")
+    plan.set_defaults(command=_plan)
     heads = commands.add_parser("detect-heads", help="find the attention heads that the method core_heads reads")
     heads.add_argument("config", metavar="CONFIG", help="YAML file")
     heads.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
@@ -226,6 +234,14 @@ _JOBS = {
     "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
     "pipeline": _pipeline,
 }
+
+
+def _plan(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.planning import load_job, plan, print_forecast
+
+    settings = load_job(options.config, options.set)
+    forecast = plan(settings, _run_folder(options), sample=options.sample)
+    print_forecast(forecast, settings.execution, console, gpus=options.gpus, price_per_hour=options.price_per_hour)
 
 
 def _detect_heads(options: argparse.Namespace, console: Console) -> None:

@@ -229,6 +229,11 @@ class StoredBackend:
             self._store.put({digests[i]: results[i] for i in missing if i in digests and _worth_keeping(results[i])})
         return results
 
+    def holds(self, calls: Sequence[Call]) -> list[bool]:
+        """Which calls the store answers; the model is not asked."""
+        answers = self._store.get([self._digest(call) for call in calls])
+        return [answer is not None for answer in answers]
+
     def _digest(self, call: Call) -> bytes:
         # The text of a call names its class and every field of it, strings quoted and floats exact.
         return hashlib.blake2b(f"{self._key}\n{call!r}".encode(), digest_size=_DIGEST_BYTES).digest()

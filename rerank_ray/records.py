@@ -91,6 +91,11 @@ class Usage:
     cached_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that went through the model."""
+        return self.prompt_tokens - self.cached_tokens + self.output_tokens
+
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             calls=self.calls + other.calls,

@@ -71,7 +71,7 @@ class RunFolder:
             if storage.list_files(self.data, ".parquet"):
                 raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another --run folder")
         else:
-            self._check_same(before, kind, settings, inputs)
+            self.check_same(kind, settings, inputs)
         storage.write_text(self.path(CONFIG), dump(settings))
         if before.get("state") != "done":
             self.update(
@@ -85,7 +85,9 @@ class RunFolder:
             )
         return before
 
-    def _check_same(self, before: dict, kind: str, settings: Settings, inputs: dict[str, str]) -> None:
+    def check_same(self, kind: str, settings: Settings, inputs: dict[str, str]) -> None:
+        """Raise `RunError`, as `start` does, unless a run that was started before may be resumed with these."""
+        before = self.state()
         if before["kind"] != kind:
             raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another --run folder")
         old = yaml.safe_load(storage.read_text(self.path(CONFIG)))

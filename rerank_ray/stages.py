@@ -13,7 +13,7 @@ from rerank_ray.errors import RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
-from rerank_ray.records import CandidateList, Ranking, ranking_of
+from rerank_ray.records import CandidateList, Ranking, Usage, ranking_of
 from rerank_ray.schema import (
     CANDIDATES,
     LABELS,
@@ -29,19 +29,23 @@ class RankStage:
     """Ranks candidate rows and writes `labels` or `rankings` rows.
 
     A row that breaks the contract, or that the ranker can't score, becomes a row with `error`; nothing is dropped.
+    `usage` is that of all rows so far.
     """
 
     def __init__(
         self, ranker: RankerSettings, output: Literal["labels", "rankings"], store: LabelStore | None = None
     ) -> None:
         self.ranker = Ranker(ranker, wrap=None if store is None else partial(StoredBackend, store=store))
+        self.usage = Usage()
         self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.select(CANDIDATES.names)
         parsed = [_parse(row) for row in table.to_pylist()]
         good = [p for p in parsed if isinstance(p, CandidateList)]
-        outcomes = iter(self.ranker.rank(good))
+        outcomes = self.ranker.rank(good)
+        self.usage = sum((o.usage for o in outcomes), start=self.usage)
+        outcomes = iter(outcomes)
         results = [next(outcomes) if isinstance(p, CandidateList) else str(p) for p in parsed]
         return self._to_table(table, results)
 

@@ -48,19 +48,26 @@ class RankWorker:
             torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
         self._store = None if store is None else LabelStore(store)
         self._id = uuid.uuid4().hex
-        stage = RankStage(ranker, output, self._store)
-        self._guard = CrashGuard(stage, attempts_uri, execution.max_crashes_per_row)
+        self._stage = RankStage(ranker, output, self._store)
+        self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
-        counter.describe.remote(stage.ranker.name, stage.ranker.parameters)
+        counter.describe.remote(self._stage.ranker.name, self._stage.ranker.parameters)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        before = self._stage.usage
         started = time.time()
         result = self._guard(table)
         ended = time.time()
         pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
-        usage = result["usage"].to_pylist() if "usage" in result.column_names else []
-        tokens = sum(u["prompt_tokens"] - u["cached_tokens"] + u["output_tokens"] for u in usage)
-        self._counter.add.remote(rows=result.num_rows, pairs=pairs, tokens=tokens, started=started, ended=ended)
+        usage = self._stage.usage
+        self._counter.add.remote(
+            rows=result.num_rows,
+            pairs=pairs,
+            calls=usage.calls - before.calls,
+            tokens=usage.computed_tokens - before.computed_tokens,
+            started=started,
+            ended=ended,
+        )
         if self._store is not None:
             self._counter.store_counts.remote(self._id, asdict(self._store.counts))
         return result

@@ -16,6 +16,7 @@ from rerank_ray.errors import RunError
 from rerank_ray.formats.trec import write_run
 from rerank_ray.label_store import prepare
 from rerank_ray.models.resolve import resolve
+from rerank_ray.planning import compare
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, inspect_input, ranking_from_row, read_rows
@@ -63,12 +64,29 @@ def _rank_job(
             store=settings.store,
         )
         _print_counts(console, run, counts, timings)
+        _compare_with_plan(run, settings, source.fingerprint, timings, console)
         _finish(run, counts, settings.limits, timings)
         if isinstance(settings, RerankSettings) and settings.trec_run:
             write_run(
                 (ranking_from_row(r) for r in _ranked_rows(run)), run.path("run.trec"), tag=run_uri.rsplit("/", 1)[-1]
             )
     return run
+
+
+def _compare_with_plan(
+    run: RunFolder, settings: LabelSettings | RerankSettings, fingerprint: str, timings: dict, console: Console
+) -> None:
+    """Where `rerank-ray plan` left a forecast, set what this start took beside it."""
+    actual = {
+        "calls": timings["calls_this_start"],
+        "tokens": timings["tokens_this_start"],
+        "replica_seconds": timings["replica_seconds"],
+    }
+    compared = compare(run, settings, fingerprint, timings["rows_this_start"], actual)
+    if compared is not None:
+        run.update(plan=compared)
+        pairs = [f"{name} {compared['predicted'][name]:,.0f}, were {value:,.0f}" for name, value in actual.items()]
+        console.print(f"plan: {'; '.join(pairs)}", highlight=False)
 
 
 def _ranked_rows(run: RunFolder):

@@ -19,7 +19,7 @@ class Counter:
     """Adds up what workers report."""
 
     def __init__(self) -> None:
-        self.totals = {"rows": 0, "pairs": 0, "tokens": 0, "replica_seconds": 0.0}
+        self.totals = {"rows": 0, "pairs": 0, "calls": 0, "tokens": 0, "replica_seconds": 0.0}
         self.model: dict = {}
         self.stores: dict[str, dict[str, int]] = {}
         self.first_start, self.last_end = math.inf, 0.0
@@ -27,10 +27,9 @@ class Counter:
     def describe(self, name: str, parameters: int) -> None:
         self.model = {"name": name, "parameters": parameters}
 
-    def add(self, *, rows: int, pairs: int, tokens: int, started: float, ended: float) -> None:
+    def add(self, *, started: float, ended: float, **amounts: int) -> None:
         """Add one batch; `started` and `ended` are seconds since the epoch on the worker's clock."""
-        amounts = {"rows": rows, "pairs": pairs, "tokens": tokens, "replica_seconds": ended - started}
-        for name, amount in amounts.items():
+        for name, amount in {**amounts, "replica_seconds": ended - started}.items():
             self.totals[name] += amount
         self.first_start, self.last_end = min(self.first_start, started), max(self.last_end, ended)
 
@@ -76,6 +75,9 @@ class ProgressDisplay:
         return {
             "model": totals["model"],
             "rows_this_start": totals["rows"],
+            "calls_this_start": totals["calls"],
+            "tokens_this_start": totals["tokens"],
+            "replica_seconds": round(seconds, 2),
             "pairs_per_replica_second": rate,
             "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
             "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,

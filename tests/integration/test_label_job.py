@@ -18,6 +18,7 @@ from rerank_ray import config
 from rerank_ray.audit import audit
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
+from rerank_ray.planning import plan
 from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
 from rerank_ray.settings.jobs import LabelSettings, RerankSettings
 from rerank_ray.stages import RankStage
@@ -235,6 +236,18 @@ def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates,
             "failed_writes": 0,
             "hit_rate": hits / (hits + calls),
         }
+
+
+def test_a_finished_job_is_compared_with_its_plan(make_candidates, tmp_path, console):
+    """All prompts have the same number of words, so that a sample tells the whole."""
+    settings, run = label_settings(make_candidates(40)), str(tmp_path / "run")
+    plan(settings, run, sample=4)
+    jobs.label(settings, run, console)
+    compared = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]
+    assert compared["rows"] == 40
+    assert compared["predicted"]["calls"] == compared["actual"]["calls"] == 200
+    assert compared["predicted"]["tokens"] == compared["actual"]["tokens"] > 0
+    assert compared["actual"]["replica_seconds"] > 0
 
 
 def test_a_resumed_run_may_change_its_store(make_candidates, tmp_path, console):
