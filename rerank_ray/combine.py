@@ -17,8 +17,8 @@ from rerank_ray.records import Usage
 from rerank_ray.schema import (
     CANDIDATES,
     LABELS,
+    InputSummary,
     id_hash,
-    inspect_input,
     label_columns,
     read_rows,
     read_scored,
@@ -29,15 +29,14 @@ from rerank_ray.settings.jobs import CombineSettings
 _QUERIES_PER_PARTITION = 100_000
 
 
-def combine(settings: CombineSettings, sources: Sequence[str], out: str) -> int:
-    """Write the ensemble of label Parquet `sources` to `out`; returns the number of rows.
+def combine(settings: CombineSettings, sources: Sequence[str], summaries: Sequence[InputSummary], out: str) -> int:
+    """Write the ensemble of label Parquet `sources`, which were inspected, to `out`; returns the number of rows.
 
     A query that any run failed on is a row with `error`: an average over fewer teachers would be another teacher.
 
     Raises:
         InputError: the runs do not hold the same queries.
     """
-    summaries = [inspect_input(uri, LABELS) for uri in sources]
     for uri, summary in zip(sources[1:], summaries[1:], strict=True):
         if not np.array_equal(summary.id_hashes, summaries[0].id_hashes):
             shared = len(np.intersect1d(summary.id_hashes, summaries[0].id_hashes))

@@ -149,18 +149,19 @@ def _defects_line(counts: Counts) -> str:
 def combine_runs(settings: CombineSettings, run_uri: str, console: Console) -> RunFolder:
     """Combine label runs to one label run."""
     sources = [resolve_input(uri) for uri in settings.inputs]
-    summaries = {uri: inspect_input(source, LABELS) for uri, source in zip(settings.inputs, sources, strict=True)}
+    summaries = [inspect_input(source, LABELS) for source in sources]
+    fingerprints = {uri: s.fingerprint for uri, s in zip(settings.inputs, summaries, strict=True)}
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start("combine", settings, {uri: s.fingerprint for uri, s in summaries.items()})
+        before = run.start("combine", settings, fingerprints)
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         # A combination takes seconds and has no rows worth resuming: an unfinished one is made anew.
         storage.delete_directory(run.data)
         started = time.monotonic()
-        combine(settings, sources, run.data)
-        counts = count_output(run.data, summaries[settings.inputs[0]].rows)
+        combine(settings, sources, summaries, run.data)
+        counts = count_output(run.data, summaries[0].rows)
         timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
         _print_counts(console, run, counts, timings)
         _finish(run, counts, LimitSettings(max_error_rate=1.0, max_defect_rate=1.0), timings)

@@ -16,7 +16,7 @@ from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import CandidateList
-from rerank_ray.schema import LABELS, labels_from_row, read_rows
+from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
 from rerank_ray.settings.jobs import CombineSettings
 
 NAN = math.nan
@@ -130,7 +130,7 @@ def run(folder: Path, rows: list[dict]) -> str:
 
 def combined(sources: list[str], out: Path, **settings) -> dict[str, dict]:
     chosen = CombineSettings(inputs=sources, **settings)
-    count = combine(chosen, sources, str(out))
+    count = combine(chosen, sources, [inspect_input(uri, LABELS) for uri in sources], str(out))
     rows = {row["query_id"]: row for row in read_rows(str(out), LABELS.names)}
     assert len(rows) == count
     return rows
