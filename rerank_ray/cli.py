@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
     plan.add_argument("--run", metavar="FOLDER", help="the job's run folder (default: runs/ and the config's name)")
     plan.add_argument("--sample", type=int, default=16, metavar="ROWS", help="rows to rank (default: 16)")
-    plan.add_argument("--gpus", type=float, metavar="N", help="GPUs there are (default: what the config asks for)")
-    plan.add_argument("--price-per-hour", type=float, metavar="P", help="of one GPU; without GPUs, of one replica")
+    plan.add_argument("--gpus", type=_positive, metavar="N", help="GPUs there are (default: what the config asks for)")
+    plan.add_argument("--price-per-hour", type=_positive, metavar="P", help="of one GPU; without GPUs, of one replica")
     plan.set_defaults(command=_plan)
     heads = commands.add_parser("detect-heads", help="find the attention heads that the method core_heads reads")
     heads.add_argument("config", metavar="CONFIG", help="YAML file")
@@ -234,6 +234,13 @@ _JOBS = {
     "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
     "pipeline": _pipeline,
 }
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:

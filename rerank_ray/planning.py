@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -132,8 +132,8 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     meter = _Meter(None if settings.store is None else LabelStore(settings.store))
     loaded = Ranker(ranker, wrap=meter.wrap)
     load_seconds = time.perf_counter() - started
-    # The first row once more: engines start slowly, and counting operations takes time.
-    flops_per_token = _flops_per_token(loaded, meter, requests[0])
+    # Not timed: engines start slowly, and counting operations takes time.
+    flops_per_token = _flops_per_token(loaded, meter, _with_other_texts(requests[0]))
     meter.clear()
     started = time.perf_counter()
     size = settings.execution.rows_per_batch
@@ -205,7 +205,7 @@ def print_forecast(
         "tokens to compute": f"{work['tokens']:,.0f}{_plus_minus(forecast.tokens_error)}",
         "floating-point operations": _flops(forecast, work["tokens"]),
         "memory of a replica": _memory(forecast),
-        "time": f"{_duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''} like this one, "
+        "time": f"{_duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''}, "
         f"{_duration(forecast.load_seconds)} of it to load the model",
         f"{unit}-hours": f"{hours:,.2f}",
         "cost": "" if price_per_hour is None else f"{hours * price_per_hour:,.2f}",
@@ -215,6 +215,8 @@ def print_forecast(
         if value:
             table.add_row(name, value)
     console.print(table)
+    if execution.gpus_per_actor and forecast.gpu_memory_gib is None:
+        console.print("The job's replicas have GPUs and this machine has none: its times are those of a CPU.")
 
 
 def _plus_minus(share: float | None) -> str:
@@ -343,6 +345,12 @@ class _Metered:
         return results
 
 
+def _with_other_texts(request: CandidateList) -> CandidateList:
+    """A row as long as this one, of which nothing that an engine remembers is of use to this one."""
+    candidates = tuple(replace(c, text=f". {c.contents}", title=None) for c in request.candidates)
+    return CandidateList(query=replace(request.query, text=f". {request.query.text}"), candidates=candidates)
+
+
 def _flops_per_token(ranker: Ranker, meter: _Meter, request: CandidateList) -> float:
     """Operations of one row's matrix products and attention, padding included, a computed token.
 
@@ -392,7 +400,7 @@ def _device() -> dict:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if not torch.cuda.is_available():
-        name, gpu = f"a CPU with {torch.get_num_threads()} threads", None
+        name, gpu = f"CPU, {torch.get_num_threads()} of its threads", None
     else:
         name, gpu = torch.cuda.get_device_name(), torch.cuda.max_memory_reserved() / 2**30
     return {"device": name, "memory_gib": peak / 2**30, "gpu_memory_gib": gpu}

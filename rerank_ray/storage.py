@@ -57,8 +57,7 @@ def read_text(uri: str | os.PathLike[str]) -> str:
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     fs, path = open_filesystem(uri)
-    # Whatever its name ends in, a file's own bytes.
-    with fs.open_input_stream(path, compression=None) as stream:
+    with fs.open_input_stream(path) as stream:
         return stream.read()
 
 

@@ -85,8 +85,8 @@ def _compare_with_plan(
     compared = compare(run, settings, fingerprint, timings["rows_this_start"], actual)
     if compared is not None:
         run.update(plan=compared)
-        pairs = [f"{name} {compared['predicted'][name]:,.0f}, were {value:,.0f}" for name, value in actual.items()]
-        console.print(f"plan: {'; '.join(pairs)}", highlight=False)
+        pairs = [f"{compared['predicted'][name]:,.0f} {name}, was {value:,.0f}" for name, value in actual.items()]
+        console.print(f"foreseen: {'; '.join(pairs)}", highlight=False)
 
 
 def _ranked_rows(run: RunFolder):

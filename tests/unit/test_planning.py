@@ -204,6 +204,15 @@ def test_a_ranker_without_a_model_takes_its_own_time(tmp_path):
     assert seen.seconds_beside > 0
 
 
+def test_what_warmed_the_engine_up_is_not_taken_for_work_saved(tiny_bert, source, tmp_path):
+    """A worker remembers embeddings of documents; in the plan as in the job, each row's are new to it."""
+    teacher = {"method": "bi_encoder", "model": {"kind": "bi_encoder", "path": str(tiny_bert), "dtype": "float32"}}
+    settings = job(source, teacher=teacher, execution={"rows_per_batch": 20})
+    seen = plan(settings, str(tmp_path / "run"), sample=20)
+    outcomes = Ranker(settings.teacher).rank([make_list(f"q{n:02d}", SIZE) for n in range(20)])
+    assert seen.work(20)["tokens"] == pytest.approx(sum(o.usage.computed_tokens for o in outcomes))
+
+
 def test_operations_are_those_of_the_architecture(tiny_llama, source, tmp_path):
     """One prompt of L padded tokens: 2 · weights of the layers · L, 4 · L² · width a layer for QKᵀ and AV, and the
     output layer at one position; all else is below 1 %."""
@@ -223,10 +232,14 @@ def test_operations_are_those_of_the_architecture(tiny_llama, source, tmp_path):
     assert per_token * tokens == pytest.approx(expected, rel=0.01)
 
 
-def printed(seen: Forecast, execution: ExecutionSettings, **arguments) -> dict[str, str]:
+def text_of(seen: Forecast, execution: ExecutionSettings, **arguments) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
     print_forecast(seen, execution, console, **arguments)
-    lines = [line.strip("│ ").split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    return console.export_text()
+
+
+def printed(*arguments, **named) -> dict[str, str]:
+    lines = [line.strip("│ ").split("│") for line in text_of(*arguments, **named).splitlines() if line.startswith("│")]
     return {name.strip(): value.strip() for name, value in lines}
 
 
@@ -238,14 +251,21 @@ def test_time_and_cost():
     assert lines["model calls"] == "8,000, 50.0% of them in the label store"
     assert lines["tokens to compute"] == "480,000 ± 2.0% (one standard error)"
     assert lines["floating-point operations"] == "4.8e+14, 0.1 · 10¹² a second in the sample"
-    assert lines["time"].startswith("0:12:00 on 4 GPUs like this one, 0:00:20 of it")
+    assert lines["time"].startswith("0:12:00 on 4 GPUs, 0:00:20 of it")
     assert (lines["GPU-hours"], lines["cost"]) == ("0.80", "2.00")
+
+
+def test_times_of_a_cpu_are_not_taken_for_a_gpus():
+    said = "its times are those of a CPU"
+    assert said in text_of(forecast(), ExecutionSettings(gpus_per_actor=1))
+    assert said not in text_of(forecast(gpu_memory_gib=3.0), ExecutionSettings(gpus_per_actor=1))
+    assert said not in text_of(forecast(), ExecutionSettings())
 
 
 def test_without_gpus_replicas_are_counted():
     """The config's two replicas: 20 s + 5,600 s / 2 = 2,820 s each."""
     lines = printed(forecast(), ExecutionSettings(actors=2))
-    assert lines["time"].startswith("0:47:00 on 2 replicas like this one")
+    assert lines["time"].startswith("0:47:00 on 2 replicas,")
     assert lines["replica-hours"] == "1.57"
     assert "cost" not in lines
 
@@ -268,5 +288,8 @@ def test_the_command(source, tmp_path, capsys):
     file.write_text(config.dump(job(source)))
     run = tmp_path / "run"
     assert main(["plan", str(file), "--run", str(run), "--sample", "3", "--set", "execution.actors=2"]) == 0
-    assert "on 2 replicas like this one" in capsys.readouterr().out
+    assert "on 2 replicas," in capsys.readouterr().out
     assert json.loads((run / "plan.json").read_text())["sampled"] == 3
+    with pytest.raises(SystemExit):
+        main(["plan", str(file), "--gpus", "0"])
+    assert "--gpus: 0 is not above 0" in capsys.readouterr().err
