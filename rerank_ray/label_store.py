@@ -40,7 +40,8 @@ from rerank_ray.models.protocol import (
 from rerank_ray.records import Usage
 from rerank_ray.settings.jobs import StoreSettings
 
-# Calls whose values are numbers or text; attention and token embeddings are megabytes a call.
+# Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that exits
+# early as a whole would have to come again as a whole.
 STORED_CALLS = (NextToken, LogLikelihood, Generate, Pair, Embed)
 # What says how a model is run, fed and paid for, not what it answers.
 _NOT_IN_KEY = frozenset(
