@@ -167,6 +167,14 @@ def _add_audit(commands) -> None:
     shuffle.add_argument("--seed", type=int, default=0, metavar="N")
     shuffle.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
     shuffle.set_defaults(command=_shuffle)
+    export = commands.add_parser("export", help="a trained student for use elsewhere, with a model card")
+    export.add_argument("student", metavar="STUDENT", help="its folder")
+    export.add_argument("--out", required=True, metavar="FOLDER")
+    export.add_argument("--format", choices=["transformers", "onnx"], default="transformers", dest="form")
+    export.add_argument("--layer", type=int, metavar="N", help="of a layer-wise student (default: the last)")
+    export.add_argument("--int8", action="store_true", help="onnx: weights as 8-bit integers, for CPUs")
+    export.add_argument("--overwrite", action="store_true", help="replace FOLDER")
+    export.set_defaults(command=_export)
     exits = commands.add_parser("calibrate-exit", help="when a layer-wise student may stop early, for a stated loss")
     exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the thresholds")
     exits.add_argument("--labels", metavar="RUN", help="other label run (default: what its distillation run held out)")
@@ -345,6 +353,14 @@ def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
         f"{found.loss_bound:.4f} with 90 % confidence",
         highlight=False,
     )
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    from rerank_ray.export import export
+
+    names = ("student", "out", "form", "layer", "int8", "overwrite")
+    export(**{name: getattr(options, name) for name in names})
+    console.print(options.out, highlight=False, markup=False)
 
 
 def _prompt_show(options: argparse.Namespace, console: Console) -> None:

@@ -140,7 +140,8 @@ class SimilarityStudent(Student):
         return self.log_scale[i].exp() * (cosine + self.interaction[i] * maxsim)
 
     def _are_words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return ~torch.isin(input_ids, self.special_ids)
+        # By comparison: torch.isin has no counterpart in ONNX.
+        return (input_ids[..., None] != self.special_ids).all(-1)
 
     def _score(
         self, i: int, hidden: torch.Tensor, segments: tuple[torch.Tensor, torch.Tensor], words: torch.Tensor

@@ -1,0 +1,112 @@
+"""A trained student to hand on: one folder, loadable elsewhere, with a model card (`rerank-ray export`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from rerank_ray.errors import ConfigError
+from rerank_ray.models.student import Student, load_student
+from rerank_ray.models.student.base import DESCRIPTION
+from rerank_ray.models.student.onnx import export_onnx
+from rerank_ray.runs import CONFIG, STATE
+from rerank_ray.settings.models import ModelSettings
+
+Form = Literal["transformers", "onnx"]
+CARD = "README.md"
+
+
+def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool, overwrite: bool) -> None:
+    """Write a student to `out` with a model card; a layer-wise one is cut to an ordinary cross-encoder.
+
+    Args:
+        student: its folder; where it lies in its distillation run, the card tells of that too.
+        form: `transformers` is a folder for `from_pretrained` (students with a linear head load as
+            `AutoModelForSequenceClassification` and as sentence-transformers' `CrossEncoder`, the others by
+            `rerank_ray`); `onnx` adds `model.onnx` in place of the weights.
+        layer: the layer of a layer-wise student; None is the last.
+        int8: of onnx, weights as 8-bit integers.
+
+    Raises:
+        ConfigError: not a student, OUT is in the way, int8 of another form, or the extra `onnx` is missing.
+        ModelError: the student has no head on that layer, or its architecture can't be exported.
+    """
+    if not Path(student, DESCRIPTION).exists():
+        raise ConfigError(f"{student}: not a student of ours: it has no {DESCRIPTION}")
+    if int8 and form != "onnx":
+        raise ConfigError("--int8 is of --format onnx; the weights of transformers' folders stay as they are")
+    folder = Path(out)
+    if folder.exists() and not overwrite:
+        raise ConfigError(f"{out}: is there already; --overwrite replaces it")
+    model = load_student(ModelSettings(path=student))
+    last = layer or model.layers[-1]
+    if len(model.layers) > 1 or layer is not None:
+        model = model.truncated(last, alone=True)
+    # Beside OUT until it is whole, so that what stands there is never half an export.
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save(partial)
+    if form == "onnx":
+        export_onnx(model, partial, int8=int8)
+        for weights in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
+            weights.unlink()
+    (partial / CARD).write_text(_card(model, Path(student), form, int8))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _card(model: Student, student: Path, form: Form, int8: bool) -> str:
+    description = model.description
+    parts = [
+        f"# {student.resolve().parent.name}",
+        f"A reranker with a `{description.head}` head on layer {description.layers[-1]}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, for queries of up to "
+        f"{description.max_query_length} tokens and {description.max_length} tokens with the document. Higher is more "
+        "relevant; scores of different queries do not compare.",
+        _usage(model, form, int8),
+    ]
+    run = student.parent
+    if (run / STATE).exists() and (run / CONFIG).exists():
+        parts.append(_training(json.loads((run / STATE).read_text()), (run / CONFIG).read_text()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(model: Student, form: Form, int8: bool) -> str:
+    if form == "onnx":
+        kind = "with 8-bit weights" if int8 else "in float32"
+        return (
+            f"## Use\n\n`model.onnx`, {kind}, takes padded batches as `rerank_ray.models.student` encodes them and "
+            "gives `scores`."
+        )
+    if model.description.head == "linear":
+        return (
+            '## Use\n\n```python\nfrom sentence_transformers import CrossEncoder\n\nCrossEncoder("FOLDER").predict('
+            '[("query", "document")])\n```'
+        )
+    return (
+        "## Use\n\n```yaml\nranker: {method: cross_encoder, model: {kind: cross_encoder, path: FOLDER, max_length: "
+        f"{model.description.max_length}}}}}\n```\n\nin a config of `rerank-ray rerank`."
+    )
+
+
+def _training(state: dict, config: str) -> str:
+    """What the run folder tells: data, the kept step and its metrics, versions, and the whole config."""
+    settings = yaml.safe_load(config)
+    counts, best = state.get("counts", {}), state.get("best") or {}
+    losses = " + ".join(f"{term['weight']:g} · {term['loss']}" for term in settings["objective"]["losses"])
+    facts = {
+        "started from": settings["student"]["base"],
+        "labels": ", ".join(f"{uri} (fingerprint {print_})" for uri, print_ in state.get("inputs", {}).items()),
+        "queries": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()),
+        "objective": losses,
+        "kept step": f"{best.get('step')} of {best.get('total_steps')}",
+        "nDCG@10 on held-out queries": f"{best.get('validation_ndcg@10', float('nan')):.4f} (gains: "
+        f"{settings['validation']['gains']})",
+        "versions": ", ".join(f"{name} {version}" for name, version in state.get("versions", {}).items()),
+    }
+    table = "\n".join(["|  |  |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value)])
+    return f"## Training\n\n{table}\n\n```yaml\n{config.strip()}\n```"
