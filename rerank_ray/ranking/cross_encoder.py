@@ -18,7 +18,8 @@ class CrossEncoderRanker:
     def __init__(self, settings: CrossEncoderRankerSettings, backend: Backend) -> None:
         self.adaptive = PairList in backend.answers
         self.needs = frozenset({PairList if self.adaptive else Pair})
-        layer = "" if backend.exit_layer is None else f":layer={backend.exit_layer}"
+        exit_layer = "adaptive" if self.adaptive else backend.exit_layer
+        layer = "" if exit_layer is None else f":layer={exit_layer}"
         self.name = f"cross_encoder:{backend.name.removeprefix('cross_encoder:')}{layer}"
 
     def rank(self, request: CandidateList) -> Steps:

@@ -142,6 +142,7 @@ def test_calibration_is_kept_by_the_ranker(calibrated: tuple[Path, str], capsys:
     assert json.loads((folder / "student.json").read_text())["exit_thresholds"] == list(report.calibration.thresholds)
     model = CrossEncoderSettings(path=str(folder), exit_layer="adaptive", dtype="float32")
     ranker = Ranker(CrossEncoderRankerSettings(model=model))
+    assert ranker.name.endswith(":layer=adaptive")
     requests = [teachable(n) for n in range(16)]
     outcomes = ranker.rank([*requests, CandidateList(query=Query(query_id="none", text="cat"), candidates=())])
     assert outcomes[-1].error == "no candidate could be scored"
