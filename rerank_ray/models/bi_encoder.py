@@ -30,7 +30,7 @@ class BiEncoder:
     def __init__(self, settings: BiEncoderSettings) -> None:
         resolved = resolve(settings)
         self.name = f"bi_encoder:{resolved.identity}"
-        self.pooling = settings.pooling or _saved_pooling(resolved) or "mean"
+        self.pooling = settings.pooling or saved_pooling(resolved) or "mean"
         self.prefix = {"query": settings.query_prefix, "document": settings.document_prefix}
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
@@ -72,16 +72,22 @@ class BiEncoder:
         ids, lengths = ids.to(self.device), lengths.to(self.device)
         mask = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-        if self.pooling == "mean":
-            pooled = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
-        elif self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            pooled = hidden[torch.arange(len(sequences), device=self.device), lengths - 1]
-        return [tuple(v) for v in torch.nn.functional.normalize(pooled, dim=-1).tolist()]
+        return [tuple(v) for v in pooled(hidden, lengths, self.pooling).tolist()]
 
 
-def _saved_pooling(resolved: ResolvedModel) -> str | None:
+def pooled(hidden: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Unit vectors [B, H] of texts of `lengths` [B] tokens, from hidden states [B, L, H]."""
+    if pooling == "mean":
+        mask = torch.arange(hidden.shape[1], device=hidden.device)[None, :] < lengths[:, None]
+        vectors = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
+    elif pooling == "cls":
+        vectors = hidden[:, 0]
+    else:
+        vectors = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def saved_pooling(resolved: ResolvedModel) -> str | None:
     """The pooling that sentence-transformers' files name, if the checkpoint has them.
 
     Raises:

@@ -22,7 +22,7 @@ from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import ColBERTSettings
 
-_METADATA = "artifact.metadata"
+METADATA = "artifact.metadata"
 # Of checkpoints without metadata: what ColBERT's own code takes.
 _DEFAULTS = {
     "query_token_id": "[unused0]",
@@ -36,7 +36,7 @@ _DEFAULTS = {
 }
 
 
-class _ColBERTModel(BertPreTrainedModel):
+class ColBERTModel(BertPreTrainedModel):
     """BERT and a linear layer, under the checkpoints' weight names; the pooler that they hold is not used."""
 
     _keys_to_ignore_on_load_unexpected = (r"^bert\.pooler\.",)
@@ -54,7 +54,7 @@ class _ColBERTModel(BertPreTrainedModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoded:
+class EncodedText:
     """Token ids of a text, how many of them (from the first) are attended to, and which ones' embeddings are kept."""
 
     ids: list[int]
@@ -62,86 +62,39 @@ class _Encoded:
     kept: list[int]
 
 
-class ColBERT:
-    """Answers `EmbedTokens`.
+class TextEncoder:
+    """Texts to tokens in a checkpoint's own format.
 
     A query is `[CLS] [Q] tokens [SEP]` filled up with `[MASK]` to its full length: the masks look at the query, are not
     looked at (unless the checkpoint was trained so), and their embeddings count. A document is `[CLS] [D] tokens [SEP]`
     without the embeddings of punctuation.
     """
 
-    answers = frozenset({EmbedTokens})
-    exit_layer = None
-
-    def __init__(self, settings: ColBERTSettings) -> None:
-        resolved = resolve(settings)
-        self.name = f"colbert:{resolved.identity}"
-        metadata = _metadata(resolved)
-        self.tokenizer = load(AutoTokenizer, resolved, settings)
-        self.query_length = min(settings.max_query_length or metadata["query_maxlen"], settings.max_length)
-        self.document_length = min(settings.max_document_length or metadata["doc_maxlen"], settings.max_length)
-        if min(self.query_length, self.document_length) < 4:
-            raise ModelError(f"{settings.path}: max_query_length and max_document_length need at least 4 tokens")
+    def __init__(self, tokenizer, metadata: dict, path: str, *, query_length: int, document_length: int) -> None:
+        if min(query_length, document_length) < 4:
+            raise ModelError(f"{path}: max_query_length and max_document_length need at least 4 tokens")
+        self.tokenizer = tokenizer
+        self.length = {"query": query_length, "document": document_length}
         self.attend_to_masks = metadata["attend_to_mask_tokens"]
         self.marker = {
-            role: self._marker(metadata[key], settings.path)
+            role: self._marker(metadata[key], path)
             for role, key in (("query", "query_token_id"), ("document", "doc_token_id"))
         }
         symbols = self._ids(list(string.punctuation)) if metadata["mask_punctuation"] else []
         self.skipped = frozenset(ids[0] for ids in symbols if ids)
-        self.device = engine.pick_device(settings.device)
-        dtype = engine.pick_dtype(settings.dtype, self.device)
-        config = load(BertConfig, resolved, settings)
-        config.dim = metadata["dim"]
-        model, info = load(_ColBERTModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ModelError(
-                f"{settings.path}: not a ColBERT checkpoint: it has no weights for {sorted(info['missing_keys'])}, "
-                "which would be random"
-            )
-        if max(self.query_length, self.document_length) > config.max_position_embeddings:
-            raise ModelError(
-                f"{settings.path}: max_query_length {self.query_length} or max_document_length {self.document_length} "
-                f"is beyond the model's {config.max_position_embeddings} tokens"
-            )
-        self.model = model.to(self.device).eval()
-        self.parameters = engine.count_parameters(self.model)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
-        self.cache = EmbeddingCache(settings.cache_mb << 20)
 
-    def run(self, calls: Sequence[EmbedTokens]) -> list[Result]:
-        return self.cache.answer(calls, self._embed)
+    def encode(self, texts: Sequence[str], roles: Sequence[str]) -> list[EncodedText]:
+        return [self._encode(ids, role) for ids, role in zip(self._ids(list(texts)), roles, strict=True)]
 
-    def _embed(self, calls: Sequence[EmbedTokens]) -> list[Answer]:
-        encoded = [
-            self._encode(ids, call.role) for ids, call in zip(self._ids([c.text for c in calls]), calls, strict=True)
-        ]
-        lengths = [len(e.ids) for e in encoded]
-        values = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
-            for value, length in zip(values, lengths, strict=True)
-        ]
-
-    def _encode(self, ids: list[int], role: str) -> _Encoded:
-        full = self.query_length if role == "query" else self.document_length
+    def _encode(self, ids: list[int], role: str) -> EncodedText:
+        full = self.length[role]
         ids = [self.tokenizer.cls_token_id, self.marker[role], *ids[: full - 3], self.tokenizer.sep_token_id]
         if role == "document":
             kept = [i for i, token in enumerate(ids) if token not in self.skipped]
-            return _Encoded(ids=ids, attended=len(ids), kept=kept)
+            return EncodedText(ids=ids, attended=len(ids), kept=kept)
         masks = [self.tokenizer.mask_token_id] * (full - len(ids))
         attended = full if self.attend_to_masks else len(ids)
-        return _Encoded(ids=ids + masks, attended=attended, kept=list(range(full)))
-
-    @torch.inference_mode()
-    def _forward(self, batch: list[_Encoded]) -> list[np.ndarray]:
-        ids, _ = engine.right_pad(
-            [e.ids for e in batch], self.tokenizer.pad_token_id, limit=self.model.config.max_position_embeddings
-        )
-        attended = torch.tensor([e.attended for e in batch])
-        mask = (torch.arange(ids.shape[1])[None, :] < attended[:, None]).long()
-        vectors = self.model(ids.to(self.device), mask.to(self.device)).cpu().numpy()
-        return [vectors[i, e.kept] for i, e in enumerate(batch)]
+        return EncodedText(ids=ids + masks, attended=attended, kept=list(range(full)))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -155,13 +108,75 @@ class ColBERT:
         return token_id
 
 
-def _metadata(resolved: ResolvedModel) -> dict:
+class ColBERT:
+    """Answers `EmbedTokens`."""
+
+    answers = frozenset({EmbedTokens})
+    exit_layer = None
+
+    def __init__(self, settings: ColBERTSettings) -> None:
+        resolved = resolve(settings)
+        self.name = f"colbert:{resolved.identity}"
+        metadata = read_metadata(resolved)
+        self.tokenizer = load(AutoTokenizer, resolved, settings)
+        self.tokens = TextEncoder(
+            self.tokenizer,
+            metadata,
+            settings.path,
+            query_length=min(settings.max_query_length or metadata["query_maxlen"], settings.max_length),
+            document_length=min(settings.max_document_length or metadata["doc_maxlen"], settings.max_length),
+        )
+        self.device = engine.pick_device(settings.device)
+        dtype = engine.pick_dtype(settings.dtype, self.device)
+        config = load(BertConfig, resolved, settings)
+        config.dim = metadata["dim"]
+        model, info = load(ColBERTModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ModelError(
+                f"{settings.path}: not a ColBERT checkpoint: it has no weights for {sorted(info['missing_keys'])}, "
+                "which would be random"
+            )
+        lengths = self.tokens.length
+        if max(lengths.values()) > config.max_position_embeddings:
+            raise ModelError(
+                f"{settings.path}: max_query_length {lengths['query']} or max_document_length {lengths['document']} is"
+                f" beyond the model's {config.max_position_embeddings} tokens"
+            )
+        self.model = model.to(self.device).eval()
+        self.parameters = engine.count_parameters(self.model)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.cache = EmbeddingCache(settings.cache_mb << 20)
+
+    def run(self, calls: Sequence[EmbedTokens]) -> list[Result]:
+        return self.cache.answer(calls, self._embed)
+
+    def _embed(self, calls: Sequence[EmbedTokens]) -> list[Answer]:
+        encoded = self.tokens.encode([c.text for c in calls], [c.role for c in calls])
+        lengths = [len(e.ids) for e in encoded]
+        values = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
+        return [
+            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
+            for value, length in zip(values, lengths, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[EncodedText]) -> list[np.ndarray]:
+        ids, _ = engine.right_pad(
+            [e.ids for e in batch], self.tokenizer.pad_token_id, limit=self.model.config.max_position_embeddings
+        )
+        attended = torch.tensor([e.attended for e in batch])
+        mask = (torch.arange(ids.shape[1])[None, :] < attended[:, None]).long()
+        vectors = self.model(ids.to(self.device), mask.to(self.device)).cpu().numpy()
+        return [vectors[i, e.kept] for i, e in enumerate(batch)]
+
+
+def read_metadata(resolved: ResolvedModel) -> dict:
     """What the checkpoint says of its own format, with ColBERT's defaults for what it leaves out.
 
     Raises:
         ModelError: another similarity than cosine.
     """
-    text = read_beside(resolved, _METADATA)
+    text = read_beside(resolved, METADATA)
     metadata = _DEFAULTS | {k: v for k, v in (json.loads(text) if text else {}).items() if k in _DEFAULTS}
     if metadata["similarity"] != "cosine":
         raise ModelError(f"{resolved.source}: similarity {metadata['similarity']!r} is not supported, only cosine")

@@ -9,9 +9,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import ModelSettings
 
-StudentHead = Literal["linear", "similarity", "yes_no", "token_logit"]
+StudentHead = Literal["linear", "similarity", "yes_no", "token_logit", "bi_encoder", "colbert"]
 _LAYERED: tuple[StudentHead, ...] = ("linear", "similarity")
 _PROMPTED: tuple[StudentHead, ...] = ("yes_no", "token_logit")
+_PREFIXED: tuple[StudentHead, ...] = ("linear", "bi_encoder")
 
 
 class OptimizerSettings(Settings):
@@ -96,17 +97,19 @@ class StudentSettings(Settings):
     head: StudentHead = "linear"
     """`linear` is the architecture's own head, on the first token of an encoder or the last of a decoder, and loads
     anywhere; `similarity` makes a cross-encoder start from a bi-encoder's cosine. Decoders and seq2seq models stay
-    language models with `yes_no`, the log-odds of a prompt's two answers, and `token_logit`, one token's logit."""
+    language models with `yes_no`, the log-odds of a prompt's two answers, and `token_logit`, one token's logit.
+    `bi_encoder` (cosine) and `colbert` (MaxSim) embed query and document apart."""
     layers: tuple[PositiveInt, ...] | None = None
     """Layers that get a head, ascending, the last one included: a layer-wise student. null is the last layer only."""
     max_length: PositiveInt = 256
-    """Tokens of query and document together."""
+    """Tokens of query and document together; where they are encoded apart, the document has what the query leaves."""
     max_query_length: PositiveInt = 64
     """Tokens of the query; longer ones are cut."""
     query_prefix: str | None = None
-    """linear: put before every query; null is `query: ` for decoders, as RankLLaMA's, and nothing for encoders."""
+    """linear and bi_encoder: put before every query; null is `query: ` for decoders with a linear head, as RankLLaMA's,
+    `Query: ` for T5's encoder, and otherwise nothing."""
     document_prefix: str | None = None
-    """linear: put before every document; null is `document: ` for decoders and nothing for encoders."""
+    """linear and bi_encoder: put before every document; null as for queries."""
     prompt: str = "yes_no"
     """yes_no and token_logit: a built-in template's name or the path of a YAML template, of method yes_no."""
     token: str = "<extra_id_10>"
@@ -115,9 +118,9 @@ class StudentSettings(Settings):
     gate: float = -8.0
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
     scale: PositiveFloat | tuple[PositiveFloat, ...] = 4.0
-    """similarity: initial factor of cosine and MaxSim, which sets the untrained student's scores on the scale of its
-    labels: on SPLADE's lists of TREC-DL MiniLM's KL to z-scored labels is 0.49 at 4, 0.53 at 2 and 1.09 at 12. A list
-    has one for each of `layers`."""
+    """similarity, bi_encoder, colbert: initial factor of cosine and MaxSim, which sets the untrained scores on
+    the scale of its labels: on SPLADE's lists of TREC-DL MiniLM's KL to z-scored labels is 0.49 at 4, 0.53 at 2 and
+    1.09 at 12. A list has one for each of `layers`."""
     interaction: Annotated[float, Field(ge=0.0)] | tuple[Annotated[float, Field(ge=0.0)], ...] = 2.0
     """similarity: initial weight of MaxSim beside the cosine; 0 starts as the bi-encoder itself. Of 0, 0.5, 1, 2 and 4
     the untrained MiniLM student agrees best with SPLADE's lists of TREC-DL 2021 and 2022 at 2 (nDCG@10 against the
@@ -161,7 +164,7 @@ class StudentSettings(Settings):
 
     @model_validator(mode="after")
     def _every_option_counts(self) -> StudentSettings:
-        owners = {"layers": _LAYERED, "query_prefix": ("linear",), "document_prefix": ("linear",)}
+        owners = {"layers": _LAYERED, "query_prefix": _PREFIXED, "document_prefix": _PREFIXED}
         owners |= {"prompt": _PROMPTED, "token": ("token_logit",)}
         for option, heads in owners.items():
             if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:

@@ -81,7 +81,8 @@ class Reports:
 
 def weights(checkpoint: Path) -> dict[str, bytes]:
     """The bytes of every file of a checkpoint's student."""
-    return {f.name: f.read_bytes() for f in sorted((checkpoint / "student").iterdir())}
+    folder = checkpoint / "student"
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 @pytest.mark.parametrize("head", ["linear", "similarity"])
@@ -120,6 +121,7 @@ VARIANTS = {
     "similarity": {"student": {"head": "similarity", "layers": [2, 3], "gate": -2.0}},
     "decoder, layer-wise": {"student": {"head": "linear", "layers": [1, 2]}},
     "decoder, yes_no": {"student": {"head": "yes_no", "max_length": 128}},
+    "bi-encoder": {"student": {"head": "bi_encoder"}},
     "LoRA": {"student": {"head": "linear", "dropout": 0.3, "lora": {"rank": 4, "dropout": 0.3}}},
     "DoRA, averaged": {
         "student": {"head": "similarity", "lora": {"rank": 2, "dora": True}},

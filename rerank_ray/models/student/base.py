@@ -105,7 +105,7 @@ class Student(nn.Module):
         Args:
             alone: without the heads of earlier layers: an ordinary cross-encoder.
         """
-        raise NotImplementedError  # abstract
+        raise ModelError(f"exit_layer: {layer}: a {self.description.head} student has no head but its last")
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -155,6 +155,21 @@ def check_layer(layer: int, layers: Sequence[int]) -> None:
 def described_at(description: StudentDescription, layer: int, *, alone: bool) -> StudentDescription:
     kept = (layer,) if alone else tuple(n for n in description.layers if n <= layer)
     return description.model_copy(update={"layers": kept, "exit_thresholds": None})
+
+
+def encode_pairs(
+    tokenizer, description: StudentDescription, queries: Sequence[str], documents: Sequence[str]
+) -> list[dict[str, list[int]]]:
+    """Tokenise pairs as the tokenizer joins them, each text behind its prefix; only documents are cut to fit."""
+    queries = [description.query_prefix + q for q in queries]
+    encoded = tokenizer(
+        clipped(tokenizer, queries, description.max_query_length),
+        [description.document_prefix + d for d in documents],
+        truncation="only_second",
+        max_length=description.max_length,
+    )
+    names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
+    return [{n: encoded[n][i] for n in names} for i in range(len(queries))]
 
 
 def collate_causal(encoded: Sequence[dict[str, list[int]]], limit: int | None) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.student.base import Student, StudentDescription, check_layer, clipped, described_at
+from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
 from rerank_ray.models.student.source import keep_layers
 
 
@@ -40,16 +40,7 @@ class LinearStudent(Student):
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
-        description = self.description
-        queries = [description.query_prefix + q for q in queries]
-        encoded = self.tokenizer(
-            clipped(self.tokenizer, queries, description.max_query_length),
-            [description.document_prefix + d for d in documents],
-            truncation="only_second",
-            max_length=description.max_length,
-        )
-        names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
-        return [{n: encoded[n][i] for n in names} for i in range(len(queries))]
+        return encode_pairs(self.tokenizer, self.description, queries, documents)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         early = len(self.early_heads) > 0

@@ -9,16 +9,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
 )
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.attention import GATED
+from rerank_ray.models.bi_encoder import saved_pooling
+from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
 from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
 from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
 from rerank_ray.models.student.prompted import PromptedStudent
 from rerank_ray.models.student.similarity import SimilarityStudent, is_gated
 from rerank_ray.models.student.source import Source
+from rerank_ray.models.student.t5_encoder import T5EncoderStudent
+from rerank_ray.models.student.two_towers import BiEncoderStudent, ColBERTStudent, TwoTowerStudent
 from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import ModelSettings
 
@@ -72,17 +77,34 @@ def _linear_class(source: Source) -> type[LinearStudent]:
 
 
 def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student:
-    if source.is_seq2seq:
-        raise ModelError(f"{settings.base}: a {source.config.model_type} is an encoder and a decoder: {_PROMPTED_ONLY}")
-    model = source.start(AutoModelForSequenceClassification, settings.take_layers, num_labels=1)
     prefixes = ("query: ", "document: ") if source.is_decoder else ("", "")
+    kind = source.config.model_type
+    if source.is_seq2seq and kind not in _T5:
+        raise ModelError(
+            f"{settings.base}: a {kind} is an encoder and a decoder, of which only T5's kind can have a linear head: "
+            "use head: yes_no or token_logit"
+        )
+    if kind in _T5:
+        prefixes = ("Query: ", "Document: ")
+        model = source.start(AutoModelForTextEncoding, settings.take_layers)
+    else:
+        model = source.start(AutoModelForSequenceClassification, settings.take_layers, num_labels=1)
     given = (settings.query_prefix, settings.document_prefix)
     query, document = (p if g is None else g for g, p in zip(given, prefixes, strict=True))
     description = _describe(settings, model.config.num_hidden_layers, query_prefix=query, document_prefix=document)
+    if kind in _T5:
+        if settings.layers is not None:
+            raise ModelError("layers: a T5 encoder has a head on its last layer only: leave it out")
+        return T5EncoderStudent(description, source.tokenizer, model)
     return _linear_class(source)(description, source.tokenizer, model)
 
 
 def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
+    if source.config.model_type in _T5:
+        encoder = T5EncoderStudent(description, source.tokenizer, source.read(AutoModelForTextEncoding, dtype))
+        encoder.linear.load_state_dict(heads)
+        encoder.linear.to(dtype)
+        return encoder
     model = source.read(AutoModelForSequenceClassification, dtype)
     student = _linear_class(source)(description, source.tokenizer, model)
     student.early_heads.load_state_dict(heads)
@@ -92,7 +114,7 @@ def _read_linear(source: Source, description: StudentDescription, heads: Heads, 
 
 def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Student:
     if source.is_seq2seq or source.is_decoder:
-        raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: {_PROMPTED_ONLY}")
+        raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: use head: yes_no or linear")
     model = source.start(AutoModel, settings.take_layers, attn_implementation=GATED)
     student = SimilarityStudent(
         _describe(settings, model.config.num_hidden_layers),
@@ -145,19 +167,60 @@ def _language_model(source: Source) -> type:
     return AutoModelForSeq2SeqLM if source.is_seq2seq else AutoModelForCausalLM
 
 
+def _start_bi_encoder(source: Source, settings: StudentSettings, _: None) -> Student:
+    if source.is_seq2seq:
+        raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: use head: linear")
+    model = source.start(AutoModel, settings.take_layers)
+    prefixes = {"query_prefix": settings.query_prefix or "", "document_prefix": settings.document_prefix or ""}
+    description = _describe(settings, model.config.num_hidden_layers, **prefixes)
+    pooling = saved_pooling(source.resolved) or "mean"
+    return BiEncoderStudent(description, source.tokenizer, model, pooling, settings.scale)
+
+
+def _read_bi_encoder(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
+    model = source.read(AutoModel, dtype)
+    student = BiEncoderStudent(description, source.tokenizer, model, saved_pooling(source.resolved))
+    return _with_scale(student, heads)
+
+
+def _start_colbert(source: Source, settings: StudentSettings, _: None) -> Student:
+    if source.config.model_type != "bert":
+        raise ModelError(f"{settings.base}: a ColBERT is a BERT with a linear layer, not a {source.config.model_type}")
+    metadata = read_metadata(source.resolved)
+    source.config.dim = metadata["dim"]
+    model = source.start(ColBERTModel, settings.take_layers, config=source.config)
+    description = _describe(settings, model.config.num_hidden_layers)
+    return ColBERTStudent(description, source.tokenizer, model, metadata, settings.base, settings.scale)
+
+
+def _read_colbert(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
+    model = source.read(ColBERTModel, dtype)
+    metadata, path = read_metadata(source.resolved), source.settings.path
+    return _with_scale(ColBERTStudent(description, source.tokenizer, model, metadata, path), heads)
+
+
+def _with_scale(student: TwoTowerStudent, heads: Heads) -> Student:
+    student.log_scale.data.copy_(heads["log_scale"])
+    return student
+
+
 _START = {
     "linear": _start_linear,
     "similarity": _start_similarity,
     "yes_no": _start_prompted,
     "token_logit": _start_prompted,
+    "bi_encoder": _start_bi_encoder,
+    "colbert": _start_colbert,
 }
 _READ = {
     "linear": _read_linear,
     "similarity": _read_similarity,
     "yes_no": _read_prompted,
     "token_logit": _read_prompted,
+    "bi_encoder": _read_bi_encoder,
+    "colbert": _read_colbert,
 }
-_PROMPTED_ONLY = "use head: yes_no or token_logit"
+_T5 = {"t5", "mt5", "umt5"}
 
 
 def _describe(settings: StudentSettings, depth: int, **more) -> StudentDescription:

@@ -81,8 +81,5 @@ class PromptedStudent(Student):
         finally:
             hook.remove()
 
-    def truncated(self, layer: int, *, alone: bool = False) -> PromptedStudent:
-        raise ModelError(f"exit_layer: {layer}: a {self.description.head} student has no head but its last")
-
     def new_parameters(self) -> list[nn.Parameter]:
         return []

@@ -63,7 +63,7 @@ class Source:
         adapter = json.loads((folder / lora.CONFIG).read_text())
         location = {"path": adapter["base_model_name_or_path"], "revision": adapter["revision"]}
         base = Source.open(self.settings.model_copy(update=location))
-        return lora.with_adapter(base.load(auto_class, dtype, config=self.config, **arguments), folder)
+        return lora.with_adapter(base.load(auto_class, dtype, **{"config": self.config} | arguments), folder)
 
     def start(self, auto_class, layers: int | Sequence[int] | None, **arguments) -> PreTrainedModel:
         """The pretrained weights in float32, for training; `new_names` of it are the parameters they did not have.
