@@ -58,7 +58,7 @@ def export_onnx(student: Student, folder: Path, *, int8: bool) -> None:
 def onnx_inputs(student: Student, queries: list[str], documents: list[str]) -> dict[str, torch.Tensor]:
     """A padded batch as the graph takes it: always with the mask that `collate` leaves out where nothing is padded."""
     batch = student.collate(student.encode(queries, documents))
-    if "last" not in batch:
+    if not {"last", "lengths"} & batch.keys():
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     return batch
 
