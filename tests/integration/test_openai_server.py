@@ -120,6 +120,7 @@ def generated(results: list) -> list[tuple[str, bool, int, int]]:
     return [(r.value, r.cut_off, r.usage.prompt_tokens, r.usage.output_tokens) for r in results]
 
 
+@pytest.mark.slow
 class TestTransformersServe:
     """`transformers serve` generates and reports no log-probabilities."""
 
