@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "label": "score candidate lists with a teacher",
         "distill": "train a student on labels",
         "rerank": "rank candidate lists with any ranker",
+        "synthesize": "write queries for passages of a collection",
         "pipeline": "run several jobs from one file",
     }
     for name, about in jobs.items():
@@ -240,6 +241,7 @@ _JOBS = {
     "label": _job("rerank_ray.settings.jobs", "LabelSettings", "label"),
     "distill": _job("rerank_ray.settings.distill", "DistillSettings", "distill"),
     "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
+    "synthesize": _job("rerank_ray.settings.synthesize", "SynthesizeSettings", "synthesize"),
     "pipeline": _pipeline,
 }
 

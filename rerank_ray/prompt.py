@@ -10,6 +10,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from rerank_ray import config, storage
 from rerank_ray.config import Settings
@@ -25,6 +28,7 @@ from rerank_ray.runs import resolve_input
 from rerank_ray.schema import CANDIDATES, candidate_list_from_row, read_rows
 from rerank_ray.settings.models import FakeSettings, ModelSettings
 from rerank_ray.settings.rankers import RankerSettings
+from rerank_ray.settings.synthesize import QueryWriterSettings
 
 # Templates that a method asks with beside its `prompt`: template method -> (ranking method, key of its settings).
 _SECOND_TEMPLATES = {"rebel_criteria": ("rebel", "criteria_prompt")}
@@ -42,7 +46,7 @@ class ShownPrompt:
 class _Shown(Settings):
     """A ranker's settings, for their errors' paths."""
 
-    ranker: RankerSettings
+    ranker: Annotated[RankerSettings | QueryWriterSettings, Field(discriminator="method")]
     """The method that the template is written for."""
 
 

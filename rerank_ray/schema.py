@@ -82,6 +82,17 @@ RANKINGS = _versioned(
         pa.field("error", pa.string()),
     ],
 )
+_PASSAGE_COLUMNS = [pa.field(name, pa.string()) for name in ("query_id", "doc_id", "title", "text")]
+# What `rerank-ray synthesize` keeps between its stages: passages to write a query for, and the queries.
+PASSAGES = _versioned("passages", _PASSAGE_COLUMNS)
+WRITTEN_QUERIES = _versioned(
+    "written_queries",
+    [
+        *_PASSAGE_COLUMNS,
+        pa.field("query", pa.string()),
+        *(LABELS.field(name) for name in ("teacher", "scores", "defects", "usage", "error")),
+    ],
+)
 
 
 # Rows to records

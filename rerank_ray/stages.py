@@ -13,16 +13,20 @@ from rerank_ray.errors import RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
+from rerank_ray.ranking.write_query import passage_of
 from rerank_ray.records import CandidateList, Ranking, Usage, ranking_of
 from rerank_ray.schema import (
     CANDIDATES,
     LABELS,
+    PASSAGES,
     RANKINGS,
+    WRITTEN_QUERIES,
     candidate_list_from_row,
     label_columns,
     ranking_row,
 )
 from rerank_ray.settings.rankers import RankerSettings
+from rerank_ray.settings.synthesize import QueryWriterSettings
 
 
 class RankStage:
@@ -78,6 +82,41 @@ class RankStage:
             return Ranking(query_id=query_id, doc_ids=(), scores=None, model=self.ranker.name, error=error)
         ranking = ranking_of(result.request, result.scores, self.ranker.name)
         return ranking if self.ranker.exit_layer is None else replace(ranking, exit_layer=self.ranker.exit_layer)
+
+
+class WriteStage:
+    """Writes queries for passages: `passages` rows to `written_queries` rows.
+
+    A passage that the model wrote no query for becomes a row with `error`; nothing is dropped. `usage` is that of all
+    rows so far.
+    """
+
+    def __init__(self, writer: QueryWriterSettings, store: LabelStore | None = None) -> None:
+        self.ranker = Ranker(writer, wrap=None if store is None else partial(StoredBackend, store=store))
+        self.usage = Usage()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        table = table.select(PASSAGES.names)
+        outcomes = self.ranker.rank([passage_of(row) for row in table.to_pylist()])
+        self.usage = sum((o.usage for o in outcomes), start=self.usage)
+        return self._to_table(table, outcomes)
+
+    def failed(self, table: pa.Table, error: str) -> pa.Table:
+        """Output rows that say why none of these rows was tried."""
+        return self._to_table(table.select(PASSAGES.names), [error] * table.num_rows)
+
+    def _to_table(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
+        rows = []
+        for row, result in zip(table.to_pylist(), results, strict=True):
+            if isinstance(result, str):
+                rows.append(row | {"query": None} | label_columns(self.ranker.name, None, error=result))
+            else:
+                query = result.scores.rationales[0] if result.scores else None
+                columns = label_columns(self.ranker.name, result.scores, result.usage, result.error, result.defects)
+                rows.append(row | {"query": query} | columns)
+        return pa.Table.from_pylist(
+            [{name: row[name] for name in WRITTEN_QUERIES.names} for row in rows], schema=WRITTEN_QUERIES
+        )
 
 
 def _parse(row: dict) -> CandidateList | RowError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 from collections.abc import Iterator
@@ -106,6 +107,13 @@ def local_path(uri: str | os.PathLike[str]) -> Path | None:
     """The local path behind a URI, or None when it lies on another filesystem."""
     fs, path = open_filesystem(uri)
     return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
+
+
+def digest(uri: str | os.PathLike[str]) -> str:
+    """16 hex digits that change with a file's bytes."""
+    fs, path = open_filesystem(uri)
+    with fs.open_input_stream(path, compression=None) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 @contextmanager

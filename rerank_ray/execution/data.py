@@ -1,4 +1,4 @@
-"""Ranking jobs on Ray Data: Parquet → a pool of rankers → Parquet, each input row exactly once."""
+"""Row jobs on Ray Data: Parquet → a pool of rankers, or of query writers → Parquet, each input row exactly once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import pyarrow as pa
@@ -22,11 +23,13 @@ from rerank_ray.execution.progress import ProgressDisplay
 from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
-from rerank_ray.schema import CANDIDATES, InputSummary
+from rerank_ray.schema import CANDIDATES, PASSAGES, InputSummary
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
-from rerank_ray.stages import RankStage
+from rerank_ray.settings.synthesize import QueryWriterSettings
+from rerank_ray.stages import RankStage, WriteStage
 
+Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
 
 
@@ -35,8 +38,8 @@ class RankWorker:
 
     def __init__(
         self,
-        ranker: RankerSettings,
-        output: Literal["labels", "rankings"],
+        ranker: RankerSettings | QueryWriterSettings,
+        output: Output,
         execution: ExecutionSettings,
         attempts_uri: str,
         counter: ray.actor.ActorHandle,
@@ -48,7 +51,8 @@ class RankWorker:
             torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
         self._store = None if store is None else LabelStore(store)
         self._id = uuid.uuid4().hex
-        self._stage = RankStage(ranker, output, self._store)
+        stage = partial(WriteStage, ranker) if output == "queries" else partial(RankStage, ranker, output)
+        self._stage = stage(store=self._store)
         self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
         counter.describe.remote(self._stage.ranker.name, self._stage.ranker.parameters)
@@ -77,14 +81,17 @@ def rank_rows(
     run: RunFolder,
     source_uri: str,
     source: InputSummary,
-    ranker: RankerSettings,
-    output: Literal["labels", "rankings"],
+    ranker: RankerSettings | QueryWriterSettings,
+    output: Output,
     execution: ExecutionSettings,
     *,
     retry_errors: bool,
     store: StoreSettings | None = None,
 ) -> tuple[Counts, dict]:
-    """Rank every row that the run's checkpoint does not hold yet; returns the output's totals and this start's timings.
+    """Rank, or write a query for, every row that the run's checkpoint does not hold yet.
+
+    Returns:
+        The output's totals and this start's timings.
 
     Raises:
         RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
@@ -113,8 +120,8 @@ def _execute(
     run: RunFolder,
     source_uri: str,
     source: InputSummary,
-    ranker: RankerSettings,
-    output: Literal["labels", "rankings"],
+    ranker: RankerSettings | QueryWriterSettings,
+    output: Output,
     execution: ExecutionSettings,
     progress: ProgressDisplay,
     store: StoreSettings | None,
@@ -124,7 +131,7 @@ def _execute(
     rows = ray.data.read_parquet(
         list(source.files),
         filesystem=fs,
-        schema=CANDIDATES.remove_metadata(),
+        schema=(PASSAGES if output == "queries" else CANDIDATES).remove_metadata(),
         num_cpus=_READ_CPUS,
     )
     ranked = rows.map_batches(

@@ -127,6 +127,7 @@ def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> Eval
 
 _JOBS = {
     "ingest": ingest,
+    "synthesize": jobs.synthesize,
     "label": jobs.label,
     "combine": jobs.combine_runs,
     "distill": jobs.distill,

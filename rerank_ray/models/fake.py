@@ -55,6 +55,8 @@ class Fake:
             usage = Usage(calls=1 if call.calibration is None else 2, prompt_tokens=len(text.split()))
             return Answer(value=_attention(call, self.attention_shape, self.settings.seed), usage=usage)
         usage = Usage(calls=1, prompt_tokens=len(text.split()))
+        if isinstance(call, Generate) and self.settings.writes == "queries":
+            return Answer(value=_words(call.prompt.passages[0], f"{self.settings.seed}:{call.seed}"), usage=usage)
         return Answer(value=_value(call, f"{self.settings.seed}:{text}"), usage=usage)
 
 
@@ -80,6 +82,12 @@ def _permutation(text: str, count: int) -> str:
     """A ranking of the prompt's passages as listwise methods ask for it: `[2] > [1] > [3]`."""
     numbers = _numbers(text, count)
     return " > ".join(f"[{i + 1}]" for i in sorted(range(count), key=numbers.__getitem__))
+
+
+def _words(passage: str, text: str) -> str:
+    """Four different words of a passage, in an order of their own."""
+    words = sorted(dict.fromkeys(passage.split()), key=lambda word: _numbers(f"{text}:{word}", 1))
+    return " ".join(words[:4])
 
 
 def _attention(call: Attention, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, ...]:

@@ -39,6 +39,10 @@ _ANOTHER_LABEL = re.compile(
     re.I,
 )
 _THINK_TAG = re.compile(r"</?think(?:ing)?>", re.I)
+_QUERY_MARKS = re.compile(
+    r"\A[\s*#\"“`]*+(?:(?:[0-9]{1,2}[.)]|[-•])\s++)?(?:(?:search\s++)?(?:query|question)(?:\s++[0-9]++)?\s*+:[\s*]*+)?",
+    re.I,
+)
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*+)(</answer>)?+", re.DOTALL | re.I)
 
 
@@ -91,6 +95,14 @@ class ParsedItems:
     """The entries of a list, () when the text holds none."""
 
     items: tuple[str, ...]
+    defects: tuple[Defect, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedQuery:
+    """The query that a text holds, or None."""
+
+    query: str | None
     defects: tuple[Defect, ...] = ()
 
 
@@ -374,6 +386,25 @@ def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
         (DefectKind.OUT_OF_RANGE, [f"{len(items)} entries for {count}"] if len(items) > count else []),
     )
     return ParsedItems(items=tuple(items[:count]), defects=(*cut, *defects))
+
+
+def parse_query(text: str, *, cut_off: bool = False) -> ParsedQuery:
+    """Read the search query that a text was asked for: its first line, without "Query:", a list's marker, or quotes.
+
+    Args:
+        cut_off: the text ended at its token limit; a query that ends there is none.
+    """
+    _, answer = split_reasoning(text)
+    line, _, rest = answer.strip().partition("\n")
+    kind = _nothing_in(answer)
+    if kind is None and cut_off and not rest.strip():
+        kind = DefectKind.CUT_OFF
+    query = _QUERY_MARKS.sub("", line).strip().strip('"“”*`').strip()
+    if kind is None and not any(c.isalnum() for c in query):
+        kind = DefectKind.UNPARSED
+    if kind is not None:
+        return ParsedQuery(query=None, defects=(Defect(kind=kind, detail=_quoted(text)),))
+    return ParsedQuery(query=query)
 
 
 def _nothing_in(text: str) -> DefectKind | None:

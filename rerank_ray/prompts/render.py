@@ -64,6 +64,7 @@ _NEEDS = {
     "e2rank": _LIST,
     "rebel": replace(_LIST, slots=frozenset({"query", "passages", "criteria"})),
     "rebel_criteria": _Needs(slots=frozenset({"query"}), optional=frozenset({"count"})),
+    "write_query": _Needs(slots=frozenset({"passage"})),
 }
 # Methods whose labels are two, and what they say.
 _TWO_LABELS = {
@@ -106,6 +107,8 @@ class Template(Settings):
         if missing := needs.slots - set(found):
             raise ValueError(f"text lacks the slot {{{sorted(missing)[0]}}}")
         _refuse_unknown("text", found, ["query", "instruction", *sorted((needs.slots | needs.optional) - {"query"})])
+        if self.method == "write_query" and "query" in found:
+            raise ValueError("text has the slot {query}, but the query is what the model writes")
         for slot in sorted(needs.slots - {"query"}):
             if found.count(slot) != 1:
                 raise ValueError(f"text must hold the slot {{{slot}}} once")

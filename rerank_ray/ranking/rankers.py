@@ -50,6 +50,8 @@ METHODS = {
     "ensemble": "rerank_ray.ranking.composition:Ensemble",
     "cascade": "rerank_ray.ranking.composition:Cascade",
     "selective": "rerank_ray.ranking.composition:Selective",
+    # No ranker: `rerank-ray synthesize` runs it like one.
+    "write_query": "rerank_ray.ranking.write_query:QueryWriter",
 }
 
 # Methods that ask with another method's templates.

@@ -264,6 +264,8 @@ class FakeSettings(Settings):
     """Time each call takes."""
     fail_on: str | None = None
     """Calls whose text holds this string fail."""
+    writes: Literal["rankings", "queries"] = "rankings"
+    """Generated texts: a ranking of the prompt's passages, or four of the words of its first one."""
     crash_on: str | None = None
     """Calls whose text holds this string end the process at once, like a segmentation fault."""
 

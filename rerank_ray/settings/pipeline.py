@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import CombineSettings, EvaluateSettings, LabelSettings, RerankSettings
+from rerank_ray.settings.synthesize import SynthesizeSettings
 
 
 class BeirIngestSettings(Settings):
@@ -138,7 +139,7 @@ IngestSettings = Annotated[
     | RankDistiLLMIngestSettings,
     Field(discriminator="kind"),
 ]
-JOBS = ("ingest", "label", "combine", "distill", "rerank", "evaluate")
+JOBS = ("ingest", "synthesize", "label", "combine", "distill", "rerank", "evaluate")
 
 
 class StepSettings(Settings):
@@ -148,6 +149,8 @@ class StepSettings(Settings):
     """The step's run folder inside the pipeline's."""
     ingest: IngestSettings | None = None
     """Outside data to candidates."""
+    synthesize: SynthesizeSettings | None = None
+    """A collection to candidates of queries that an LLM writes."""
     label: LabelSettings | None = None
     """Candidates to labels."""
     combine: CombineSettings | None = None

@@ -134,7 +134,7 @@ def test_checks_between_fields_name_the_fields():
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([{"name": "a"}], "step 'a' needs exactly one of ingest, label, .*; it has none"),
+        ([{"name": "a"}], "step 'a' needs exactly one of ingest, synthesize, label, .*; it has none"),
         ([{"name": "a b", "evaluate": {"rankings": {"x": "y"}, "qrels": "q"}}], "steps.0.name"),
         ([{"name": "a", "evaluate": {"rankings": {"x": "step://b"}, "qrels": "q"}}], "step://b is no earlier step"),
         ([{"name": "a", "evaluate": {"rankings": {"x": "step://a"}, "qrels": "q"}}], "step://a is no earlier step"),
@@ -310,7 +310,14 @@ def test_no_difference_exactly_where_equal(old: dict, new: dict):
 MODELS = sorted(
     {
         m
-        for module in (settings.models, settings.rankers, settings.jobs, settings.distill, settings.pipeline)
+        for module in (
+            settings.models,
+            settings.rankers,
+            settings.jobs,
+            settings.synthesize,
+            settings.distill,
+            settings.pipeline,
+        )
         for _, m in inspect.getmembers(module, inspect.isclass)
         if issubclass(m, Settings) and m is not Settings
     },

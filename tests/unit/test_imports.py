@@ -25,7 +25,7 @@ BRACKETS = [
     ["retrieval", "label_store"],
     ["ranking", "distill"],
     ["stages", "quarantine", "accounting", "combine", "ingest", "evaluate", "shuffle", "selectivity", "prompt"],
-    ["audit", "ingest_labels", "convert", "calibrate_exit", "planning", "export"],
+    ["audit", "ingest_labels", "convert", "calibrate_exit", "planning", "export", "synthesize"],
     ["execution"],
     ["quickstart"],
     ["cli"],

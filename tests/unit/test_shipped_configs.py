@@ -10,6 +10,7 @@ from rerank_ray import config
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import DetectHeadsSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.pipeline import PipelineSettings
+from rerank_ray.settings.synthesize import SynthesizeSettings
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -17,6 +18,7 @@ MODELS = {
     "distill": DistillSettings,
     "rerank": RerankSettings,
     "heads": DetectHeadsSettings,
+    "synthesize": SynthesizeSettings,
     "pipelines": PipelineSettings,
     "quickstart": PipelineSettings,
 }
