@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +15,7 @@ from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import check_objective
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.formats.trec import write_run
 from rerank_ray.label_store import prepare
 from rerank_ray.models.resolve import resolve
@@ -199,7 +200,7 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
         prepare(settings.store)
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start("synthesize", settings, {settings.corpus: storage.digest(settings.corpus)})
+        before = run.start("synthesize", settings, {settings.corpus: _digest(settings.corpus)})
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
@@ -208,7 +209,7 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
         left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
         rows = read_rows(written.data, WRITTEN_QUERIES.names)
         queries = list(usable_queries(rows, settings.max_copied_words, left_out))
-        retrieved = run.path("retrieved")
+        retrieved = storage.absolute(run.path("retrieved"))
         storage.delete_directory(retrieved)
         found = write_candidates(retrieve(queries, settings, left_out), retrieved)
         if found and settings.round_trip is not None:
@@ -232,6 +233,13 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
     return run
 
 
+def _digest(path: str) -> str:
+    try:
+        return storage.digest(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}): give a TSV or JSONL file") from error
+
+
 def _write_queries(settings: SynthesizeSettings, run: RunFolder) -> tuple[RunFolder, Counts]:
     """The writer's finished run over the drawn passages, and its totals."""
     from rerank_ray.execution.data import rank_rows
@@ -241,7 +249,7 @@ def _write_queries(settings: SynthesizeSettings, run: RunFolder) -> tuple[RunFol
         storage.delete_directory(passages)
         write_rows(draw_passages(settings), passages, PASSAGES)
     source = inspect_input(passages, PASSAGES)
-    before = written.start("write_queries", settings, {passages: source.fingerprint})
+    before = written.start("write_queries", settings, {"passages": source.fingerprint})
     if before.get("state") == "done":
         return written, count_output(written.data, source.rows)
     counts, timings = rank_rows(

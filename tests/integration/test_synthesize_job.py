@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rerank_ray import config
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import jobs
 from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES, inspect_input, read_candidates, read_rows
 from rerank_ray.settings.synthesize import SynthesizeSettings
@@ -95,6 +95,9 @@ def test_a_second_start_is_a_no_op_another_config_is_refused_and_so_is_a_run_wit
     corpus.write_text(corpus.read_text() + '{"_id": "new", "text": "another"}\n')
     with pytest.raises(RunError, match="content of input"):
         jobs.synthesize(settings_of(tmp_path, passages=8), str(run), console)
+    gone = settings_of(tmp_path).model_copy(update={"corpus": str(tmp_path)})
+    with pytest.raises(InputError, match="can't be read"):
+        jobs.synthesize(gone, str(tmp_path / "gone"), console)
     failing = settings_of(tmp_path, passages=8, model={"fail_on": "number"}, limits={"max_error_rate": 1.0})
     with pytest.raises(RunError, match="no query is left"):
         jobs.synthesize(failing, str(tmp_path / "none"), console)
