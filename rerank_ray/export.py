@@ -13,6 +13,7 @@ from rerank_ray.errors import ConfigError
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import DESCRIPTION
 from rerank_ray.models.student.onnx import export_onnx
+from rerank_ray.models.student.t5_encoder import T5EncoderStudent
 from rerank_ray.runs import CONFIG, STATE
 from rerank_ray.settings.models import ModelSettings
 
@@ -82,14 +83,16 @@ def _usage(model: Student, form: Form, int8: bool) -> str:
             f"## Use\n\n`model.onnx`, {kind}, takes padded batches as `rerank_ray.models.student` encodes them and "
             "gives `scores`."
         )
-    if model.description.head == "linear":
+    description = model.description
+    if description.head == "linear" and not isinstance(model, T5EncoderStudent):
+        pair = f'("{description.query_prefix}query", "{description.document_prefix}document")'
         return (
-            '## Use\n\n```python\nfrom sentence_transformers import CrossEncoder\n\nCrossEncoder("FOLDER").predict('
-            '[("query", "document")])\n```'
+            "## Use\n\n```python\nfrom sentence_transformers import CrossEncoder\n\n"
+            f'CrossEncoder("FOLDER").predict([{pair}])\n```'
         )
     return (
         "## Use\n\n```yaml\nranker: {method: cross_encoder, model: {kind: cross_encoder, path: FOLDER, max_length: "
-        f"{model.description.max_length}}}}}\n```\n\nin a config of `rerank-ray rerank`."
+        f"{description.max_length}}}}}\n```\n\nin a config of `rerank-ray rerank`."
     )
 
 
