@@ -55,15 +55,16 @@ METHODS: dict[str, dict] = {
     "PRP sliding, 1 pass": {"method": "prp", "model": LLM, "strategy": "sliding", "k": 1},
     "setwise heapsort, likelihood": {"method": "setwise", "model": {**LLM, "max_length": 1024}},
     "setwise heapsort, generation": {"method": "setwise", "model": {**LLM, "max_length": 1024}, "mode": "generation"},
-    "RankGPT, window 20": {"method": "rank_gpt", "model": LONG, "passage_words": 100},
+    "RankGPT, window 20": {"method": "rank_gpt", "model": LONG, "passage_words": 100, "max_tokens": 160},
     "permutation self-consistency, 5": {
         "method": "permutation_self_consistency",
         "model": LONG,
         "permutations": 5,
         "passage_words": 100,
+        "max_tokens": 160,
     },
     "FIRST, window 20": {"method": "first", "model": LONG, "passage_words": 100},
-    "GroupRank, groups of 10": {"method": "group_rank", "model": LONG, "passage_words": 100},
+    "GroupRank, groups of 10": {"method": "group_rank", "model": LONG, "passage_words": 100, "max_tokens": 256},
     "ICR": {"method": "icr", "model": LONG},
     "ensemble of cosine and query likelihood": {"method": "ensemble", "rankers": [COSINE, LIKELIHOOD]},
     "cascade: cosine, then query likelihood on 10": {
