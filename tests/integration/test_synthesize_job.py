@@ -104,6 +104,7 @@ def test_a_second_start_is_a_no_op_another_config_is_refused_and_so_is_a_run_wit
     assert json.loads((tmp_path / "none" / "run.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_killed_driver_resumes_to_an_undisturbed_run(tmp_path, console):
     """`kill -9` while the model writes; the next start writes only what is missing, and ends as if nothing had been."""
     settings = settings_of(tmp_path, documents=64, model={"seconds_per_call": 0.2})
