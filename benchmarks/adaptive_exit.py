@@ -14,10 +14,11 @@ import argparse
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from harness import publish, ratio, trec_dl_lists
+from harness import alternate, publish, ratio, trec_dl_lists
 
 from rerank_ray.calibrate_exit import calibrate_exit
 from rerank_ray.formats.lines import BadLines
@@ -50,14 +51,12 @@ def main() -> None:
         "adaptive exit": "adaptive",
     }
     rankers = {name: Ranker(settings(student, layer)) for name, layer in chosen.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in rankers}
     outcomes: dict[str, list[Outcome]] = {}
-    for number in range(options.rounds + 1):
-        for name, ranker in rankers.items():
-            started = time.process_time()
-            outcomes[name] = ranker.rank(requests)
-            if number:  # the first round warms everything up
-                seconds[name].append(time.process_time() - started)
+
+    def rank(name: str) -> None:
+        outcomes[name] = rankers[name].rank(requests)
+
+    seconds = alternate({name: partial(rank, name) for name in rankers}, options.rounds, time.process_time)
     whole = next(iter(rankers))
     rows = {
         name: {

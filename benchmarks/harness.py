@@ -31,15 +31,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 _PACKAGES = ("rerank_ray", "torch", "transformers", "ray", "sentence-transformers")
 
 
-def alternate(subjects: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    subjects: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each subject in each of `rounds` rounds, after one round that warms everything up."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds + 1):
         for name, subject in subjects.items():
-            started = time.perf_counter()
+            started = clock()
             subject()
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

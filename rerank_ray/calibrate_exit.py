@@ -20,7 +20,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.adaptive_exit import exit_uncertainty
 from rerank_ray.models.exit_thresholds import ExitCalibration, calibrate
 from rerank_ray.models.student import Student, load_student
-from rerank_ray.models.student.base import DESCRIPTION
+from rerank_ray.models.student.base import description_of
 from rerank_ray.records import Labels
 from rerank_ray.runs import CONFIG, resolve_input
 from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
@@ -65,9 +65,7 @@ def calibrate_exit(
         ConfigError: not a layer-wise student, or a negative loss.
         InputError: fewer than two lists have a gain.
     """
-    description = Path(student, DESCRIPTION)
-    if not description.exists():
-        raise ConfigError(f"{student}: not a student of ours: it has no {DESCRIPTION}")
+    description = description_of(student)
     if max_loss < 0:
         raise ConfigError(f"--max-loss {max_loss}: the nDCG@10 that may be lost is 0 or more")
     device = engine.pick_device("auto")
@@ -104,16 +102,14 @@ def _held_out(run: Path) -> Iterator[Labels]:
 @torch.inference_mode()
 def _measure(student: Student, lists: Iterable[Labels], gains: str) -> tuple[np.ndarray, np.ndarray]:
     """Of every list with a gain: its uncertainty [lists, early exits] and its nDCG@10 [lists, exits]."""
-    device = next(student.parameters()).device
-    runner = engine.BatchRunner(None, device)
+    runner = engine.BatchRunner(None, next(student.parameters()).device)
     uncertainty, ndcg = [], []
     for labels in lists:
         texts = [c.contents for c in labels.candidate_list.candidates]
         encoded = student.encode([labels.candidate_list.query.text] * len(texts), texts)
 
         def forward(batch: Sequence[int], encoded=encoded) -> list[list[float]]:
-            inputs = {k: v.to(device) for k, v in student.collate([encoded[i] for i in batch]).items()}
-            return student(**inputs).float().T.tolist()
+            return student(**student.batch([encoded[i] for i in batch])).float().T.tolist()
 
         by_layer = np.array(runner.run([len(e["input_ids"]) for e in encoded], forward)).T
         values = [validation_ndcg(labels, scores, gains) for scores in by_layer]

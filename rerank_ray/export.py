@@ -11,7 +11,7 @@ import yaml
 
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.student import Student, load_student
-from rerank_ray.models.student.base import DESCRIPTION
+from rerank_ray.models.student.base import description_of
 from rerank_ray.models.student.onnx import export_onnx
 from rerank_ray.models.student.t5_encoder import T5EncoderStudent
 from rerank_ray.runs import CONFIG, STATE
@@ -36,8 +36,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         ConfigError: not a student, OUT is in the way, int8 of another form, or the extra `onnx` is missing.
         ModelError: the student has no head on that layer, or its architecture can't be exported.
     """
-    if not Path(student, DESCRIPTION).exists():
-        raise ConfigError(f"{student}: not a student of ours: it has no {DESCRIPTION}")
+    description_of(student)
     if int8 and form != "onnx":
         raise ConfigError("--int8 is of --format onnx; the weights of transformers' folders stay as they are")
     folder = Path(out)

@@ -127,7 +127,10 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     sampled = min(sample, left)
     requests = _sample(source_uri, source, finished, sampled)
 
-    _use_threads(settings.execution)
+    from rerank_ray.models.engine import use_threads
+
+    # As a replica has them.
+    use_threads(settings.execution.cpus_per_actor, settings.execution.gpus_per_actor)
     started = time.perf_counter()
     meter = _Meter(None if settings.store is None else LabelStore(settings.store))
     loaded = Ranker(ranker, wrap=meter.wrap)
@@ -280,14 +283,6 @@ def _rows_with(uri: str, files: Sequence[str], hashes: set[int]):
                 found = [n for n, query_id in enumerate(ids) if id_hash(query_id) in hashes]
                 if found:
                     yield from file.read_row_group(group, columns=CANDIDATES.names).take(found).to_pylist()
-
-
-def _use_threads(execution: ExecutionSettings) -> None:
-    """As many threads as a replica on CPUs has."""
-    import torch
-
-    if not execution.gpus_per_actor:
-        torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
 
 
 @dataclass(slots=True, kw_only=True)

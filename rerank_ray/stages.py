@@ -29,27 +29,36 @@ from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings
 
 
-class RankStage:
+class _Stage:
+    """A ranker over Arrow tables; `usage` is that of all rows so far."""
+
+    def __init__(self, ranker: RankerSettings | QueryWriterSettings, store: LabelStore | None) -> None:
+        self.ranker = Ranker(ranker, wrap=None if store is None else partial(StoredBackend, store=store))
+        self.usage = Usage()
+
+    def _rank(self, requests: Sequence[CandidateList]) -> list[Outcome]:
+        outcomes = self.ranker.rank(requests)
+        self.usage = sum((o.usage for o in outcomes), start=self.usage)
+        return outcomes
+
+
+class RankStage(_Stage):
     """Ranks candidate rows and writes `labels` or `rankings` rows.
 
     A row that breaks the contract, or that the ranker can't score, becomes a row with `error`; nothing is dropped.
-    `usage` is that of all rows so far.
     """
 
     def __init__(
         self, ranker: RankerSettings, output: Literal["labels", "rankings"], store: LabelStore | None = None
     ) -> None:
-        self.ranker = Ranker(ranker, wrap=None if store is None else partial(StoredBackend, store=store))
-        self.usage = Usage()
+        super().__init__(ranker, store)
         self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.select(CANDIDATES.names)
         parsed = [_parse(row) for row in table.to_pylist()]
         good = [p for p in parsed if isinstance(p, CandidateList)]
-        outcomes = self.ranker.rank(good)
-        self.usage = sum((o.usage for o in outcomes), start=self.usage)
-        outcomes = iter(outcomes)
+        outcomes = iter(self._rank(good))
         results = [next(outcomes) if isinstance(p, CandidateList) else str(p) for p in parsed]
         return self._to_table(table, results)
 
@@ -84,22 +93,18 @@ class RankStage:
         return ranking if self.ranker.exit_layer is None else replace(ranking, exit_layer=self.ranker.exit_layer)
 
 
-class WriteStage:
+class WriteStage(_Stage):
     """Writes queries for passages: `passages` rows to `written_queries` rows.
 
-    A passage that the model wrote no query for becomes a row with `error`; nothing is dropped. `usage` is that of all
-    rows so far.
+    A passage that the model wrote no query for becomes a row with `error`; nothing is dropped.
     """
 
     def __init__(self, writer: QueryWriterSettings, store: LabelStore | None = None) -> None:
-        self.ranker = Ranker(writer, wrap=None if store is None else partial(StoredBackend, store=store))
-        self.usage = Usage()
+        super().__init__(writer, store)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.select(PASSAGES.names)
-        outcomes = self.ranker.rank([passage_of(row) for row in table.to_pylist()])
-        self.usage = sum((o.usage for o in outcomes), start=self.usage)
-        return self._to_table(table, outcomes)
+        return self._to_table(table, self._rank([passage_of(row) for row in table.to_pylist()]))
 
     def failed(self, table: pa.Table, error: str) -> pa.Table:
         """Output rows that say why none of these rows was tried."""

@@ -6,7 +6,6 @@ against all. The passages are of one list, so that they are as hard to tell apar
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -38,22 +37,21 @@ def warm_up(
         read: the training list of a number below `count`.
         autocast: makes the context of a forward pass.
     """
-    random = np.random.default_rng([seed, settings.steps])
-    start = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = make_optimizer(student, settings.optimizer)
     device = next(student.parameters()).device
+    random = np.random.default_rng([seed, settings.steps])
+    # Of the start only the last layer teaches.
+    start = student.truncated(student.layers[-1], alone=True).to(device).requires_grad_(False)
+    optimizer = make_optimizer(student, settings.optimizer)
     student.train()
     seen: list[torch.Tensor] = []
     for step in range(settings.steps):
         set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
         queries, passages = draw(read(int(random.integers(count))), settings, random)
-        batches = []
-        for texts, length in (
-            (queries, student.description.max_query_length),
-            (passages, settings.max_passage_length),
-        ):
-            batch = student.collate(student.encode_alone(texts, length))
-            batches.append({name: tensor.to(device) for name, tensor in batch.items()})
+        lengths = (student.description.max_query_length, settings.max_passage_length)
+        batches = [
+            student.batch(student.encode_alone(texts, length))
+            for texts, length in zip((queries, passages), lengths, strict=True)
+        ]
         with autocast():
             with torch.no_grad():
                 target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)

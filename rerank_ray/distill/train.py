@@ -154,7 +154,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor] = {}
         tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
-        chunks = _chunks(tokens, settings.tokens_per_backward)
+        chunks = engine.group_in_order(tokens, settings.tokens_per_backward)
         for number, chunk in enumerate(chunks):
             last = number == len(chunks) - 1
             too_large = sum(tokens[q] for q in chunk) > settings.tokens_per_backward
@@ -191,9 +191,9 @@ class Trainer:
         lengths = [len(e["input_ids"]) for e in encoded]
         batches = []
         for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
-            inputs = self.student.collate([encoded[i] for i in indices])
+            inputs = self.student.batch([encoded[i] for i in indices])
             self._since_validation["padded_tokens"] += inputs["input_ids"].numel()
-            batches.append((torch.tensor(indices), {k: v.to(self.device) for k, v in inputs.items()}))
+            batches.append((torch.tensor(indices), inputs))
         self._since_validation["tokens"] += sum(lengths)
         return batches
 
@@ -335,19 +335,6 @@ class _Scorer(nn.Module):
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
         return self.student(**inputs).float()
-
-
-def _chunks(tokens: Sequence[int], limit: int) -> list[list[int]]:
-    """Group queries, in order, so that a chunk's tokens stay within the limit; a query above it is a chunk alone."""
-    chunks: list[list[int]] = []
-    held = 0
-    for query, count in enumerate(tokens):
-        if not chunks or held + count > limit:
-            chunks.append([])
-            held = 0
-        chunks[-1].append(query)
-        held += count
-    return chunks
 
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:

@@ -45,10 +45,9 @@ class RankWorker:
         counter: ray.actor.ActorHandle,
         store: StoreSettings | None,
     ) -> None:
-        import torch
+        from rerank_ray.models.engine import use_threads
 
-        if not execution.gpus_per_actor:
-            torch.set_num_threads(max(1, int(execution.cpus_per_actor)))
+        use_threads(execution.cpus_per_actor, execution.gpus_per_actor)
         self._store = None if store is None else LabelStore(store)
         self._id = uuid.uuid4().hex
         stage = partial(WriteStage, ranker) if output == "queries" else partial(RankStage, ranker, output)

@@ -138,10 +138,11 @@ def _worker(config: dict) -> None:
     """What every worker runs: the Ray-free training loop, with Ray Train's ranks, checkpoints and reports."""
     import torch
 
+    from rerank_ray.models.engine import use_threads
+
     settings = DistillSettings.model_validate(config["settings"])
-    if not settings.execution.gpus_per_worker:
-        torch.set_num_threads(max(1, int(settings.execution.cpus_per_worker)))
-    else:
+    use_threads(settings.execution.cpus_per_worker, settings.execution.gpus_per_worker)
+    if settings.execution.gpus_per_worker:
         # Workers of one node see all of its GPUs; "cuda" then means this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
     context = ray.train.get_context()

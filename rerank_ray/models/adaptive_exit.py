@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.engine import BatchRunner
+from rerank_ray.models.engine import BatchRunner, group_in_order
 from rerank_ray.models.student import Student
 from rerank_ray.models.student.source import layers_of
 from rerank_ray.uncertainty import uncertainty_of
@@ -63,7 +63,8 @@ class AdaptiveExit:
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[tuple[float, ...], int]]:
         """Scores of each list's pairs, and the layer that they are of; a list's do not depend on the other lists."""
         results: list[tuple[tuple[float, ...], int]] = []
-        for part in _parts(lists, _BATCHES_HELD * runner.tokens_per_batch):
+        tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
+        for part in group_in_order(tokens, _BATCHES_HELD * runner.tokens_per_batch):
             results += self._run([lists[i] for i in part], runner)
         return results
 
@@ -132,8 +133,7 @@ class _Segment:
         Args:
             states: [tokens, H] of each pair after layer `first`; None from the first layer on.
         """
-        device = next(self.student.parameters()).device
-        inputs = {name: tensor.to(device) for name, tensor in self.student.collate(encoded).items()}
+        inputs = self.student.batch(encoded)
         if states is not None:
             padded = states[0].new_zeros((*inputs["input_ids"].shape, states[0].shape[-1]))
             for row, state in zip(padded, states, strict=True):
@@ -142,17 +142,3 @@ class _Segment:
         scores = self.student(**inputs)[-1].float().tolist()
         end, self._end, self.held.output = self._end, None, None
         return scores, end
-
-
-def _parts(lists: Sequence[Sequence[Encoded]], limit: int) -> list[list[int]]:
-    """Group lists, in order, so that a part's tokens stay within the limit; a list above it is a part alone."""
-    parts: list[list[int]] = []
-    held = 0
-    for number, pairs in enumerate(lists):
-        tokens = sum(len(e["input_ids"]) for e in pairs)
-        if not parts or held + tokens > limit:
-            parts.append([])
-            held = 0
-        parts[-1].append(number)
-        held += tokens
-    return parts

@@ -58,8 +58,7 @@ class CrossEncoder:
 
     @torch.inference_mode()
     def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
-        inputs = {k: v.to(self.device) for k, v in self.student.collate(encoded).items()}
-        return self.student(**inputs)[-1].float().tolist()
+        return self.student(**self.student.batch(encoded))[-1].float().tolist()
 
 
 def _adaptive(settings: CrossEncoderSettings, student: Student) -> AdaptiveExit:

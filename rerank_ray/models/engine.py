@@ -34,6 +34,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
+def use_threads(cpus: float, gpus: float) -> None:
+    """Give torch a thread for each CPU that a worker has, at least one; with a GPU torch's own choice stays."""
+    if not gpus:
+        torch.set_num_threads(max(1, int(cpus)))
+
+
 @functools.cache
 def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
@@ -62,6 +68,19 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
         else:
             batches.append([index])
     return batches
+
+
+def group_in_order(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Group indices, in order, so that a group's sizes add up to at most the limit; one above it is a group alone."""
+    groups: list[list[int]] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if not groups or held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(index)
+        held += size
+    return groups
 
 
 @dataclass(slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,12 +66,6 @@ def calibrate(uncertainty: np.ndarray, loss: np.ndarray, max_loss: float) -> Exi
         loss_bound=_bound(taken),
         left=(*left, float(inside.mean())),
     )
-
-
-def exit_of(uncertainties: Sequence[float], thresholds: Sequence[float]) -> int:
-    """The number, from 0, of the exit at which a list with these uncertainties leaves; the last has no threshold."""
-    settled = (n for n, (u, t) in enumerate(zip(uncertainties, thresholds, strict=True)) if u <= t)
-    return next(settled, len(thresholds))
 
 
 def _bound(losses: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from fixtures.rows import label_row, make_list, write_labels
-from fixtures.students import DOCUMENTS, QUERIES, scores, start, stirred
+from fixtures.students import DOCUMENTS, QUERIES, exit_of, scores, start, stirred
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +18,9 @@ from rerank_ray import cli
 from rerank_ray.calibrate_exit import calibrate_exit
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.errors import ConfigError, InputError, ModelError
-from rerank_ray.models.adaptive_exit import AdaptiveExit, _parts, exit_uncertainty
+from rerank_ray.models.adaptive_exit import AdaptiveExit, exit_uncertainty
 from rerank_ray.models.cross_encoder import CrossEncoder
-from rerank_ray.models.engine import BatchRunner
-from rerank_ray.models.exit_thresholds import exit_of
+from rerank_ray.models.engine import BatchRunner, group_in_order
 from rerank_ray.models.student import Student
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
@@ -87,9 +86,8 @@ def test_all_or_none_go_to_the_end(student: Student, threshold: float):
 
 @given(st.lists(st.lists(st.integers(1, 30), max_size=5), max_size=8), st.integers(1, 60))
 def test_parts_hold_every_list_once_and_no_more_than_the_limit(lengths: list[list[int]], limit: int):
-    lists = [[{"input_ids": [0] * n} for n in of_list] for of_list in lengths]
-    parts = _parts(lists, limit)
-    assert [i for part in parts for i in part] == list(range(len(lists)))
+    parts = group_in_order([sum(of_list) for of_list in lengths], limit)
+    assert [i for part in parts for i in part] == list(range(len(lengths)))
     for part in parts:
         assert len(part) == 1 or sum(sum(lengths[i]) for i in part) <= limit
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fixtures.students import exit_of
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rerank_ray.models.exit_thresholds import calibrate, exit_of
+from rerank_ray.models.exit_thresholds import calibrate
 
 
 def test_two_exits_by_hand():

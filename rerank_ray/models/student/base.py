@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.config import Settings
-from rerank_ray.errors import ModelError
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.student import lora
@@ -75,7 +75,7 @@ class Student(nn.Module):
     @property
     def positions(self) -> int | None:
         """The longest sequence that the position table holds; None when the student numbers positions itself."""
-        raise NotImplementedError  # abstract
+        return getattr(self.pretrained.config, "max_position_embeddings", None)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         """Tokenise pairs; the query is cut to `max_query_length`, the document to what `max_length` leaves."""
@@ -99,6 +99,11 @@ class Student(nn.Module):
             )
         return batch
 
+    def batch(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """What `collate` makes, on the student's device."""
+        device = next(self.parameters()).device
+        return {name: tensor.to(device) for name, tensor in self.collate(encoded).items()}
+
     def truncated(self, layer: int, *, alone: bool = False) -> Student:
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.
 
@@ -110,7 +115,7 @@ class Student(nn.Module):
     @property
     def pretrained(self) -> PreTrainedModel:
         """The transformers model, which the saved folder holds."""
-        raise NotImplementedError  # abstract
+        return self.model
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """What the student has beside the transformers model, by its name in `heads.safetensors`."""
@@ -130,6 +135,18 @@ class Student(nn.Module):
         if heads := self.head_tensors():
             save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)
         (folder / DESCRIPTION).write_text(json.dumps(self.description.model_dump(mode="json"), indent=2) + "\n")
+
+
+def description_of(folder: str) -> Path:
+    """The file that describes a student.
+
+    Raises:
+        ConfigError: the folder has none.
+    """
+    path = Path(folder, DESCRIPTION)
+    if not path.exists():
+        raise ConfigError(f"{folder}: not a student of ours: it has no {DESCRIPTION}")
+    return path
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

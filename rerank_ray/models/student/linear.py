@@ -28,16 +28,8 @@ class LinearStudent(Student):
             {str(layer): copy.deepcopy(classification_head(model)) for layer in description.layers[:-1]}
         )
 
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.model
-
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return self.early_heads.state_dict()
-
-    @property
-    def positions(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         return encode_pairs(self.tokenizer, self.description, queries, documents)

@@ -32,14 +32,6 @@ class PromptedStudent(Student):
             prefill = tokenizer(description.prompt.prefill, add_special_tokens=False)["input_ids"]
             self.begun = [model.config.decoder_start_token_id, *prefill]
 
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.model
-
-    @property
-    def positions(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
-
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         """Raises `ModelError` where the prompt and its query leave no room for a document."""
         queries = clipped(self.tokenizer, queries, self.description.max_query_length)

@@ -23,10 +23,6 @@ class T5EncoderStudent(Student):
         self.linear = nn.Linear(model.config.d_model, 1)
 
     @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.model
-
-    @property
     def positions(self) -> None:
         return None
 

@@ -28,14 +28,6 @@ class TwoTowerStudent(Student):
         self.log_scale = nn.Parameter(torch.tensor([scale]).flatten().log())
 
     @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.model
-
-    @property
-    def positions(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
-
-    @property
     def max_document_length(self) -> int:
         return self.description.max_length - self.description.max_query_length
 
