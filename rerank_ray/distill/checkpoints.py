@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ class Progress:
     """Where a run stands; `step` optimizer steps are done."""
 
     step: int = 0
-    best_ndcg: float = -1.0
+    best_score: float = -math.inf
+    """Of the metric that the kept student is chosen by."""
     best_step: int = 0
     validations_without_best: int = 0
     """Validations since the best one: the early-stopping counter."""

@@ -262,8 +262,8 @@ class Trainer:
         by_layer = self.validate()
         # A layer-wise student is kept for the sake of all its exits.
         ndcg = statistics.fmean(by_layer)
-        if ndcg > progress.best_ndcg:
-            progress.best_ndcg, progress.best_step, progress.validations_without_best = ndcg, progress.step, 0
+        if ndcg > progress.best_score:
+            progress.best_score, progress.best_step, progress.validations_without_best = ndcg, progress.step, 0
         else:
             progress.validations_without_best += 1
         metrics = {

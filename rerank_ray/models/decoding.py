@@ -14,10 +14,10 @@ from rerank_ray.models.protocol import Generate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One call's text, the number of its tokens, the one that ended it included, and the log-probability of these."""
+    """One call's text, its tokens, the one that ended it included, and the log-probability of these."""
 
     text: str
-    tokens: int
+    tokens: tuple[int, ...]
     cut_off: bool
     log_probability: float
 
@@ -98,7 +98,7 @@ def generate(
             state.keep(kept)
         logits = state.step(tokens)
     return [
-        Generated(text=text, tokens=len(tokens), cut_off=cut_off, log_probability=log)
+        Generated(text=text, tokens=tuple(tokens), cut_off=cut_off, log_probability=log)
         for (text, cut_off), tokens, log in zip(endings, written, logs.tolist(), strict=True)
     ]
 

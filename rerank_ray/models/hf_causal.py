@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
@@ -65,13 +65,16 @@ class HFCausal:
     tells_raw_logits = True
     exit_layer = None
 
-    def __init__(self, settings: HFCausalSettings) -> None:
+    def __init__(self, settings: HFCausalSettings, model: PreTrainedModel | None = None) -> None:
+        """Load the model, or run one that is loaded already: one that is being trained writes as it is at each call."""
         resolved = resolve(settings)
         self.name = f"hf_causal:{resolved.identity}"
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
-        dtype = engine.pick_dtype(settings.dtype, self.device)
-        self.model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        if model is None:
+            dtype = engine.pick_dtype(settings.dtype, self.device)
+            model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        self.model = model
         self.parameters = engine.count_parameters(self.model)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and settings.max_length > limit:
@@ -195,7 +198,7 @@ class HFCausal:
         state = decoding.CausalState(self.model, cache, torch.tensor([len(r.prompt) for r in rows], device=self.device))
         texts = decoding.generate(state, logits, [r.call for r in rows], self.tokenizer, self._ends)
         return [
-            _answer(row, t.text, t.tokens, cut_off=t.cut_off, log_probability=t.log_probability)
+            _answer(row, t.text, len(t.tokens), cut_off=t.cut_off, log_probability=t.log_probability, tokens=t.tokens)
             for row, t in zip(rows, texts, strict=True)
         ]
 

@@ -139,7 +139,7 @@ class HFSeq2Seq:
         state = _State(self.model, cache, encoded, mask)
         texts = decoding.generate(state, logits[:, -1], [r.call for r in rows], self.tokenizer, self._ends)
         return [
-            _answer(row, t.text, t.tokens, cut_off=t.cut_off, log_probability=t.log_probability)
+            _answer(row, t.text, len(t.tokens), cut_off=t.cut_off, log_probability=t.log_probability, tokens=t.tokens)
             for row, t in zip(rows, texts, strict=True)
         ]
 

@@ -137,6 +137,8 @@ class Answer:
     """A generated text that ended at `max_tokens`."""
     log_probability: float | None = None
     """Natural-log probability of a generated text, the sum over its tokens; None where the backend does not know it."""
+    tokens: tuple[int, ...] | None = None
+    """A generated text's tokens, the one that ended it included, where the model is run here; they are not stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

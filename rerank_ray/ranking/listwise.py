@@ -6,20 +6,18 @@ form of DeAR's second stage (Abdallah et al. 2025) and of ReasonRank (Liu et al.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Sequence
 
 from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
 from rerank_ray.prompts.parse import Permutation, parse_permutation, split_reasoning
+from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.windows import windows
-from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Scores
+from rerank_ray.records import CandidateList, Defect, DefectKind, Query, Scores
 from rerank_ray.settings.rankers import RankGPTSettings
-
-_IDENTIFIER = re.compile(r"\[(\w{1,3})\]")
 
 
 class RankGPT:
@@ -109,15 +107,6 @@ def read_permutation(template: Template, result: Result, count: int) -> tuple[st
         return "", Permutation(order=None, defects=(Defect(kind=DefectKind.UNSCORED, detail=result.reason),))
     text = template.prefill + result.value
     return split_reasoning(text)[0], parse_permutation(text, template.identifiers(count), cut_off=result.cut_off)
-
-
-def shown_passages(request: CandidateList, words: int) -> list[str]:
-    """Each candidate's first words, on one line; what looks like an identifier in brackets gets parentheses."""
-    return [shown_passage(c, words) for c in request.candidates]
-
-
-def shown_passage(candidate: Candidate, words: int) -> str:
-    return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split()[:words]))
 
 
 def scores_to_show(template: Template, request: CandidateList) -> list[float] | None:

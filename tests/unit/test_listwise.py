@@ -31,10 +31,11 @@ from pydantic import ValidationError
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Embed, Failure, Generate, NextToken
+from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.e2rank import E2Rank
 from rerank_ray.ranking.first import First
-from rerank_ray.ranking.listwise import RankGPT, shown_passages
+from rerank_ray.ranking.listwise import RankGPT
 from rerank_ray.ranking.permutation_self_consistency import PermutationSelfConsistency
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.windows import windows
