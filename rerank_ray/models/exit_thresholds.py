@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
-_CONFIDENCE = 1.2816
-"""Deviations of a normal mean that hold on one side with 90 %."""
+_RISK = 0.1
+"""Chance that other lists like these lose more on average than was promised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +22,18 @@ class ExitCalibration:
     loss: float
     """Mean loss of the metric."""
     loss_bound: float
-    """What the mean loss lies below with 90 % confidence, as far as these lists are like others."""
+    """What the mean loss of other lists lies below with 90 % confidence, as far as these are like them."""
     left: tuple[float, ...]
     """Share of the lists that leave at each layer with a head, the last included."""
 
 
 def calibrate(uncertainty: np.ndarray, loss: np.ndarray, max_loss: float) -> ExitCalibration:
-    """The highest thresholds for which the mean loss stays below `max_loss` with 90 % confidence.
+    """Thresholds for which the mean loss of lists like these stays below `max_loss` with 90 % confidence.
 
-    Exits are settled from the first on. Each may use an equal share of the loss, and what those before it left over.
+    Exits are settled from the first on. Each may use an equal share of the loss, and what those before it left over,
+    and is wrong with an equal share of the 10 %. Its threshold rises from the lowest uncertainty on until the bound
+    fails once: the highest of many that happen to pass would be wrong more often (fixed-sequence testing; Angelopoulos
+    et al. 2021, "Learn then Test").
 
     Args:
         uncertainty: [lists, early exits], of a list's scores at each exit.
@@ -43,6 +47,8 @@ def calibrate(uncertainty: np.ndarray, loss: np.ndarray, max_loss: float) -> Exi
         raise ValueError(f"{lists} list(s) to calibrate on: what holds of others can be told from two at least")
     if max_loss < 0:
         raise ValueError(f"max_loss: {max_loss}: the loss to stay below is 0 or more")
+    # Of a mean, by Student's t.
+    deviations = float(stdtrit(lists - 1, 1 - _RISK / exits))
     taken = np.zeros(lists)
     inside = np.ones(lists, dtype=bool)
     thresholds, left = [], []
@@ -50,11 +56,11 @@ def calibrate(uncertainty: np.ndarray, loss: np.ndarray, max_loss: float) -> Exi
         budget = max_loss * (exit_number + 1) / exits
         values = uncertainty[:, exit_number]
         threshold = -1.0
-        for candidate in np.unique(values[inside])[::-1]:
+        for candidate in np.unique(values[inside]):
             leaving = inside & (values <= candidate)
-            if _bound(np.where(leaving, loss[:, exit_number], taken)) <= budget:
-                threshold = float(candidate)
+            if _bound(np.where(leaving, loss[:, exit_number], taken), deviations) > budget:
                 break
+            threshold = float(candidate)
         leaving = inside & (values <= threshold)
         taken = np.where(leaving, loss[:, exit_number], taken)
         inside &= ~leaving
@@ -63,10 +69,10 @@ def calibrate(uncertainty: np.ndarray, loss: np.ndarray, max_loss: float) -> Exi
     return ExitCalibration(
         thresholds=tuple(thresholds),
         loss=float(taken.mean()),
-        loss_bound=_bound(taken),
+        loss_bound=_bound(taken, deviations),
         left=(*left, float(inside.mean())),
     )
 
 
-def _bound(losses: np.ndarray) -> float:
-    return float(losses.mean() + _CONFIDENCE * losses.std(ddof=1) / math.sqrt(len(losses)))
+def _bound(losses: np.ndarray, deviations: float) -> float:
+    return float(losses.mean() + deviations * losses.std(ddof=1) / math.sqrt(len(losses)))

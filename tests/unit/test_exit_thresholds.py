@@ -23,15 +23,38 @@ def test_two_exits_by_hand():
 
 
 def test_a_loss_that_may_be_chance_is_not_taken():
-    """Four lists lose 0.02 on average, which is allowed, but its 90 % bound is 0.02 + 1.2816 · 0.04 / 2."""
+    """Four lists lose 0.02 on average, which is allowed, but its 90 % bound is 0.02 + 1.6377 · 0.04 / 2: Student's t
+    with 3 degrees of freedom."""
     uncertainty = np.full((4, 1), 0.3)
     loss = np.array([[0.08], [0.0], [0.0], [0.0]])
-    bound = 0.02 + 1.2816 * 0.04 / 2
+    bound = 0.02 + 1.6377444 * 0.04 / 2
     assert calibrate(uncertainty, loss, bound - 1e-6).thresholds == (-1.0,)
     taken = calibrate(uncertainty, loss, bound + 1e-6)
     assert taken.thresholds == (0.3,)
     assert taken.loss == pytest.approx(0.02)
     assert taken.loss_bound == pytest.approx(bound)
+
+
+def test_exits_share_the_confidence():
+    """With two exits each bound holds with 95 %: Student's t of 2.3534 with 3 degrees of freedom. None can leave at the
+    first, so the second may use all of what is promised."""
+    uncertainty = np.full((4, 2), 0.3)
+    uncertainty[:, 0] = 1.0
+    loss = np.array([[1.0, 0.08], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    bound = 0.02 + 2.3533634 * 0.04 / 2
+    assert calibrate(uncertainty, loss, bound - 1e-6).thresholds == (-1.0, -1.0)
+    assert calibrate(uncertainty, loss, bound + 1e-6).thresholds == (-1.0, 0.3)
+
+
+def test_a_threshold_above_one_that_fails_is_not_tried():
+    """The third of eight lists loses 0.4 and each one above it wins 0.3.
+
+    Up to the third the bound is 0.05 + 1.415 · 0.1414 / √8 = 0.121, which fails; with all of them it would be −0.01.
+    """
+    uncertainty = np.arange(1.0, 9.0)[:, None] / 10
+    loss = np.array([0.0, 0.0, 0.4, *[-0.3] * 5])[:, None]
+    assert calibrate(uncertainty, loss, 0.12).thresholds == (0.2,)
+    assert calibrate(uncertainty, loss, 0.122).thresholds == (0.8,)
 
 
 shapes = st.tuples(st.integers(2, 40), st.integers(1, 4))
