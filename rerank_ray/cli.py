@@ -171,7 +171,8 @@ def _add_audit(commands) -> None:
     export = commands.add_parser("export", help="a trained student for use elsewhere, with a model card")
     export.add_argument("student", metavar="STUDENT", help="its folder")
     export.add_argument("--out", required=True, metavar="FOLDER")
-    export.add_argument("--format", choices=["transformers", "onnx"], default="transformers", dest="form")
+    forms = ["transformers", "onnx", "flagembedding-layerwise"]
+    export.add_argument("--format", choices=forms, default="transformers", dest="form")
     export.add_argument("--layer", type=int, metavar="N", help="of a layer-wise student (default: the last)")
     export.add_argument("--int8", action="store_true", help="onnx: weights as 8-bit integers, for CPUs")
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER")

@@ -12,29 +12,32 @@ import yaml
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
+from rerank_ray.models.student.flagembedding import write_flagembedding
 from rerank_ray.models.student.onnx import export_onnx
 from rerank_ray.models.student.t5_encoder import T5EncoderStudent
 from rerank_ray.runs import CONFIG, STATE
-from rerank_ray.settings.models import ModelSettings
+from rerank_ray.settings.models import LayerwiseSettings, ModelSettings
 
-Form = Literal["transformers", "onnx"]
+Form = Literal["transformers", "onnx", "flagembedding-layerwise"]
 CARD = "README.md"
 
 
 def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool, overwrite: bool) -> None:
-    """Write a student to `out` with a model card; a layer-wise one is cut to an ordinary cross-encoder.
+    """Write a student to `out` with a model card; a layer-wise one is cut to an ordinary cross-encoder, unless the form
+    is a layer-wise one.
 
     Args:
         student: its folder; where it lies in its distillation run, the card tells of that too.
         form: `transformers` is a folder for `from_pretrained` (students with a linear head load as
             `AutoModelForSequenceClassification` and as sentence-transformers' `CrossEncoder`, the others by
-            `rerank_ray`); `onnx` adds `model.onnx` in place of the weights.
-        layer: the layer of a layer-wise student; None is the last.
+            `rerank_ray`); `onnx` adds `model.onnx` in place of the weights; `flagembedding-layerwise` is a folder for
+            FlagEmbedding's LayerWiseFlagLLMReranker, all layers' heads included.
+        layer: the layer of a layer-wise student to end at; None is the last.
         int8: of onnx, weights as 8-bit integers.
 
     Raises:
         ConfigError: not a student, OUT is in the way, int8 of another form, or the extra `onnx` is missing.
-        ModelError: the student has no head on that layer, or its architecture can't be exported.
+        ModelError: the student has no head on that layer, or its architecture can't be exported in this form.
     """
     description_of(student)
     if int8 and form != "onnx":
@@ -44,12 +47,15 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         raise ConfigError(f"{out}: is there already; --overwrite replaces it")
     model = load_student(ModelSettings(path=student))
     last = layer or model.layers[-1]
-    if len(model.layers) > 1 or layer is not None:
-        model = model.truncated(last, alone=True)
+    if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
+        model = model.truncated(last, alone=form != "flagembedding-layerwise")
     # Beside OUT until it is whole, so that what stands there is never half an export.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save(partial)
+    if form == "flagembedding-layerwise":
+        write_flagembedding(model, partial)
+    else:
+        model.save(partial)
     if form == "onnx":
         export_onnx(model, partial, int8=int8)
         for weights in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
@@ -61,9 +67,11 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
 
 def _card(model: Student, student: Path, form: Form, int8: bool) -> str:
     description = model.description
+    first, last = description.layers[0], description.layers[-1]
+    layers = f"layer {last}" if first == last else f"layers {first} to {last}"
     parts = [
         f"# {student.resolve().parent.name}",
-        f"A reranker with a `{description.head}` head on layer {description.layers[-1]}, "
+        f"A reranker with a `{description.head}` head on {layers}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, for queries of up to "
         f"{description.max_query_length} tokens and {description.max_length} tokens with the document. Higher is more "
         "relevant; scores of different queries do not compare.",
@@ -83,7 +91,9 @@ def _usage(model: Student, form: Form, int8: bool) -> str:
             "gives `scores`."
         )
     description = model.description
-    if description.head == "linear" and not isinstance(model, T5EncoderStudent):
+    if form == "flagembedding-layerwise":
+        return _flagembedding_usage(model)
+    if description.head == "linear" and description.instruction is None and not isinstance(model, T5EncoderStudent):
         pair = f'("{description.query_prefix}query", "{description.document_prefix}document")'
         return (
             "## Use\n\n```python\nfrom sentence_transformers import CrossEncoder\n\n"
@@ -92,6 +102,32 @@ def _usage(model: Student, form: Form, int8: bool) -> str:
     return (
         "## Use\n\n```yaml\nranker: {method: cross_encoder, model: {kind: cross_encoder, path: FOLDER, max_length: "
         f"{description.max_length}}}}}\n```\n\nin a config of `rerank-ray rerank`."
+    )
+
+
+def _flagembedding_usage(model: Student) -> str:
+    description, pairs = model.description, model.instructed
+    last = description.layers[-1]
+    # What FlagEmbedding adds to `max_length` before it cuts the document, and after.
+    around = 2 * (len(pairs.separator) + len(pairs.instruction))
+    arguments = {
+        "cutoff_layers": [last],
+        "query_max_length": description.max_query_length,
+        "max_length": description.max_length - around,
+        "prompt": description.instruction,
+    }
+    given = "".join(f",\n    {name}={value!r}" for name, value in arguments.items())
+    ours = {"kind": "layerwise", "path": "FOLDER", "max_length": description.max_length, "exit_layer": last}
+    if description.instruction != LayerwiseSettings.model_fields["instruction"].default:
+        ours["instruction"] = description.instruction
+    config = yaml.safe_dump({"ranker": {"method": "cross_encoder", "model": ours}}, sort_keys=False, width=120).strip()
+    return (
+        "## Use\n\nWith FlagEmbedding, whose layer-wise reader needs transformers 4; `cutoff_layers` chooses the "
+        "layer:\n\n```python\nfrom FlagEmbedding import LayerWiseFlagLLMReranker\n\n"
+        f'reranker = LayerWiseFlagLLMReranker(\n    "FOLDER"{given},\n)\n'
+        'reranker.compute_score([("query", "document")])\n```\n\n'
+        f"With rerank_ray:\n\n```yaml\n{config}\n```\n\nScores are the same for pairs that fit; longer ones are cut "
+        "some tokens apart."
     )
 
 

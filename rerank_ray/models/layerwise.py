@@ -17,6 +17,7 @@ from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
@@ -68,17 +69,8 @@ class Layerwise:
         self.name = f"layerwise:{resolved.identity}"
         config = _config(resolved, settings)
         self.exit_layer = config.num_hidden_layers
-        self.tokenizer = load(AutoTokenizer, resolved, settings)
-        self.separator = self._ids(["\n"])[0]
-        self.instruction = self._ids([settings.instruction])[0]
-        bos = self.tokenizer.bos_token_id
-        self.start = [] if bos is None else [bos]
-        self.room = settings.max_length - len(self.start) - 2 * len(self.separator) - len(self.instruction)
-        if self.room < 16:
-            raise ModelError(
-                f"{settings.path}: max_length ({settings.max_length}) leaves {self.room} tokens for query and passage: "
-                "raise max_length or shorten the instruction"
-            )
+        tokenizer = load(AutoTokenizer, resolved, settings)
+        self.pairs = InstructedPairs(tokenizer, settings.instruction, settings.max_length, None, settings.path)
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         model, info = load(_LayerwiseModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
@@ -92,28 +84,14 @@ class Layerwise:
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
-        encoded = self.encode(calls)
+        queries, passages = [QUERY_PREFIX + c.query for c in calls], [DOCUMENT_PREFIX + c.text for c in calls]
+        encoded = self.pairs.encode(queries, passages)
         lengths = [len(ids) for ids in encoded]
         scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
         return [
             Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
             for score, length in zip(scores, lengths, strict=True)
         ]
-
-    def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
-        """Token ids of `[bos] "A: "query "\\n" "B: "passage "\\n" instruction`, pieces tokenised apart as in training.
-
-        A query is cut to three quarters of the room, the passage to what is left.
-        """
-        queries = [ids[: self.room * 3 // 4] for ids in self._ids([f"A: {c.query}" for c in calls])]
-        passages = self._ids([f"B: {c.text}" for c in calls])
-        return [
-            [*self.start, *q, *self.separator, *p[: self.room - len(q)], *self.separator, *self.instruction]
-            for q, p in zip(queries, passages, strict=True)
-        ]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:

@@ -110,6 +110,10 @@ class StudentSettings(Settings):
     `Query: ` for T5's encoder, and otherwise nothing."""
     document_prefix: str | None = None
     """linear and bi_encoder: put before every document; null as for queries."""
+    instruction: str | None = None
+    """linear, decoders: what stands after query and document, as FlagEmbedding's LLM rerankers have it: the pair is
+    then `[bos] query "\\n" document "\\n" instruction` with the prefixes `A: ` and `B: `, and `rerank-ray export` can
+    write the layer-wise student for FlagEmbedding. null joins a pair as the tokenizer does, with nothing behind."""
     prompt: str = "yes_no"
     """yes_no and token_logit: a built-in template's name or the path of a YAML template, of method yes_no."""
     token: str = "<extra_id_10>"
@@ -165,7 +169,7 @@ class StudentSettings(Settings):
     @model_validator(mode="after")
     def _every_option_counts(self) -> StudentSettings:
         owners = {"layers": _LAYERED, "query_prefix": _PREFIXED, "document_prefix": _PREFIXED}
-        owners |= {"prompt": _PROMPTED, "token": ("token_logit",)}
+        owners |= {"prompt": _PROMPTED, "token": ("token_logit",), "instruction": ("linear",)}
         for option, heads in owners.items():
             if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:
                 raise ValueError(f"{option} is for head {' and '.join(heads)}, and the head is {self.head}")

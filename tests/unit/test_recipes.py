@@ -47,7 +47,7 @@ RECIPE_MODELS = {
     "rankgpt-permutation": (deberta, []),
     "rankllama": (tiny_llama_folder, []),
     "dear-stage1": (tiny_llama_folder, []),
-    "flagembedding-layerwise": (tiny_llama_folder, ["student.layers=[1,2]"]),
+    "flagembedding-layerwise": (tiny_llama_folder, ["student.layers=[1,2]", "student.instruction=Answer Yes or No."]),
     "rankt5": (tiny_t5_folder, ["student.token=cat"]),
     "similarity": (tiny_bert_folder, []),
     "layerwise": (tiny_bert_folder, ["student.layers=[1,2,3]"]),

@@ -50,6 +50,8 @@ class StudentDescription(Settings):
     """Tokens of the query, special tokens included."""
     query_prefix: str = ""
     document_prefix: str = ""
+    instruction: str | None = None
+    """What stands after a decoder's pairs, in FlagEmbedding's form."""
     prompt: StudentPrompt | None = None
     """Of heads yes_no and token_logit."""
     exit_thresholds: tuple[float, ...] | None = None

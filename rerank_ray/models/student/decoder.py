@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.instructed_pairs import InstructedPairs
 from rerank_ray.models.student.base import StudentDescription, collate_causal
 from rerank_ray.models.student.linear import LinearStudent
 
@@ -30,6 +31,21 @@ class DecoderStudent(LinearStudent):
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         # Where there is a chat template, sentence-transformers' CrossEncoder puts pairs into it.
         tokenizer.chat_template = None
+        self.instructed = None
+        if description.instruction is not None:
+            # FlagEmbedding can't do without a first token.
+            if tokenizer.bos_token_id is None:
+                tokenizer.bos_token = tokenizer.eos_token
+            self.instructed = InstructedPairs(
+                tokenizer, description.instruction, description.max_length, description.max_query_length, "student"
+            )
+
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+        if self.instructed is None:
+            return super().encode(queries, documents)
+        queries = [self.description.query_prefix + q for q in queries]
+        documents = [self.description.document_prefix + d for d in documents]
+        return [{"input_ids": ids} for ids in self.instructed.encode(queries, documents)]
 
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return collate_causal(encoded, self.positions)

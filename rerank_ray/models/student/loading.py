@@ -15,6 +15,7 @@ from transformers import (
 from rerank_ray.errors import ModelError
 from rerank_ray.models.attention import GATED
 from rerank_ray.models.bi_encoder import saved_pooling
+from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
 from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
 from rerank_ray.models.student.decoder import DecoderStudent
@@ -79,6 +80,10 @@ def _linear_class(source: Source) -> type[LinearStudent]:
 def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student:
     prefixes = ("query: ", "document: ") if source.is_decoder else ("", "")
     kind = source.config.model_type
+    if settings.instruction is not None:
+        if not source.is_decoder:
+            raise ModelError(f"{settings.base}: a {kind} is no decoder, so no instruction can stand behind its pairs")
+        prefixes = (QUERY_PREFIX, DOCUMENT_PREFIX)
     if source.is_seq2seq and kind not in _T5:
         raise ModelError(
             f"{settings.base}: a {kind} is an encoder and a decoder, of which only T5's kind can have a linear head: "
@@ -91,7 +96,13 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
         model = source.start(AutoModelForSequenceClassification, settings.take_layers, num_labels=1)
     given = (settings.query_prefix, settings.document_prefix)
     query, document = (p if g is None else g for g, p in zip(given, prefixes, strict=True))
-    description = _describe(settings, model.config.num_hidden_layers, query_prefix=query, document_prefix=document)
+    description = _describe(
+        settings,
+        model.config.num_hidden_layers,
+        query_prefix=query,
+        document_prefix=document,
+        instruction=settings.instruction,
+    )
     if kind in _T5:
         if settings.layers is not None:
             raise ModelError("layers: a T5 encoder has a head on its last layer only: leave it out")
