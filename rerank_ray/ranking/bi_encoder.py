@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-from rerank_ray.models.protocol import Answer, Backend, Embed
-from rerank_ray.ranking.pointwise import Steps
-from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
+from rerank_ray.models.protocol import Answer, Backend, Embed, Result
+from rerank_ray.ranking.pointwise import Steps, Value, scores_from
+from rerank_ray.records import CandidateList
 from rerank_ray.settings.rankers import BiEncoderRankerSettings
 
 
@@ -23,12 +21,12 @@ class BiEncoderRanker:
             Embed(text=request.query.text, role="query"),
             *(Embed(text=c.contents, role="document") for c in request.candidates),
         ]
-        scores, defects = [], []
-        for candidate, document in zip(request.candidates, documents, strict=True):
-            failed = next((r for r in (query, document) if not isinstance(r, Answer)), None)
-            if failed is None:
-                scores.append(sum(a * b for a, b in zip(query.value, document.value, strict=True)))
-            else:
-                defects.append(Defect(kind=DefectKind.UNSCORED, detail=f"{candidate.doc_id}: {failed.reason}"))
-                scores.append(math.nan)
-        return Scores(scores=tuple(scores), defects=tuple(defects))
+        return scores_from(request, [_cosine(query, document) for document in documents])
+
+
+def _cosine(query: Result, document: Result) -> Value:
+    """Of two unit vectors, or why one is missing."""
+    for result in (query, document):
+        if not isinstance(result, Answer):
+            return result
+    return sum(a * b for a, b in zip(query.value, document.value, strict=True))
