@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from harness import alternate, publish, ratio, trec_dl_lists
 
@@ -63,7 +64,7 @@ def main() -> None:
     rows = {
         name: {
             METRIC: f"{statistics.mean(values[name]):.4f}",
-            "lost": mean_and_error([a - b for a, b in zip(values[whole], values[name], strict=True)]),
+            "lost": "" if name == whole else mean_and_error(np.subtract(values[whole], values[name])),
             "mean layer": f"{statistics.mean(o.scores.exit_layer or chosen[name] for o in outcomes[name]):.2f}",
             "pairs/s": sum(map(len, requests)) / statistics.median(seconds[name]),
             "times as fast": ratio(seconds[whole], seconds[name]),
@@ -76,7 +77,8 @@ def main() -> None:
         about=f"BM25's lists of TREC-DL 2019, one thread, CPU seconds. `lost`: nDCG@10 against all layers, ± its "
         f"standard error over the {len(requests)} queries. Calibrated for a loss of at most {options.max_loss} with "
         f"90 % confidence on {report.lists} held-out lists of SPLADE against SPLADE's order, where the layers "
-        f"{' · '.join(map(str, layers))} have {' · '.join(f'{v:.3f}' for v in report.ndcg)}.",
+        f"{' · '.join(map(str, layers))} have {' · '.join(f'{v:.3f}' for v in report.ndcg)}: "
+        "what is promised holds of lists like those.",
         rows=rows,
         facts={
             "thresholds": report.calibration.thresholds,
@@ -97,9 +99,8 @@ def ndcg(outcomes: list[Outcome], qrels) -> list[float]:
     return list(evaluate_rankings(qrels, {"": rankings}, [METRIC])[""].per_query[METRIC].values())
 
 
-def mean_and_error(values: list[float]) -> str:
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.4f} ± {error:.4f}"
+def mean_and_error(values: np.ndarray) -> str:
+    return f"{values.mean():.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
 
 
 if __name__ == "__main__":
