@@ -11,6 +11,7 @@ from torch import nn
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.engine import BatchRunner, group_in_order
+from rerank_ray.models.prepacked import prepack
 from rerank_ray.models.student import Student
 from rerank_ray.models.student.source import layers_of
 from rerank_ray.uncertainty import uncertainty_of
@@ -57,7 +58,7 @@ class AdaptiveExit:
 
     def to(self, device: torch.device) -> AdaptiveExit:
         for segment in self.segments:
-            segment.student.to(device)
+            prepack(segment.student.to(device))
         return self
 
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[tuple[float, ...], int]]:

@@ -1,0 +1,46 @@
+"""Linear layers whose weights lie in memory as the CPU's matrix kernels want them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_ROWS = 4096
+"""Of the input that the layout is chosen for; any other number is computed as well."""
+
+
+class PrepackedLinear(nn.Module):
+    """A linear layer with a bias, for inference in bfloat16 on the CPU, of the same output as the layer it is made of.
+
+    oneDNN reorders a weight in every call unless that was done before, and PyTorch writes the bias into the output
+    ahead of the product, which this adds within.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features = linear.out_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self.bias = linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        output = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return output.view(*x.shape[:-1], self.out_features)
+
+
+def prepack(model: nn.Module) -> None:
+    """Put prepacked layers in the place of a model's linear ones where that pays: in bfloat16 on the CPU, with a bias.
+
+    The model can then neither be trained nor saved.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            # A subclass may do more than its base, so only the base is replaced.
+            if type(child) is nn.Linear and child.bias is not None and _is_fit(child.weight):
+                setattr(module, name, PrepackedLinear(child))
+
+
+def _is_fit(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
