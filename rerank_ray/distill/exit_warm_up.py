@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.models.engine import attention_for_training
 from rerank_ray.models.student.similarity import SimilarityStudent
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import ExitWarmUpSettings
@@ -55,7 +56,9 @@ def warm_up(
         with autocast():
             with torch.no_grad():
                 target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
-            scores = (student.score_all(*batches) / settings.temperature).log_softmax(-1)
+            with attention_for_training(device):
+                all_scores = student.score_all(*batches)
+            scores = (all_scores / settings.temperature).log_softmax(-1)
         divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
         divergence.sum().backward()
         nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)

@@ -334,7 +334,11 @@ class _Scorer(nn.Module):
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
-        return self.student(**inputs).float()
+        if not torch.is_grad_enabled():
+            return self.student(**inputs).float()
+        # Here, because checkpointing comes back to it from within the backward pass.
+        with engine.attention_for_training(inputs["input_ids"].device):
+            return self.student(**inputs).float()
 
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:

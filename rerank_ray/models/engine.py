@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
 
@@ -38,6 +40,23 @@ def use_threads(cpus: float, gpus: float) -> None:
     """Give torch a thread for each CPU that a worker has, at least one; with a GPU torch's own choice stays."""
     if not gpus:
         torch.set_num_threads(max(1, int(cpus)))
+
+
+@contextmanager
+def attention_for_training(device: torch.device) -> Iterator[None]:
+    """On the CPU, attention as plain matrix products within: the fused kernel's backward pass takes longer there than
+    the rest of a training step together."""
+    if device.type != "cpu":
+        yield
+        return
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # In bfloat16, as the fused kernel has it; otherwise the products are in float32. The setting is the CPU's too.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 @functools.cache
