@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from scipy.stats import kendalltau
 
 from rerank_ray.formats.hits import read_hits
 from rerank_ray.formats.lines import BadLines
@@ -79,6 +80,16 @@ def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
         raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
     lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
     return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
+
+
+def mean_tau(lists: Sequence[CandidateList], a: Sequence[float], b: Sequence[float]) -> float:
+    """Mean Kendall τ over the lists between two scores of all their candidates, list by list."""
+    taus, start = [], 0
+    for request in lists:
+        span = slice(start, start + len(request))
+        taus.append(kendalltau(a[span], b[span]).statistic)
+        start = span.stop
+    return statistics.mean(taus)
 
 
 def machine() -> dict[str, str]:

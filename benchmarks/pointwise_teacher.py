@@ -25,9 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import publish, ratio, trec_dl_lists
+from harness import mean_tau, publish, ratio, trec_dl_lists
 from pydantic import TypeAdapter
-from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rerank_ray.models.backends import load_backend
@@ -189,15 +188,6 @@ def rerank_ray(checkpoint: str, dtype: str) -> Callable[[Sequence[CandidateList]
         return [s for outcome in outcomes for s in outcome.scores.scores], seconds
 
     return score
-
-
-def mean_tau(requests: Sequence[CandidateList], a: Sequence[float], b: Sequence[float]) -> float:
-    taus, start = [], 0
-    for request in requests:
-        span = slice(start, start + len(request))
-        taus.append(kendalltau(a[span], b[span]).statistic)
-        start = span.stop
-    return statistics.mean(taus)
 
 
 if __name__ == "__main__":

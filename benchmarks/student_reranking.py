@@ -1,0 +1,129 @@
+"""A student's scoring against sentence-transformers' CrossEncoder and against the machine's own matrix product.
+
+    RERANK_RAY_DATA=DIR python benchmarks/student_reranking.py STUDENT [--queries 43] [--depth 50] [--threads 2]
+
+STUDENT is the folder of a trained cross-encoder with the linear head, BERT's kind, which both load; `predict` runs with
+its defaults (float32, batches of 32, sorted by length). The pairs are BM25's for TREC-DL 2019. On one thread seconds
+are those of the process, which other programs on the machine don't prolong; on several they are the clock's.
+
+Floating-point work: a layer multiplies each token's H-vector with 4·H·H weights in attention and 2·H·F in the
+feed-forward block, and attention itself takes 2·L·H for the products with the keys and as much for the values, a
+multiply and an add each: 2·(4·H² + 2·H·F) + 4·L·H for each of a pair's L tokens and each layer. The machine's own speed
+is that of the product of two 2048 × 2048 matrices in bfloat16, measured in the same rounds; what the work takes at that
+speed is the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from harness import alternate, mean_tau, publish, ratio, trec_dl_lists
+from sentence_transformers import CrossEncoder as Public
+
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.formats.qrels import read_qrels
+from rerank_ray.metrics.agreement import ndcg
+from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.models.protocol import Pair
+from rerank_ray.records import CandidateList
+from rerank_ray.settings.models import CrossEncoderSettings
+
+SIZE, PRODUCTS = 2048, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("--queries", type=int, default=43)
+    parser.add_argument("--depth", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lists = trec_dl_lists(options.queries, options.depth)
+    pairs = [(r.query.text, c.contents) for r in lists for c in r.candidates]
+    calls = [Pair(query=query, text=text) for query, text in pairs]
+    ours = {d: CrossEncoder(settings(options.student, d)) for d in ("float32", "bfloat16")}
+    public = Public(options.student, max_length=ours["float32"].student.description.max_length, device="cpu")
+    square = torch.randn(SIZE, SIZE).bfloat16()
+    scores: dict[str, Sequence[float]] = {}
+
+    def predict() -> None:
+        scores["CrossEncoder.predict, defaults"] = public.predict(
+            pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False
+        ).tolist()
+
+    def score(dtype: str) -> None:
+        scores[f"rerank_ray, {dtype}"] = [a.value for a in ours[dtype].run(calls)]
+
+    seconds = alternate(
+        {
+            "CrossEncoder.predict, defaults": predict,
+            "rerank_ray, float32": lambda: score("float32"),
+            "rerank_ray, bfloat16": lambda: score("bfloat16"),
+            "product": lambda: [square @ square for _ in range(PRODUCTS)],
+        },
+        options.rounds,
+        time.process_time if options.threads == 1 else time.perf_counter,
+    )
+    first = next(iter(scores))
+    config = ours["float32"].student.pretrained.config
+    lengths = [len(e["input_ids"]) for e in ours["float32"].student.encode(*zip(*pairs, strict=True))]
+    work = sum(operations(length, config) for length in lengths)
+    floor = [work * s / (PRODUCTS * 2 * SIZE**3) for s in seconds["product"]]
+    qrels = read_qrels(f"{os.environ['RERANK_RAY_DATA']}/trec-dl/qrels.dl19-passage.txt", BadLines())
+    rows = {
+        name: {
+            "pairs/s": len(pairs) / statistics.median(seconds[name]),
+            "times the first": ratio(seconds[first], seconds[name]),
+            "of the machine's product": ratio(floor, seconds[name]),
+            "nDCG@10": mean_ndcg(lists, scores[name], qrels),
+            # As text: the table would set the largest in bold.
+            "largest difference": f"{np.abs(np.subtract(scores[name], scores[first])).max():.1e}",
+            "Kendall τ": f"{mean_tau(lists, scores[name], scores[first]):.4f}",
+        }
+        for name in scores
+    }
+    speed = PRODUCTS * 2 * SIZE**3 / statistics.median(seconds["product"])
+    publish(
+        "student_reranking",
+        title="A student's scoring",
+        about=f"{len(pairs)} pairs of TREC-DL 2019, {statistics.mean(lengths):.0f} tokens on average, "
+        f"{work / len(pairs) / 1e9:.2f} GFLOP a pair; the machine multiplies {SIZE}² bfloat16 matrices at "
+        f"{speed / 1e12:.2f} TFLOP/s, at which {speed / work * len(pairs):.0f} pairs/s would be the most. "
+        f"{options.threads} thread(s), median of {options.rounds} rounds in alternation. Differences and Kendall τ "
+        "(mean over queries) are to the scores of the first row.",
+        rows=rows,
+    )
+
+
+def settings(student: str, dtype: str) -> CrossEncoderSettings:
+    return CrossEncoderSettings(kind="cross_encoder", path=student, dtype=dtype)
+
+
+def operations(length: int, config) -> int:
+    """Floating-point operations of a pair of so many tokens in the encoder's layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    token = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * length * hidden
+    return config.num_hidden_layers * length * token
+
+
+def mean_ndcg(lists: Sequence[CandidateList], scores: Sequence[float], qrels: dict[str, dict[str, float]]) -> float:
+    """nDCG@10 of the lists that have a judged passage, in the order of the scores."""
+    values, start = [], 0
+    for request in lists:
+        judged = qrels.get(request.query.query_id, {})
+        ranked = sorted(zip(request.candidates, scores[start : start + len(request)], strict=True), key=lambda p: -p[1])
+        values.append(ndcg([judged.get(c.doc_id, 0.0) for c, _ in ranked], list(judged.values())))
+        start += len(request)
+    return statistics.mean(v for v in values if v is not None)
+
+
+if __name__ == "__main__":
+    main()
