@@ -1,0 +1,79 @@
+"""Memory of the label job's driver and actors over 1× and 20× the rows.
+
+    python benchmarks/job_memory.py [--rows 40] [--depth 10]
+
+Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). Twice a second the
+resident sets of the driver and of Ray's workers are read; the figures are the largest of each. What counts is the ratio
+between the jobs: a job that held its rows would grow with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from harness import publish
+from label_job import TEACHER, prepare
+
+FACTOR = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--depth", type=int, default=10)
+    options = parser.parse_args()
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (options.rows, FACTOR * options.rows):
+            place = Path(folder, str(count))
+            source = prepare(place, count, options.depth)
+            rows[f"{count} rows"] = label(source, place)
+    small, large = rows.values()
+    rows["growth"] = {who: f"{large[who] / small[who] - 1:+.1%}" for who in small}
+    publish(
+        "job_memory",
+        title=f"Memory of the label job over 1× and {FACTOR}× the rows",
+        about=f"Rows of {options.depth} candidates, MiniLM bi-encoder, one replica of one thread; the largest resident "
+        "set of the driver, and of the process of Ray's that has the largest, in MiB.",
+        rows=rows,
+    )
+
+
+def label(source: str, place: Path) -> dict[str, float]:
+    """Run the job; largest resident set, in MiB, of its driver and of its largest Ray worker."""
+    config = place / "label.yaml"
+    config.write_text(json.dumps({"input": source, "teacher": TEACHER}))  # JSON is YAML
+    command = [sys.executable, "-m", "rerank_ray.cli", "label", str(config), "--run", str(place / "run")]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    driver, largest = psutil.Process(job.pid), {"driver, MiB": 0.0, "actor, MiB": 0.0}
+    while job.poll() is None:
+        for process in (driver, *workers(driver)):
+            who = "driver, MiB" if process == driver else "actor, MiB"
+            try:
+                largest[who] = max(largest[who], process.memory_info().rss / 2**20)
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.5)
+    if job.returncode:
+        raise SystemExit(f"the label job ended with exit code {job.returncode}")
+    return largest
+
+
+def workers(driver: psutil.Process) -> list[psutil.Process]:
+    """Ray's worker processes among the driver's descendants: Ray names them after what they run."""
+    try:
+        below = driver.children(recursive=True)
+        return [p for p in below if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::")]
+    except psutil.NoSuchProcess:
+        return []
+
+
+if __name__ == "__main__":
+    main()
