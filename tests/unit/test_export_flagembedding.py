@@ -100,6 +100,9 @@ def test_the_same_scores_at_every_layer(kind: str, tmp_path: Path):
     plain = MiniCPM(out)
     assert (plain.config["start_layer"], plain.config["model_type"]) == (2, "minicpm")
     assert plain.config["attention_bias"] is (kind == "qwen2")
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    assert tokenizer.get("additional_special_tokens") == (["<|end|>"] if kind == "qwen2" else None)
+    assert (tokenizer["tokenizer_class"], "extra_special_tokens" in tokenizer) == ("PreTrainedTokenizerFast", False)
     with torch.no_grad():
         theirs = torch.tensor([plain.scores(q, d) for q, d in PAIRS]).T
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
