@@ -131,12 +131,12 @@ def test_calibration_is_kept_by_the_ranker(calibrated: tuple[Path, str], capsys:
     folder, labels = calibrated
     with pytest.raises(ModelError, match=r"exit_layer: adaptive: the student has no thresholds.*calibrate-exit"):
         CrossEncoder(CrossEncoderSettings(path=str(folder), exit_layer="adaptive"))
-    assert cli.main(["calibrate-exit", str(folder), "--labels", labels, "--max-loss", "0.2"]) == 0
+    assert cli.main(["calibrate-exit", str(folder), "--labels", labels, "--max-loss", "0.1"]) == 0
     told = capsys.readouterr().out
     assert "of 16 lists leave" in told
-    report = calibrate_exit(str(folder), labels, 0.2)
+    report = calibrate_exit(str(folder), labels, 0.1)
     assert report.ndcg[-1] == pytest.approx(1.0, abs=0.01)
-    assert report.calibration.loss_bound <= 0.2
+    assert report.calibration.loss_bound <= 0.1
     assert json.loads((folder / "student.json").read_text())["exit_thresholds"] == list(report.calibration.thresholds)
     model = CrossEncoderSettings(path=str(folder), exit_layer="adaptive", dtype="float32")
     ranker = Ranker(CrossEncoderRankerSettings(model=model))
