@@ -5,23 +5,44 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from rerank_ray.models.student import Student
+from rerank_ray.models.student.source import embeddings_of, layers_of
 from rerank_ray.settings.distill import OptimizerSettings
 
 
 def make_optimizer(student: Student, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """In four groups: backbone or new parameters, with weight decay (matrices) or without (vectors)."""
+    """In groups of one rate and one weight decay each: matrices are decayed, vectors and new parameters are not.
+
+    Raises:
+        ModelError: rates that fall from layer to layer, of an architecture whose layers can't be told apart.
+    """
     new = {id(p) for p in student.new_parameters()}
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = []
-    for is_new, rate in ((False, settings.learning_rate), (True, settings.head_learning_rate)):
-        for decayed in (True, False):
-            members = [p for p in parameters if (id(p) in new) is is_new and (p.ndim > 1 and not is_new) is decayed]
-            if members:
-                decay = settings.weight_decay if decayed else 0.0
-                groups.append({"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, fused=True)
+    factors = _rate_factors(student.pretrained, settings.layer_decay) if settings.layer_decay != 1.0 else {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in student.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_new = id(parameter) in new
+        rate = settings.head_learning_rate if is_new else settings.learning_rate * factors.get(id(parameter), 1.0)
+        decay = settings.weight_decay if parameter.ndim > 1 and not is_new else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for (rate, decay), members in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def _rate_factors(model: PreTrainedModel, decay: float) -> dict[int, float]:
+    """By parameter id: 1 for the last layer, times `decay` for each layer below it, and once more for embeddings."""
+    layers = layers_of(model)
+    parts = [embeddings_of(model), *layers]
+    return {id(p): decay ** (len(layers) - n) for n, part in enumerate(parts) for p in part.parameters()}
 
 
 def set_learning_rate(

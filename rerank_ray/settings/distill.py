@@ -22,6 +22,9 @@ class OptimizerSettings(Settings):
     """Peak rate of the backbone."""
     head_learning_rate: PositiveFloat = 1e-3
     """Peak rate of what is new: heads and gates."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The last layer of the backbone has its peak rate, and each below it that of the one above times this, down to the
+    embeddings (Howard & Ruder 2018): what lies deeper is more general, and few labels should move it less."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Of weight matrices; vectors are not decayed."""
     warmup_fraction: Fraction = 0.1

@@ -419,6 +419,20 @@ def test_weight_decay_and_rates_by_group(labels: str, tiny_bert: Path):
         assert group["weight_decay"] == (0.1 if parameter.ndim > 1 and not new else 0.0)
 
 
+def test_rates_fall_towards_the_embeddings(labels: str, tiny_bert: Path):
+    trainer = Trainer(settings(labels, tiny_bert, optimizer={"layer_decay": 0.5}), World(), None)
+    by_id = {id(p): g for g in trainer.optimizer.param_groups for p in g["params"]}
+    bert = trainer.student.pretrained.bert
+    depth = len(bert.encoder.layer)
+    assert depth > 1
+    parts = [bert.embeddings, *bert.encoder.layer]
+    for number, part in enumerate(parts):
+        assert {by_id[id(p)]["peak_lr"] for p in part.parameters()} == {1e-3 * 0.5 ** (depth - number)}
+    assert {by_id[id(p)]["peak_lr"] for p in bert.pooler.parameters()} == {1e-3}
+    assert {by_id[id(p)]["peak_lr"] for p in trainer.student.new_parameters()} == {1e-2}
+    assert len(by_id) == len(list(trainer.student.parameters()))
+
+
 def test_validation_on_gains_without_any_says_so(labels: str, tiny_bert: Path, tmp_path: Path):
     rows = [teachable(i) for i in range(24)]
     for row in rows:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import Student
-from rerank_ray.models.student.source import layers_of
+from rerank_ray.models.student.source import embeddings_of, layers_of
 from rerank_ray.settings.distill import FreezeSettings, StudentSettings
 
 
@@ -41,8 +41,7 @@ def trained_parameters(student: Student) -> list[nn.Parameter]:
 
 def _freeze(model: PreTrainedModel, settings: FreezeSettings) -> None:
     if settings.embeddings:
-        embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
-        embeddings.requires_grad_(False)
+        embeddings_of(model).requires_grad_(False)
     if settings.layers:
         layers = layers_of(model)
         if settings.layers > len(layers):

@@ -117,6 +117,11 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(owner, name)
 
 
+def embeddings_of(model: PreTrainedModel) -> nn.Module:
+    """The embeddings of tokens, and what else the architecture keeps with them."""
+    return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+
+
 def keep_layers(model: PreTrainedModel, count: int) -> None:
     """Remove every layer above the first `count` from a transformers model and its config."""
     take_layers(model, range(1, count + 1))
