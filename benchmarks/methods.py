@@ -138,7 +138,8 @@ def main() -> None:
         options,
         title="Methods that write long answers",
         about=f"The first {options.few} queries of NovelEval and of Cranfield's test queries, lists of "
-        f"{options.depth}: too few to tell methods apart, enough to see what becomes of them. {about} {unread}",
+        f"{options.depth}: too few to tell methods apart, enough to see what becomes of them. Answers of at most "
+        f"{WRITTEN['max_tokens']} tokens. {about} {unread}",
     )
 
 
