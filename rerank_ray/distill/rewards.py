@@ -31,16 +31,17 @@ class Reward:
     well_formed: bool
 
 
-def relevance_reward(text: str, labels: tuple[str, str], relevant: bool, *, cut_off: bool = False) -> Reward:
+def relevance_reward(text: str, labels: tuple[str, str], relevant: bool) -> Reward:
     """1 for an answer that is one of the two labels and nothing else, and 1 more for the right one (ProRank's warm-up,
     Li et al. 2025, whose weights of the two are not published).
 
     Args:
+        text: what follows the prefill.
         labels: how a relevant passage is answered, and how another.
         relevant: whether the passage is.
     """
     answer = text.strip()
-    if cut_off or answer not in labels:
+    if answer not in labels:
         return Reward(value=0.0, well_formed=False)
     return Reward(value=2.0 if answer == labels[not relevant] else 1.0, well_formed=True)
 

@@ -45,12 +45,11 @@ def test_a_turn_that_did_not_end_is_not_well_formed():
     """Even if what there is of it would be right."""
     gains = [0.0, 1.0, 0.0]
     rewards = [
-        relevance_reward("1", ("1", "0"), True, cut_off=True),
         choice_reward("<answer>[2]</answer>", NAMES, {1}, reasoning=False, cut_off=True),
         permutation_reward("[2] > [1] > [3]", NAMES, gains, [1, 0, 2], reasoning=False, cut_off=True),
         grades_reward('{"1": 0, "2": 9, "3": 1}', NAMES, gains, cut_off=True),
     ]
-    assert [(r.value, r.well_formed) for r in rewards] == [(0, False), (0, False), (-1, False), (-0.5, False)]
+    assert [(r.value, r.well_formed) for r in rewards] == [(0, False), (-1, False), (-0.5, False)]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def test_ndcg_is_highest_for_the_gains_own_order(order: list[int], gains: list[f
 def test_any_text_has_a_reward_and_only_well_formed_ones_gain(text: str, reasoning: bool, cut_off: bool):
     gains = [0.0, 1.0, 0.0]
     rewards = [
-        relevance_reward(text, ("1", "0"), True, cut_off=cut_off),
+        relevance_reward(text, ("1", "0"), True),
         choice_reward(text, NAMES, {1}, reasoning=reasoning, cut_off=cut_off),
         permutation_reward(text, NAMES, gains, [1, 0, 2], reasoning=reasoning, cut_off=cut_off),
         grades_reward(text, NAMES, gains, cut_off=cut_off),

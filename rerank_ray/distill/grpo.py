@@ -1,0 +1,361 @@
+"""Reinforcement learning on ranking rewards: GRPO (group-relative policy optimisation, Shao et al. 2024).
+
+A step draws several answers to each of its prompts and rewards them. An answer's advantage is its reward's distance
+from the mean of the answers to the same prompt, so that no value model is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+
+from rerank_ray.distill import checkpoints
+from rerank_ray.distill.checkpoints import Progress
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.distill.policy import Policy
+from rerank_ray.distill.rewards import Reward
+from rerank_ray.distill.sampling import sample_group
+from rerank_ray.distill.tasks import gains_of, make_task
+from rerank_ray.distill.train import Report, World
+from rerank_ray.errors import InputError
+from rerank_ray.models import engine
+from rerank_ray.models.protocol import Answer, Generate, Prompt
+from rerank_ray.records import Labels
+from rerank_ray.settings.reinforce import ReinforceSettings
+
+_TINY = 1e-4
+
+
+def advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """(reward − mean) / standard deviation among the answers to each prompt, [prompts, samples]; 0 where all are worth
+    the same."""
+    distance = rewards - rewards.mean(dim=1, keepdim=True)
+    scaled = distance / (rewards.std(dim=1, correction=0, keepdim=True) + _TINY)
+    return torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, scaled)
+
+
+def clipped_loss(
+    log_probabilities: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """−min(r · A, clamp(r, 1 − clip, 1 + clip) · A) of each token [T], r the ratio to the probability it was drawn with
+    (PPO, Schulman et al. 2017)."""
+    ratio = (log_probabilities - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def kl_estimate(log_probabilities: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """exp(d) − d − 1, d = log p_ref − log p, of each token [T]: unbiased for KL(p ‖ p_ref), and never negative."""
+    difference = reference - log_probabilities
+    return difference.exp() - difference - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Answers to one prompt."""
+
+    prompt: Sequence[int]
+    texts: tuple[tuple[int, ...], ...]
+    """Their tokens."""
+    advantages: tuple[float, ...]
+    weight: float
+    """Of each answer in the step's loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A query's prompts, the answers to them [prompts][samples], and what these are worth."""
+
+    prompts: list[Prompt]
+    answers: list[list[Answer]]
+    rewards: list[list[Reward]]
+
+
+def reinforce(settings: ReinforceSettings, world: World, report: Report, resume: Path | None = None) -> None:
+    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too."""
+    trainer = GRPOTrainer(settings, world, resume)
+    if resume is None:
+        trainer.validate_and_report(report)
+    while not trainer.finished:
+        trainer.train_step()
+        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.finished:
+            trainer.validate_and_report(report)
+
+
+class GRPOTrainer:
+    """A policy, its optimizer, and its place in the data."""
+
+    def __init__(self, settings: ReinforceSettings, world: World, resume: Path | None) -> None:
+        self.settings, self.world = settings, world
+        self.task = make_task(settings.reward)
+        self.data = open_labels(settings)
+        self.reader, self.validation_reader = self.data.reader(), self.data.reader()
+        self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
+        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
+        torch.manual_seed(settings.seed)
+        self.policy = Policy(settings.policy)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.policy, settings.optimizer)
+        self.progress = checkpoints.load(resume, self.policy, self.optimizer, None) if resume else Progress()
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    def train_step(self) -> None:
+        """Draw answers to the step's queries and update the policy on them."""
+        started = time.perf_counter()
+        set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
+        groups = self.draw()
+        before: list[list[torch.Tensor]] = []
+        for _ in range(self.settings.updates_per_step):
+            before = self._update(groups, before)
+        self.progress.step += 1
+        self._sums["seconds"] += time.perf_counter() - started
+
+    def draw(self) -> list[Group]:
+        """The policy's own answers to this worker's queries of the step, with their advantages.
+
+        Prompts whose answers are all worth the same teach nothing, and are left out unless the KL is part of the loss.
+        """
+        rows, epoch, count = self._rows()
+        asked = self._ask(rows, epoch, self.settings.samples, self.settings.temperature)
+        groups = []
+        for query in asked:
+            values = torch.tensor([[r.value for r in of_prompt] for of_prompt in query.rewards])
+            by_prompt = advantages(values)
+            ids = self.policy.backend.encoder.encode(
+                query.prompts, [self.settings.reward.max_tokens] * len(query.prompts)
+            )
+            # Every query counts alike, however many prompts it has.
+            weight = 1.0 / (count * values.numel())
+            for prompt, answers, advantage in zip(ids, query.answers, by_prompt.tolist(), strict=True):
+                self._sums["prompts"] += 1
+                if not any(advantage):
+                    self._sums["prompts_without_signal"] += 1
+                if any(advantage) or self.settings.kl_weight:
+                    texts = tuple(a.tokens for a in answers)
+                    groups.append(Group(prompt=prompt, texts=texts, advantages=tuple(advantage), weight=weight))
+            self._count(query)
+        return groups
+
+    def _ask(self, rows: Sequence[Labels], epoch: int, samples: int, temperature: float) -> list[_Asked]:
+        """Answers to the prompts of all queries, drawn side by side; queries that can't be asked are left out."""
+        settings = self.settings
+        shown = [(labels, self._shown(labels, epoch)) for labels in rows]
+        usable = [(labels, indices) for labels, indices in shown if len({g > 0 for g in gains_of(labels, indices)}) > 1]
+        self._sums["skipped_queries"] += len(rows) - len(usable)
+        prompts = [self.task.prompts(labels, indices) for labels, indices in usable]
+        calls = [
+            Generate(
+                prompt=prompt,
+                max_tokens=settings.reward.max_tokens,
+                temperature=temperature,
+                seed=_seed(settings.seed, self.progress.step, labels.candidate_list.query.query_id, number, sample),
+            )
+            for (labels, _), of_query in zip(usable, prompts, strict=True)
+            for number, prompt in enumerate(of_query)
+            for sample in range(samples)
+        ]
+        with self.policy.autocast():
+            results = iter(self.policy.backend.run(calls))
+        asked = []
+        for (labels, indices), of_query in zip(usable, prompts, strict=True):
+            answers = [[next(results) for _ in range(samples)] for _ in of_query]
+            if all(isinstance(a, Answer) for of_prompt in answers for a in of_prompt):
+                worth = self.task.rewards(labels, indices, answers)
+                asked.append(_Asked(prompts=of_query, answers=answers, rewards=worth))
+            else:
+                self._sums["skipped_queries"] += 1
+        return asked
+
+    def _shown(self, labels: Labels, epoch: int) -> list[int]:
+        """The epoch's candidates of a query, in the order that a prompt shows them."""
+        group = sample_group(labels, self.settings.sampling, self.settings.seed, epoch)
+        number = _seed(self.settings.seed, epoch, labels.candidate_list.query.query_id)
+        return np.random.default_rng(number).permutation(group).tolist()
+
+    def _update(self, groups: Sequence[Group], before: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """One optimizer update; returns the answers' log-probabilities, of each group's micro-batches.
+
+        `before` are those of the first update: the policy that drew the answers. Empty is that update itself.
+        """
+        # Its mode changes nothing else: without dropout, answers are learnt by the policy that drew them.
+        self.policy.train(self.settings.policy.gradient_checkpointing)
+        told = []
+        for number, group in enumerate(groups):
+            room = max(1, self.settings.tokens_per_micro_batch - len(group.prompt))
+            parts = engine.group_in_order([len(t) for t in group.texts], room)
+            told.append(
+                [self._backward(group, part, before[number][i] if before else None) for i, part in enumerate(parts)]
+            )
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.world.size > 1:
+                torch.distributed.all_reduce(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.settings.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.eval()
+        self._sums["gradient_norm"] += float(norm)
+        self._sums["updates"] += 1
+        return before or told
+
+    def _backward(self, group: Group, part: Sequence[int], old: torch.Tensor | None) -> torch.Tensor:
+        """Add the gradient of some of a group's answers; returns their tokens' log-probabilities."""
+        settings, texts = self.settings, [group.texts[i] for i in part]
+        now = self.policy.log_probabilities(group.prompt, texts, settings.temperature)
+        old = now.detach() if old is None else old
+        spread = [(group.advantages[i], group.weight / len(group.texts[i]), len(group.texts[i])) for i in part]
+        advantage = torch.tensor([a for a, _, length in spread for _ in range(length)], device=now.device)
+        weights = torch.tensor([w for _, w, length in spread for _ in range(length)], device=now.device)
+        loss = clipped_loss(now, old, advantage, settings.clip)
+        if settings.kl_weight:
+            with torch.no_grad(), self.policy.without_adapters():
+                reference = self.policy.log_probabilities(group.prompt, texts, settings.temperature)
+            divergence = kl_estimate(now, reference)
+            loss = loss + settings.kl_weight * divergence
+            self._sums["kl"] += float(divergence.detach().sum())
+        (weights * loss).sum().backward()
+        outside = ((now.detach() - old).exp() - 1).abs() > settings.clip
+        self._sums["clipped"] += float(outside.sum())
+        self._sums["learnt_tokens"] += len(now)
+        return now.detach()
+
+    def _rows(self) -> tuple[list[Labels], int, int]:
+        """This worker's queries of the step, its epoch, and how many queries all workers have."""
+        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = (epoch, self.data.order(self.settings.seed, epoch))
+        size = self.settings.queries_per_step
+        positions = self._epoch_order[1][step * size : (step + 1) * size]
+        return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch, len(positions)
+
+    def _count(self, asked: _Asked) -> None:
+        rewards = [r for of_prompt in asked.rewards for r in of_prompt]
+        self._sums["answers"] += len(rewards)
+        self._sums["reward"] += sum(r.value for r in rewards)
+        self._sums["well_formed"] += sum(r.well_formed for r in rewards)
+        self._sums["tokens"] += sum(len(a.tokens) for of_prompt in asked.answers for a in of_prompt)
+
+    def validate(self) -> dict[str, float]:
+        """Mean reward and share of well-formed greedy answers to held-out queries, each query counting alike."""
+        positions = self.data.validation[: self.settings.validation.queries]
+        rows = list(self.validation_reader.read(positions[self.world.rank :: self.world.size]))
+        skipped = self._sums["skipped_queries"]
+        totals = torch.zeros(3, dtype=torch.float64)
+        # The same groups at every validation: those of the first epoch.
+        for start in range(0, len(rows), self.settings.queries_per_step):
+            for query in self._ask(rows[start : start + self.settings.queries_per_step], 0, 1, 0.0):
+                given = [r for of_prompt in query.rewards for r in of_prompt]
+                mean = sum(r.value for r in given) / len(given)
+                well_formed = sum(r.well_formed for r in given) / len(given)
+                totals += torch.tensor([mean, well_formed, 1.0], dtype=torch.float64)
+        self._sums["skipped_queries"] = skipped
+        totals = self._over_workers(totals)
+        if totals[2] == 0:
+            raise InputError(
+                f"{', '.join(self.settings.input)}: no held-out query has both candidates with a known gain and others "
+                "among those shown: raise validation.fraction, or sampling.positives"
+            )
+        return {
+            "validation_reward": float(totals[0] / totals[2]),
+            "validation_well_formed": float(totals[1] / totals[2]),
+        }
+
+    def validate_and_report(self, report: Report) -> None:
+        """Validate the policy, and report it as a checkpoint."""
+        metrics = self._since_last() | {"step": self.progress.step, "total_steps": self.total_steps}
+        started = time.perf_counter()
+        metrics |= self.validate()
+        progress = self.progress
+        if metrics["validation_reward"] > progress.best_score:
+            progress.best_score, progress.best_step = metrics["validation_reward"], progress.step
+        metrics |= {
+            "epoch": progress.step / self.steps_per_epoch,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "validation_seconds": time.perf_counter() - started,
+            "best_step": progress.best_step,
+        }
+        if self.world.rank != 0:
+            report(metrics, None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            trained = [p.detach() for p in self.trained]
+            checkpoints.save(Path(folder), self.policy, self.optimizer, progress, trained, None)
+            report(metrics, Path(folder))
+
+    def _since_last(self) -> dict[str, float]:
+        """Means since the last report, over all workers' answers."""
+        sums = dict(zip(_SUMS, self._over_workers(torch.tensor(list(self._sums.values()))).tolist(), strict=True))
+        self._sums = dict.fromkeys(_SUMS, 0.0)
+        if not sums["answers"]:
+            return {}
+        learnt = max(1.0, sums["learnt_tokens"])
+        means = {name: sums[name] / sums["answers"] for name in ("reward", "well_formed", "tokens")}
+        return {
+            **means,
+            "prompts_without_signal": sums["prompts_without_signal"] / sums["prompts"],
+            "clipped": sums["clipped"] / learnt,
+            **({"kl": sums["kl"] / learnt} if self.settings.kl_weight else {}),
+            "gradient_norm": sums["gradient_norm"] / sums["updates"],
+            "skipped_queries": sums["skipped_queries"],
+            "answers_per_second": self.world.size * sums["answers"] / sums["seconds"],
+        }
+
+    def _over_workers(self, totals: torch.Tensor) -> torch.Tensor:
+        if self.world.size > 1:
+            torch.distributed.all_reduce(totals := totals.to(self.policy.device))
+        return totals
+
+
+_SUMS = (
+    "answers",
+    "reward",
+    "well_formed",
+    "tokens",
+    "prompts",
+    "prompts_without_signal",
+    "skipped_queries",
+    "learnt_tokens",
+    "clipped",
+    "kl",
+    "gradient_norm",
+    "updates",
+    "seconds",
+)
+"""What is added up between two reports."""
+
+
+def open_labels(settings: ReinforceSettings) -> LabelSet:
+    """The labels, refused where they can't reward anything.
+
+    Raises:
+        InputError: no training query has candidates with different known gains.
+    """
+    data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    if data.gains_alike == len(data.train):
+        raise InputError(
+            f"{', '.join(settings.input)}: no training query ({len(data.train)} of them) has candidates with different "
+            "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
+        )
+    return data
+
+
+def _seed(*parts: object) -> int:
+    """63 bits that depend on the parts alone."""
+    digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

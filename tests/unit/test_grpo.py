@@ -1,0 +1,431 @@
+"""GRPO: advantages and loss by hand, the policy's probabilities beside a plain loop, and training on a tiny Llama."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.rows import label_row, write_labels
+from fixtures.tiny_models import WORDS, tiny_bert_folder, tiny_llama_tokenizer
+from pydantic import TypeAdapter, ValidationError
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, reinforce
+from rerank_ray.distill.policy import Policy
+from rerank_ray.distill.tasks import Task, make_task
+from rerank_ray.distill.train import World
+from rerank_ray.errors import ConfigError, InputError, ModelError
+from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.protocol import Answer, Generate, Prompt
+from rerank_ray.records import Candidate, CandidateList, Query, Usage
+from rerank_ray.schema import labels_from_row
+from rerank_ray.settings.models import HFCausalSettings
+from rerank_ray.settings.reinforce import PolicySettings, ReinforceSettings, RewardSettings
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+def row(number: int, *, gains: bool = True) -> dict:
+    """A list of four; the first and the third passage are relevant."""
+    random = np.random.default_rng(number)
+    candidates = tuple(
+        Candidate(doc_id=f"d{i}", text=" ".join(random.choice(WORDS, 6)), label=float(i in (0, 2)) if gains else None)
+        for i in range(4)
+    )
+    query = Query(query_id=f"q{number}", text=str(random.choice(WORDS)))
+    return label_row(CandidateList(query=query, candidates=candidates), [8.0, 3.0, 5.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_labels(tmp_path_factory.mktemp("labels"), [row(i) for i in range(12)])
+
+
+def settings(labels: str, base: Path, **changes) -> ReinforceSettings:
+    content = {
+        "input": [labels],
+        "policy": {"base": str(base), "max_length": 256, "lora": LORA, "dtype": "float32"},
+        "reward": {"kind": "prorank", "prompt": "yes_no", "max_tokens": 2},
+        "sampling": {"group_size": 2, "positives": 1},
+        "samples": 4,
+        "queries_per_step": 2,
+        "optimizer": {"learning_rate": 3e-2, "weight_decay": 0.0, "decay": "constant", "warmup_fraction": 0.0},
+        "validation": {"fraction": 0.3, "every_steps": 2},
+        "epochs": 2,
+    }
+    return ReinforceSettings.model_validate(content | changes)
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
+
+
+class Reports:
+    """Keeps metrics and checkpoints; may interrupt the run at a step."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
+        self.folder, self.stop_at = folder, stop_at
+        self.metrics: dict[int, dict] = {}
+
+    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
+        self.metrics[metrics["step"]] = metrics
+        shutil.copytree(checkpoint, self.checkpoint(metrics["step"]))
+        if metrics["step"] == self.stop_at:
+            raise Stopped
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+
+# The loss
+
+
+def test_advantages_by_hand():
+    """Rewards 0, 0, 0, 4: mean 1, deviation √3. A prompt whose answers are all worth 0.1 has exactly none."""
+    result = advantages(torch.tensor([[0.0, 0.0, 0.0, 4.0], [0.1, 0.1, 0.1, 0.1]]))
+    expected = [-1 / math.sqrt(3)] * 3 + [math.sqrt(3)]
+    torch.testing.assert_close(result[0], torch.tensor(expected), atol=1e-3, rtol=0)
+    assert result[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, 2.0, -1.0, -1.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (1.5, -2.0, 3.0, 3.0),
+    ],
+)
+def test_the_clipped_loss_by_hand(ratio: float, advantage: float, loss: float, slope: float):
+    """Clip 0.2. A token that became likelier than 1.2 times, and deserved it, is left alone; so is one that became
+    rarer than 0.8 times and deserved that. The slope is that of the loss over the log-probability: −r · A."""
+    now = torch.tensor([math.log(ratio)], requires_grad=True)
+    result = clipped_loss(now, torch.zeros(1), torch.tensor([advantage]), 0.2)
+    result.sum().backward()
+    assert result.item() == pytest.approx(loss, abs=1e-5)
+    assert now.grad.item() == pytest.approx(slope, abs=1e-5)
+
+
+def test_the_kl_estimate_is_unbiased_and_never_negative():
+    """Its mean over p is KL(p ‖ q), here over the whole vocabulary."""
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    estimate = kl_estimate(p.log(), q.log())
+    assert (estimate >= 0).all()
+    assert (p * estimate).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+
+
+def test_a_toy_policy_learns_what_is_rewarded():
+    """Three answers of one token; the second is rewarded. Its probability rises with every update, to almost 1."""
+    logits = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    generator = torch.Generator().manual_seed(0)
+    seen = [1 / 3]
+    for _ in range(20):
+        drawn = torch.multinomial(logits.softmax(0).detach(), 16, replacement=True, generator=generator)
+        advantage = advantages((drawn == 1).float()[None])[0]
+        now = logits.log_softmax(0)[drawn]
+        optimizer.zero_grad()
+        clipped_loss(now, now.detach(), advantage, 0.2).mean().backward()
+        optimizer.step()
+        seen.append(logits.softmax(0)[1].item())
+    assert all(after >= before for before, after in itertools.pairwise(seen))
+    assert seen[-1] > 0.95
+
+
+# The policy
+
+
+def policy(base: Path, **changes) -> Policy:
+    torch.manual_seed(3)
+    made = Policy(PolicySettings(base=str(base), max_length=256, **({"lora": LORA, "dtype": "float32"} | changes)))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            # Fresh adapters are zero: as training would, move them.
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.05)
+    return made
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_probabilities_in_one_row_are_those_of_texts_alone(tiny_llama: Path, temperature: float):
+    """Beside a plain pass over prompt and text, one text at a time; the gradient too."""
+    made = policy(tiny_llama)
+    prompt, texts = [5, 9, 200, 31, 7], [(40, 41, 1), (8,), (300, 12, 77, 13, 1)]
+    told = made.log_probabilities(prompt, texts, temperature)
+    expected = []
+    for text in texts:
+        ids = torch.tensor([[*prompt, *text]])
+        logs = (made.model(ids).logits[0] / temperature).log_softmax(-1)
+        expected += [logs[len(prompt) - 1 + i, token] for i, token in enumerate(text)]
+    expected = torch.stack(expected)
+    torch.testing.assert_close(told, expected, atol=1e-5, rtol=1e-5)
+    trained = [p for p in made.parameters() if p.requires_grad]
+    weights = torch.arange(1.0, 1 + len(told))
+    for a, b in zip(
+        torch.autograd.grad((weights * told).sum(), trained),
+        torch.autograd.grad((weights * expected).sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_answers_are_drawn_by_the_weights_in_training(tiny_llama: Path):
+    """Their log-probability as drawn is the sum of what the policy tells of their tokens, also after an update."""
+    made = policy(tiny_llama)
+    calls = [
+        Generate(prompt=Prompt(parts=("the cat of",), passages=()), max_tokens=5, temperature=1.0, seed=s)
+        for s in range(3)
+    ]
+    (ids,) = made.backend.encoder.encode([calls[0].prompt], [5])
+    before = [a.tokens for a in made.backend.run(calls)]
+    for _ in range(2):
+        answers = made.backend.run(calls)
+        for answer in answers:
+            told = made.log_probabilities(ids, [answer.tokens]).sum().item()
+            assert answer.log_probability == pytest.approx(told, abs=1e-4)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(-3.0)
+    assert [a.tokens for a in answers] != before
+
+
+def test_without_adapters_it_is_the_base(tiny_llama: Path):
+    made = policy(tiny_llama)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = torch.tensor([[5, 9, 200]])
+    with made.without_adapters(), torch.no_grad():
+        torch.testing.assert_close(made.model(ids).logits, base(ids).logits)
+    assert (made.model(ids).logits - base(ids).logits).abs().max() > 0.1
+    assert all(p.requires_grad for n, p in made.named_parameters() if "lora_" in n)
+
+
+def test_only_what_is_trained_is_float32(tiny_llama: Path):
+    made = policy(tiny_llama, dtype="bfloat16")
+    assert {p.requires_grad: p.dtype for p in made.parameters()} == {True: torch.float32, False: torch.bfloat16}
+    assert math.isfinite(made.log_probabilities([5, 6], [(7, 8)]).sum().item())
+
+
+def test_a_saved_policy_is_an_ordinary_model(tiny_llama: Path, tmp_path: Path):
+    made = policy(tiny_llama)
+    made.save(tmp_path)
+    ids = torch.tensor([[5, 9, 200, 31]])
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(again, made.model(ids).logits, atol=1e-4, rtol=1e-4)
+    call = Generate(prompt=Prompt(parts=("the cat of",), passages=()), max_tokens=5)
+    backend = HFCausal(HFCausalSettings(path=str(tmp_path), max_length=256, dtype="float32"))
+    assert backend.run([call])[0].value == made.backend.run([call])[0].value
+
+
+def test_what_can_not_be_a_policy_is_refused(tmp_path: Path):
+    bert = tiny_bert_folder(tmp_path / "bert")
+    with pytest.raises(ModelError, match="a bert is no causal language model"):
+        Policy(PolicySettings(base=str(bert), max_length=64))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    near = MistralConfig(vocab_size=500, num_hidden_layers=1, sliding_window=32, **sizes)
+    MistralForCausalLM(near).save_pretrained(tmp_path / "near")
+    tiny_llama_tokenizer().save_pretrained(tmp_path / "near")
+    with pytest.raises(ModelError, match="layers see 32 tokens back, and max_length is 64"):
+        Policy(PolicySettings(base=str(tmp_path / "near"), max_length=64))
+    assert Policy(PolicySettings(base=str(tmp_path / "near"), max_length=32)).tokenizer is not None
+
+
+# Tasks
+
+
+def answer(text: str, *, cut_off: bool = False) -> Answer:
+    return Answer(value=text, usage=Usage(calls=1), cut_off=cut_off)
+
+
+def task(reward: dict) -> Task:
+    return make_task(TypeAdapter(RewardSettings).validate_python(reward))
+
+
+def test_tasks_read_answers_for_the_passages_as_shown():
+    """Passages 3, 2 and 1 of the list, in that order: the first and the third shown are relevant."""
+    given, shown = labels_from_row(row(0)), [2, 1, 0]
+    (prompt,) = task({"kind": "rank_r1"}).prompts(given, shown)
+    assert prompt.passages == tuple(given.candidate_list.candidates[i].text for i in shown)
+
+    def worth(answers: list[list[Answer]], **reward) -> list[list[float]]:
+        assert len(task(reward).prompts(given, shown)) == len(answers)
+        return [[r.value for r in of_prompt] for of_prompt in task(reward).rewards(given, shown, answers)]
+
+    assert worth([[answer("1"), answer("0")]] * 3, kind="prorank") == [[2, 1], [1, 2], [2, 1]]
+    best = [[answer("<think>.</think><answer>[1]</answer>"), answer("<think>.</think><answer>[2]</answer>")]]
+    assert worth(best, kind="rank_r1") == [[1.0, 0.0]]
+    # Prefilled with <think>; the teacher's order of what is shown is 3, 1, 2.
+    order = [[answer("hm</think><answer>[3] > [1] > [2]</answer>"), answer("hm</think><answer>[3]</answer>")]]
+    assert worth(order, kind="reason_rank") == [[pytest.approx(1.3), 0.0]]
+    assert worth([[answer('{"1": 5, "2": 0, "3": 5}')]], kind="group_rank") == [[pytest.approx(1.3)]]
+    # References 5, 3, 8; the integers 9, 7 and 2 of the relevant ones are above the other's 2 and below its 8.
+    integers = [[answer("9"), answer("7")], [answer("2"), answer("8")], [answer("9"), answer("<answer>")]]
+    assert worth(integers, kind="erank") == [[1.0, 0.25], [-1.0, -100.0], [1.0, -100.0]]
+
+
+def test_a_template_of_another_method_is_refused():
+    with pytest.raises(ConfigError, match="template 'setwise' is written for setwise, not rank_r1"):
+        task({"kind": "rank_r1", "prompt": "setwise"})
+
+
+# Training
+
+
+def short_answers(tmp_path: Path) -> Path:
+    """A template whose answers are one token each, which the tiny model writes in a few of 100 texts."""
+    path = tmp_path / "short.yaml"
+    path.write_text("{method: yes_no, about: test, text: '{query} {passage}', chat: false, labels: [kappa, gamma]}")
+    return path
+
+
+def test_the_policy_learns_the_form(labels: str, tiny_llama: Path, tmp_path: Path):
+    """Of the random model's answers few are one of the labels and nothing else; 20 steps later most are."""
+    chosen = settings(
+        labels, tiny_llama,
+        reward={"kind": "prorank", "prompt": str(short_answers(tmp_path)), "max_tokens": 1},
+        samples=32, epochs=10, max_steps=20, validation={"fraction": 0.3, "every_steps": 5},
+    )  # fmt: skip
+    reports = Reports(tmp_path / "run")
+    reinforce(chosen, World(), reports)
+    assert sorted(reports.metrics) == [0, 5, 10, 15, 20]
+    first, last = reports.metrics[5], reports.metrics[20]
+    assert first["well_formed"] < 0.1
+    assert last["well_formed"] > 0.5
+    assert last["reward"] > first["reward"] + 0.5
+    assert reports.metrics[0]["validation_reward"] < 0.5
+    assert last["validation_reward"] >= 1.5
+
+
+def test_answers_that_are_all_alike_teach_nothing(labels: str, tiny_llama: Path):
+    """No random text of one token is a JSON object: every reward is −0.1, and the weights stay as they are."""
+    trainer = GRPOTrainer(
+        settings(labels, tiny_llama, reward={"kind": "group_rank", "max_tokens": 1}, max_steps=1), World(), None
+    )
+    before = [p.detach().clone() for p in trainer.trained]
+    assert trainer.draw() == []
+    trainer.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.trained, strict=True))
+
+
+GROUPS = [
+    Group(prompt=[5, 9, 200], texts=((40, 41), (8,), (12, 77, 1)), advantages=(1.2, -0.6, -0.6), weight=1 / 6),
+    Group(prompt=[31, 7], texts=((8,), (40, 1), (9, 9)), advantages=(0.7, -1.4, 0.7), weight=1 / 6),
+]
+
+
+def updated(trainer: GRPOTrainer, updates: int) -> tuple[float, float]:
+    """How much Σ advantage · mean log-probability of the groups' answers rose, and the KL estimate in the end."""
+
+    @torch.no_grad()
+    def worth() -> float:
+        total = 0.0
+        for group in GROUPS:
+            for text, advantage in zip(group.texts, group.advantages, strict=True):
+                total += advantage * float(trainer.policy.log_probabilities(group.prompt, [text]).mean())
+        return total
+
+    before, told = worth(), []
+    for _ in range(updates):
+        told = trainer._update(GROUPS, told)
+    with torch.no_grad():
+        now = trainer.policy.log_probabilities(GROUPS[0].prompt, GROUPS[0].texts)
+        with trainer.policy.without_adapters():
+            base = trainer.policy.log_probabilities(GROUPS[0].prompt, GROUPS[0].texts)
+    return worth() - before, float(kl_estimate(now, base).sum())
+
+
+def test_an_update_raises_what_was_worth_more(labels: str, tiny_llama: Path):
+    """The first is the policy's gradient itself; later ones are held back where an answer's ratio to the policy that
+    drew it passed the clip, so that a wide clip goes further than a narrow one."""
+    once, few, free = (
+        updated(GRPOTrainer(settings(labels, tiny_llama, clip=clip), World(), None), updates)
+        for updates, clip in ((1, 0.2), (8, 0.05), (8, 0.9))
+    )
+    assert 0 < once[0] < few[0] < free[0]
+
+
+def test_micro_batches_add_up_to_the_same_gradient(labels: str, tiny_llama: Path):
+    """Answers one at a time, or all of a group's in one row."""
+    gradients = []
+    for tokens in (8192, 1):
+        trainer = GRPOTrainer(settings(labels, tiny_llama, tokens_per_micro_batch=tokens), World(), None)
+        for group in GROUPS:
+            for part in [[0, 1, 2]] if tokens > 1 else [[0], [1], [2]]:
+                trainer._backward(group, part, None)
+        gradients.append([p.grad.clone() for p in trainer.trained])
+        trainer.optimizer.zero_grad()
+        told = trainer._update(GROUPS, [])
+        assert [len(parts) for parts in told] == ([1, 1] if tokens > 1 else [3, 3])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_kl_holds_the_policy_at_its_base(labels: str, tiny_llama: Path):
+    """A weight that drowns the rewards leaves the policy nearer to its base."""
+    (_, free), (_, held) = (
+        updated(GRPOTrainer(settings(labels, tiny_llama, kl_weight=weight), World(), None), 8)
+        for weight in (1e-6, 10.0)
+    )
+    assert 0 < held < 0.5 * free
+
+
+@pytest.mark.parametrize("policy", [{"lora": LORA}, {"lora": None}])
+def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_llama: Path, tmp_path: Path, policy: dict):
+    """Stopped in the first epoch and in a later one: every byte of the policy is the same, and every metric."""
+    base = {"base": str(tiny_llama), "max_length": 256, "dtype": "float32"}
+    reward = {"kind": "prorank", "prompt": str(short_answers(tmp_path)), "max_tokens": 1}
+    chosen = settings(
+        labels, tiny_llama, policy=base | policy, reward=reward, updates_per_step=2, epochs=4, max_steps=8
+    )
+    whole = Reports(tmp_path / "whole")
+    reinforce(chosen, World(), whole)
+    resume, seen = None, {}
+    for stop_at in (2, 6, None):
+        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
+        torch.manual_seed(99)
+        try:
+            reinforce(chosen, World(), part, resume)
+        except Stopped:
+            resume = part.checkpoint(stop_at)
+        seen |= part.metrics
+    assert sorted(seen) == sorted(whole.metrics)
+    for step, metrics in whole.metrics.items():
+        for name in ("validation_reward", "best_step", "reward", "gradient_norm"):
+            assert seen[step].get(name) == metrics.get(name), (step, name)
+    files = [tmp_path / name / "step-8" / "student" / "model.safetensors" for name in ("whole", "until-None")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != (whole.checkpoint(2) / "student" / "model.safetensors").read_bytes()
+
+
+def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):
+    without = write_labels(tmp_path / "without", [row(i, gains=False) for i in range(8)])
+    with pytest.raises(InputError, match="every answer would be worth the same: ingest with qrels"):
+        GRPOTrainer(settings(without, tiny_llama), World(), None)
+    rows = [row(i, gains=i > 0) for i in range(12)]
+    trainer = GRPOTrainer(settings(write_labels(tmp_path / "some", rows), tiny_llama), World(), None)
+    asked = trainer._ask([labels_from_row(rows[0]), labels_from_row(rows[1])], 0, 2, 1.0)
+    assert len(asked) == 1
+    assert trainer._sums["skipped_queries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": {"base": "m", "lora": {"dropout": 0.1}}}, "answers are drawn without it"),
+        ({"policy": {"base": "m", "lora": None}, "kl_weight": 0.1}, "set policy.lora"),
+        ({"policy": {"base": "m", "max_length": 2}}, "leaves no room for a prompt"),
+        ({"samples": 1}, "greater than or equal to 2"),
+        ({"reward": {"kind": "prorank", "penalty": 3}}, "Extra inputs"),
+    ],
+)
+def test_settings_that_can_not_be(given: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        settings("x", Path("m"), **given)
