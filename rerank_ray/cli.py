@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     jobs = {
         "label": "score candidate lists with a teacher",
         "distill": "train a student on labels",
+        "distill-rationales": "train a language model on teachers' reasoning and rankings",
+        "reinforce": "train a language model on ranking rewards (GRPO)",
         "rerank": "rank candidate lists with any ranker",
         "synthesize": "write queries for passages of a collection",
         "pipeline": "run several jobs from one file",
@@ -241,6 +243,8 @@ def _pipeline(options: argparse.Namespace, console: Console) -> None:
 _JOBS = {
     "label": _job("rerank_ray.settings.jobs", "LabelSettings", "label"),
     "distill": _job("rerank_ray.settings.distill", "DistillSettings", "distill"),
+    "distill-rationales": _job("rerank_ray.settings.rationale", "RationaleSettings", "distill_rationales"),
+    "reinforce": _job("rerank_ray.settings.reinforce", "ReinforceSettings", "reinforce"),
     "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
     "synthesize": _job("rerank_ray.settings.synthesize", "SynthesizeSettings", "synthesize"),
     "pipeline": _pipeline,

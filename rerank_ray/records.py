@@ -112,6 +112,7 @@ class Scores:
     scores: tuple[float, ...]
     uncertainty: tuple[float, ...] | None = None
     rationales: tuple[str, ...] | None = None
+    """The teacher's reasoning: one a candidate, or of methods that show lists one a call."""
     defects: tuple[Defect, ...] = ()
     exit_layer: int | None = None
 

@@ -147,7 +147,7 @@ def labels_from_row(row: dict) -> Labels:
         raise RowError(f"query {row['query_id']!r} was not labelled: {row['error']}")
     candidate_list = candidate_list_from_row(row)
     where = f"query {row['query_id']!r}"
-    for field in ("scores", "uncertainty", "rationales"):
+    for field in ("scores", "uncertainty"):
         if row[field] is not None and len(row[field]) != len(candidate_list):
             raise RowError(f"{where}: '{field}' has {len(row[field])} entries for {len(candidate_list)} candidates")
     if row["scores"] is None:

@@ -19,11 +19,10 @@ import torch
 import torch.distributed
 from torch import nn
 
-from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.policy import Policy
+from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.tasks import gains_of, make_task
@@ -81,9 +80,15 @@ class _Asked:
     rewards: list[list[Reward]]
 
 
-def reinforce(settings: ReinforceSettings, world: World, report: Report, resume: Path | None = None) -> None:
-    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too."""
-    trainer = GRPOTrainer(settings, world, resume)
+def reinforce(
+    settings: ReinforceSettings, world: World, report: Report, resume: Path | None = None, data: LabelSet | None = None
+) -> None:
+    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
+
+    Args:
+        data: what `open_labels` gives, where that was done already.
+    """
+    trainer = GRPOTrainer(settings, world, resume, data)
     if resume is None:
         trainer.validate_and_report(report)
     while not trainer.finished:
@@ -95,18 +100,20 @@ def reinforce(settings: ReinforceSettings, world: World, report: Report, resume:
 class GRPOTrainer:
     """A policy, its optimizer, and its place in the data."""
 
-    def __init__(self, settings: ReinforceSettings, world: World, resume: Path | None) -> None:
+    def __init__(
+        self, settings: ReinforceSettings, world: World, resume: Path | None, data: LabelSet | None = None
+    ) -> None:
         self.settings, self.world = settings, world
         self.task = make_task(settings.reward)
-        self.data = open_labels(settings)
+        self.data = data or open_labels(settings)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
         self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
         self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
         torch.manual_seed(settings.seed)
         self.policy = Policy(settings.policy)
-        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.trained = self.policy.trained
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
-        self.progress = checkpoints.load(resume, self.policy, self.optimizer, None) if resume else Progress()
+        self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
 
@@ -294,8 +301,7 @@ class GRPOTrainer:
             report(metrics, None)
             return
         with tempfile.TemporaryDirectory() as folder:
-            trained = [p.detach() for p in self.trained]
-            checkpoints.save(Path(folder), self.policy, self.optimizer, progress, trained, None)
+            save_checkpoint(Path(folder), self.policy, self.optimizer, progress)
             report(metrics, Path(folder))
 
     def _since_last(self) -> dict[str, float]:

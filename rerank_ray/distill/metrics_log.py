@@ -32,6 +32,17 @@ class MetricsLog:
             self._board.flush()
 
 
+def policy_summary_line(metrics: dict) -> str:
+    """One line for people, of a policy's training: step and means since the last validation."""
+    parts = [f"step {metrics['step']}/{metrics['total_steps']}"]
+    named = [n for n in metrics if n.startswith(("validation_", "loss/")) and n != "validation_seconds"]
+    named += [n for n in ("reward", "well_formed", "prompts_without_signal", "kl") if n in metrics]
+    parts += [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in named]
+    if metrics.get("skipped_queries"):
+        parts.append(f"{metrics['skipped_queries']:,.0f} queries skipped")
+    return ", ".join([*parts, f"best at step {metrics['best_step']}"])
+
+
 def summary_line(metrics: dict) -> str:
     """One line for people: step, validation nDCG@10, losses and pairs per second."""
     parts = [

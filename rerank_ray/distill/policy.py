@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,20 +12,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rerank_ray.distill.checkpoints import STUDENT, Progress
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.decoding import log_probabilities
 from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import save_tokenizer
 from rerank_ray.models.student.source import Source
+from rerank_ray.models.tokenizing import turn_end
 from rerank_ray.settings.reinforce import PolicySettings
+
+_STATE = "trainer.pt"
 
 
 class Policy(nn.Module):
     """A causal language model and its adapters; `backend` writes with the weights as they are.
 
-    On disk it is an ordinary `AutoModelForCausalLM`, or PEFT's adapters: any `hf_causal` ranker can run it.
+    On disk it is an ordinary `AutoModelForCausalLM`, which any `hf_causal` ranker can run, or its adapters in PEFT's
+    layout. A base that is adapters itself, as a student of an earlier stage may be, keeps them below those trained.
     """
 
     def __init__(self, settings: PolicySettings) -> None:
@@ -35,7 +42,7 @@ class Policy(nn.Module):
         source = Source.open(model_settings)
         if not source.is_decoder:
             raise ModelError(f"{settings.base}: a {source.config.model_type} is no causal language model")
-        model = source.start(AutoModelForCausalLM, None)
+        model = _start(source)
         if model.new_names:
             raise ModelError(f"{settings.base}: the checkpoint has no weights for {sorted(model.new_names)[0]}")
         _check_attention(model, settings)
@@ -54,8 +61,24 @@ class Policy(nn.Module):
         self.backend = HFCausal(model_settings, self.model)
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @property
     def device(self) -> torch.device:
         return self.backend.device
+
+    def turn_end(self, prompt: Prompt) -> int:
+        """The token that ends the model's turn after this prompt.
+
+        Raises:
+            ModelError: the tokenizer has none.
+        """
+        chat = turn_end(self.tokenizer) if prompt.chat and self.backend.encoder.chat else None
+        end = self.tokenizer.eos_token_id if chat is None else chat
+        if end is None:
+            raise ModelError(f"{self.settings.base}: the tokenizer has no token that ends a text")
+        return end
 
     def new_parameters(self) -> list[nn.Parameter]:
         return []
@@ -114,6 +137,41 @@ class Policy(nn.Module):
         else:
             lora.merged(self.model).save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
+
+
+def _start(source: Source) -> PreTrainedModel:
+    """The base in float32; where the folder holds adapters alone, they are added to the model that they are for."""
+    folder = source.resolved.folder
+    if folder is None or not (folder / lora.CONFIG).exists():
+        return source.start(AutoModelForCausalLM, None)
+    model = source.read(AutoModelForCausalLM, torch.float32)
+    model.new_names = frozenset()
+    return model
+
+
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Write a checkpoint: `student/` as it would be deployed, and what training goes on from beside it."""
+    policy.save(folder / STUDENT)
+    state = {
+        "trained": [p.detach() for p in policy.trained],
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(state, folder / _STATE)
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore what is trained, the optimizer and the random state; the policy was made as it was for the first step."""
+    state = torch.load(folder / _STATE, weights_only=True)
+    with torch.no_grad():
+        torch._foreach_copy_([p.detach() for p in policy.trained], state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return Progress(**state["progress"])
 
 
 def _check_attention(model: PreTrainedModel, settings: PolicySettings) -> None:

@@ -1,4 +1,4 @@
-"""The jobs: label, rerank, combine, synthesize and distil, each from settings to a finished run folder."""
+"""The jobs: label, rerank, combine, synthesize, distil, reinforce …, each from settings to a finished run folder."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ from rerank_ray.schema import (
 )
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import CombineSettings, LabelSettings, LimitSettings, RerankSettings
+from rerank_ray.settings.rationale import RationaleSettings
+from rerank_ray.settings.reinforce import ReinforceSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.synthesize import LEFT_OUT, draw_passages, finds_back, retrieve, usable_queries
 
@@ -315,4 +317,59 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
         run.update(state="done", counts=counts, timings=timings, best=metrics)
     best = f"step {metrics['step']}, validation nDCG@10 {metrics['validation_ndcg@10']:.4f}"
     console.print(f"{run_uri}: student at {run.student} ({best}, {timings['seconds_of_last_start']:,.0f} s)")
+    return run
+
+
+def reinforce(settings: ReinforceSettings, run_uri: str, console: Console) -> RunFolder:
+    """Train a language model on ranking rewards: the run's `student/` holds the best step's."""
+    from rerank_ray.distill.grpo import open_labels
+    from rerank_ray.distill.tasks import make_task
+    from rerank_ray.execution.policy import with_absolute_paths
+
+    settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
+    make_task(settings.reward)
+    absolute = with_absolute_paths(settings)
+    labels = open_labels(absolute)
+    counts = {"training_queries": len(labels.train), "validation_queries": len(labels.validation)}
+    return _train_policy(
+        "reinforce", settings, absolute, labels, {"labels": labels.fingerprint}, counts, run_uri, console
+    )
+
+
+def distill_rationales(settings: RationaleSettings, run_uri: str, console: Console) -> RunFolder:
+    """Train a language model on what teachers wrote: the run's `student/` holds the best step's."""
+    from rerank_ray.distill.rationale import open_terms, term_names
+    from rerank_ray.execution.policy import with_absolute_paths
+
+    terms = [t.model_copy(update={"input": [resolve_input(uri) for uri in t.input]}) for t in settings.terms]
+    settings = settings.model_copy(update={"terms": tuple(terms)})
+    absolute = with_absolute_paths(settings)
+    data = open_terms(absolute)
+    named = dict(zip(term_names(settings.terms), data, strict=True))
+    fingerprints = {name: labels.fingerprint for name, labels in named.items()}
+    counts = {
+        name: {"training_queries": len(labels.train), "validation_queries": len(labels.validation)}
+        for name, labels in named.items()
+    }
+    return _train_policy("distill-rationales", settings, absolute, data, fingerprints, counts, run_uri, console)
+
+
+def _train_policy(kind, settings, absolute, data, fingerprints, counts, run_uri: str, console: Console) -> RunFolder:
+    """What the jobs that train a language model share; `absolute` are the settings with paths that workers can use."""
+    from rerank_ray.execution.policy import train_policy
+
+    resolve(settings.policy.model_settings())
+    run = RunFolder(uri=run_uri)
+    with run.locked():
+        before = run.start(kind, settings, fingerprints)
+        if before.get("state") == "done":
+            console.print(f"{run_uri}: already done, model at {run.student}")
+            return run
+        started = time.monotonic()
+        metrics = train_policy(run, kind, absolute, data)
+        timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
+        run.update(state="done", counts=counts, timings=timings, best=metrics)
+    console.print(
+        f"{run_uri}: model at {run.student} (step {metrics['step']}, {timings['seconds_of_last_start']:,.0f} s)"
+    )
     return run

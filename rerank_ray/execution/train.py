@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -23,8 +25,9 @@ from rerank_ray.distill.metrics_log import MetricsLog, summary_line
 from rerank_ray.distill.train import World, train
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
+from rerank_ray.models import engine
 from rerank_ray.runs import RunFolder
-from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.distill import DistillSettings, TrainingExecutionSettings
 
 _SCORE = "validation_ndcg@10"
 _ECHO_EVERY_S = 1.0
@@ -39,39 +42,55 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
     Raises:
         RunError: a worker failed more often than `execution.max_failures`.
     """
-    execution = settings.execution
+    config = {"settings": _with_absolute_paths(settings).model_dump(mode="json")}
+    return fit(run, _worker, config, settings.execution, score=_SCORE, summary=summary_line)
+
+
+def fit(
+    run: RunFolder,
+    worker: Callable[[dict], None],
+    config: dict,
+    execution: TrainingExecutionSettings,
+    *,
+    score: str,
+    summary: Callable[[dict], str],
+) -> dict:
+    """Run a training loop on Ray Train, as `train_student` says; returns the best step's metrics.
+
+    Args:
+        worker: what every worker runs: `work` with the loop that `config` describes; "run" is added to that.
+        score: the metric whose highest value is kept.
+        summary: a validation's metrics as a line for people.
+    """
     # The controller checks its workers' health at this interval, and a finished step waits for the next check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     with session(execution.workers * execution.cpus_per_worker):
         trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "settings": _with_absolute_paths(settings).model_dump(mode="json"),
-                "run": storage.absolute(run.uri),
-            },
+            worker,
+            train_loop_config=config | {"run": storage.absolute(run.uri)},
             torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=execution.workers,
                 use_gpu=execution.gpus_per_worker > 0,
-                resources_per_worker=_resources(settings),
+                resources_per_worker=_resources(execution),
             ),
             run_config=RunConfig(
                 name="checkpoints",
                 storage_path=storage.absolute(run.uri),
                 failure_config=FailureConfig(max_failures=execution.max_failures),
                 checkpoint_config=CheckpointConfig(
-                    num_to_keep=2, checkpoint_score_attribute=_SCORE, checkpoint_score_order="max"
+                    num_to_keep=2, checkpoint_score_attribute=score, checkpoint_score_order="max"
                 ),
             ),
         )
         try:
-            with _echo(run):
+            with _echo(run, summary):
                 result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise RunError(
                 f"{run.uri}: training stopped: {root_cause(error)}\nStart the same command again to resume"
             ) from error
-        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][_SCORE])
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][score])
         _publish(checkpoint, run)
     return metrics
 
@@ -84,7 +103,7 @@ def _with_absolute_paths(settings: DistillSettings) -> DistillSettings:
 
 
 @contextmanager
-def _echo(run: RunFolder) -> Iterator[None]:
+def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
     """Print each validation as the workers log it; they may run on other machines, the run folder is what is shared."""
     path, console, ended = run.path("metrics.jsonl"), Console(stderr=True, soft_wrap=True), threading.Event()
 
@@ -94,7 +113,7 @@ def _echo(run: RunFolder) -> Iterator[None]:
     def print_new(seen: int) -> int:
         new = lines()[seen:]
         for line in new:
-            console.print(summary_line(json.loads(line)), highlight=False)
+            console.print(summary(json.loads(line)), highlight=False)
         return seen + len(new)
 
     def follow() -> None:
@@ -126,8 +145,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
     )
 
 
-def _resources(settings: DistillSettings) -> dict[str, float]:
-    execution = settings.execution
+def _resources(execution: TrainingExecutionSettings) -> dict[str, float]:
     resources = {"CPU": execution.cpus_per_worker}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker
@@ -135,19 +153,19 @@ def _resources(settings: DistillSettings) -> dict[str, float]:
 
 
 def _worker(config: dict) -> None:
-    """What every worker runs: the Ray-free training loop, with Ray Train's ranks, checkpoints and reports."""
-    import torch
-
-    from rerank_ray.models.engine import use_threads
-
     settings = DistillSettings.model_validate(config["settings"])
-    use_threads(settings.execution.cpus_per_worker, settings.execution.gpus_per_worker)
-    if settings.execution.gpus_per_worker:
+    work(config["run"], settings.execution, partial(train, settings))
+
+
+def work(run_uri: str, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:
+    """What every worker runs: a Ray-free training loop, with Ray Train's ranks, checkpoints and reports."""
+    engine.use_threads(execution.cpus_per_worker, execution.gpus_per_worker)
+    if execution.gpus_per_worker:
         # Workers of one node see all of its GPUs; "cuda" then means this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size())
-    log = MetricsLog(config["run"]) if world.rank == 0 else None
+    log = MetricsLog(run_uri) if world.rank == 0 else None
 
     def report(metrics: dict, folder: Path | None) -> None:
         if log is not None:
@@ -156,7 +174,7 @@ def _worker(config: dict) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        train(settings, world, report)
+        loop(world, report)
     else:
         with checkpoint.as_directory() as folder:
-            train(settings, world, report, resume=Path(folder))
+            loop(world, report, resume=Path(folder))

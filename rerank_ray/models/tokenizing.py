@@ -247,13 +247,17 @@ def label_ids(tokenizer, labels: Sequence[str]) -> list[int]:
 
 def end_ids(tokenizer, generation_config) -> frozenset[int]:
     """The tokens that end the model's turn: end-of-sequence tokens, and what the chat template puts after it."""
-    ids = {tokenizer.eos_token_id, *_as_list(generation_config.eos_token_id)}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SLOT}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SLOT)[2]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        ids.update([t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in special][:1])
-    return frozenset(ids - {None})
+    return frozenset({tokenizer.eos_token_id, turn_end(tokenizer), *_as_list(generation_config.eos_token_id)} - {None})
+
+
+def turn_end(tokenizer) -> int | None:
+    """The special token that the chat template puts after the model's turn; None without a template or a token."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SLOT}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SLOT)[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in special), None)
 
 
 def _as_list(ids: int | list[int] | None) -> list[int | None]:

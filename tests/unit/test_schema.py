@@ -142,7 +142,6 @@ def test_an_empty_text_is_a_text():
         ({"scores": None}, "query 'q1': 'scores' is null although 'error' is null"),
         ({"scores": [1.0, 2.0]}, "query 'q1': 'scores' has 2 entries for 3 candidates"),
         ({"uncertainty": [1.0]}, "query 'q1': 'uncertainty' has 1 entries for 3 candidates"),
-        ({"rationales": []}, "query 'q1': 'rationales' has 0 entries for 3 candidates"),
     ],
 )
 def test_bad_labels_name_the_query_and_the_fault(change: dict, said: str):

@@ -10,6 +10,8 @@ from rerank_ray import config
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import DetectHeadsSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.pipeline import PipelineSettings
+from rerank_ray.settings.rationale import RationaleSettings
+from rerank_ray.settings.reinforce import ReinforceSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,8 @@ MODELS = {
     "label": LabelSettings,
     "distill": DistillSettings,
     "rerank": RerankSettings,
+    "rationales": RationaleSettings,
+    "reinforce": ReinforceSettings,
     "heads": DetectHeadsSettings,
     "synthesize": SynthesizeSettings,
     "pipelines": PipelineSettings,

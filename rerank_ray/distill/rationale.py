@@ -1,0 +1,337 @@
+"""Supervised training of a policy on what teachers wrote: permutations and explanations with their reasoning, beside
+losses on scores (ReasoningRank, Ji et al. 2024; DeAR's second stage, Abdallah et al. 2025)."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+
+from rerank_ray.distill.checkpoints import Progress
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint
+from rerank_ray.distill.sampling import sample_group, teacher_order
+from rerank_ray.distill.targets import Targets, check_objective, objective
+from rerank_ray.distill.train import Report, World
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.tokenizing import PromptTooLongError, label_ids
+from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.render import Template, load_template
+from rerank_ray.records import Labels
+from rerank_ray.settings.rationale import (
+    ExplanationTermSettings,
+    PermutationTermSettings,
+    RationaleSettings,
+    ScoreTermSettings,
+    TermSettings,
+)
+
+
+class Term(Protocol):
+    """One part of the objective."""
+
+    def teaches(self, labels: Labels) -> bool:
+        """Whether a list has what the term learns from."""
+        ...
+
+    def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
+        """The term of one query, or None where nothing of it can be learnt in this epoch."""
+        ...
+
+
+class PermutationTerm:
+    """Mean negative log-likelihood of the tokens of a listwise teacher's text."""
+
+    def __init__(self, settings: PermutationTermSettings) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, "rank_gpt")
+        _check_prefill(self.template, settings.reasoning)
+
+    def teaches(self, labels: Labels) -> bool:
+        told = labels.rationales is not None and len(labels.rationales) == 1 and bool(labels.rationales[0].strip())
+        return not any(map(math.isnan, labels.scores)) and (told or not self.settings.reasoning)
+
+    def prompt(self, labels: Labels) -> Prompt:
+        request = labels.candidate_list
+        passages = shown_passages(request, self.settings.passage_words)
+        return self.template.list_prompt(request.query, passages, self.template.identifiers(len(request)))
+
+    def text(self, labels: Labels) -> str:
+        """What the model shall write, after the prefill."""
+        names = self.template.identifiers(len(labels.candidate_list))
+        answer = " > ".join(f"[{names[i]}]" for i in teacher_order(labels))
+        return _turn(labels.rationales[0], answer, self.template) if self.settings.reasoning else answer
+
+    def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
+        return _mean(_likelihood_loss(policy, self.prompt(labels), self.text(labels)))
+
+
+class ExplanationTerm:
+    """Mean negative log-likelihood of the tokens of a pointwise teacher's texts, passages counting alike."""
+
+    def __init__(self, settings: ExplanationTermSettings) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, "erank")
+        _check_prefill(self.template, reasoning=True)
+
+    def teaches(self, labels: Labels) -> bool:
+        return any(self._explained(labels, i) for i in range(len(labels.candidate_list)))
+
+    def _explained(self, labels: Labels, index: int) -> bool:
+        aligned = labels.rationales is not None and len(labels.rationales) == len(labels.candidate_list)
+        return aligned and bool(labels.rationales[index].strip()) and labels.scores[index] in range(11)
+
+    def text(self, labels: Labels, index: int) -> str:
+        """What the model shall write about one passage, after the prefill."""
+        return _turn(labels.rationales[index], f"{labels.scores[index]:g}", self.template)
+
+    def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
+        drawn = sample_group(labels, self.settings.sampling, seed, epoch)
+        request = labels.candidate_list
+        return _mean(
+            *(
+                _likelihood_loss(
+                    policy, self.template.prompt(request.query, request.candidates[i]), self.text(labels, i)
+                )
+                for i in drawn
+                if self._explained(labels, i)
+            )
+        )
+
+
+class ScoreTerm:
+    """Losses on the log-odds of a prompt's two answers, one passage at a time."""
+
+    def __init__(self, settings: ScoreTermSettings) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, "yes_no")
+
+    def teaches(self, labels: Labels) -> bool:
+        return sum(not math.isnan(s) for s in labels.scores) > 1
+
+    def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
+        drawn = sample_group(labels, self.settings.sampling, seed, epoch)
+        ids = [_encoded(policy, self._prompt(labels, i), 1) for i in drawn]
+        if any(i is None for i in ids):
+            return None
+        answers = [[token] for token in label_ids(policy.tokenizer, self.template.labels)]
+        logs = [policy.log_probabilities(i, answers) for i in ids]
+        scores = torch.stack([of_two[0] - of_two[1] for of_two in logs])
+        targets = Targets.of([(labels, drawn)]).to(scores.device)
+        return objective(scores[None, None], targets, self.settings.objective)["total"].loss[0]
+
+    def _prompt(self, labels: Labels, index: int) -> Prompt:
+        return self.template.prompt(labels.candidate_list.query, labels.candidate_list.candidates[index])
+
+
+_TERMS: dict[str, type] = {"permutation": PermutationTerm, "explanation": ExplanationTerm, "score": ScoreTerm}
+
+
+def _turn(rationale: str, answer: str, template: Template) -> str:
+    text = f"<think>\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
+    return text.removeprefix(template.prefill)
+
+
+def _check_prefill(template: Template, reasoning: bool) -> None:
+    begin = "<think>\n" if reasoning else ""
+    if not begin.startswith(template.prefill):
+        raise ConfigError(f"prompt: the template's prefill is {template.prefill!r}, but the texts begin with {begin!r}")
+
+
+def _encoded(policy: Policy, prompt: Prompt, reserved: int) -> list[int] | None:
+    (ids,) = policy.backend.encoder.encode([prompt], [reserved])
+    return None if isinstance(ids, PromptTooLongError) else ids
+
+
+def _likelihood_loss(policy: Policy, prompt: Prompt, text: str) -> torch.Tensor | None:
+    """Mean negative log-likelihood of a text's tokens and of the end of the turn; None where they don't fit."""
+    tokens = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.turn_end(prompt)]
+    if len(tokens) >= policy.settings.max_length:
+        return None
+    ids = _encoded(policy, prompt, len(tokens))
+    return None if ids is None else -policy.log_probabilities(ids, [tokens]).mean()
+
+
+def _mean(*losses: torch.Tensor | None) -> torch.Tensor | None:
+    known = [loss for loss in losses if loss is not None]
+    return torch.stack(known).mean() if known else None
+
+
+def open_terms(settings: RationaleSettings) -> list[LabelSet]:
+    """Each term's labels, without the lists that the term can't learn from.
+
+    Raises:
+        InputError: a term has none left to train on or to validate with.
+        ConfigError: a term's template is not there, or is written for another method.
+    """
+    sets = []
+    for number, term in enumerate(settings.terms):
+        data = LabelSet.open(term.input, settings.validation.fraction, settings.seed)
+        if isinstance(term, ScoreTermSettings):
+            check_objective(data, term.objective)
+        kept = _kept(data, _TERMS[term.kind](term).teaches)
+        if len(kept.train) == 0 or len(kept.validation) == 0:
+            raise InputError(
+                f"terms.{number} ({term.kind}): of {len(data.train)} training and {len(data.validation)} held-out "
+                f"lists of {', '.join(term.input)}, {len(kept.train)} and {len(kept.validation)} have what it learns "
+                f"from: {_WANTED[term.kind]}"
+            )
+        sets.append(kept)
+    return sets
+
+
+_WANTED = {
+    "permutation": "every passage ranked in one window, with its reasoning (a `window` as long as the lists, and a "
+    "prompt such as rank_gpt_reasoning)",
+    "explanation": "reasoning and an integer 0 to 10 for a passage (method erank, `score: integer`)",
+    "score": "two scores",
+}
+
+
+def _kept(data: LabelSet, teaches: Callable[[Labels], bool]) -> LabelSet:
+    def usable(positions: np.ndarray) -> np.ndarray:
+        return positions[[teaches(labels) for labels in data.reader().read(positions)]]
+
+    return replace(data, train=usable(data.train), validation=usable(data.validation))
+
+
+def distill_rationales(
+    settings: RationaleSettings,
+    world: World,
+    report: Report,
+    resume: Path | None = None,
+    data: Sequence[LabelSet] | None = None,
+) -> None:
+    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
+
+    Args:
+        data: what `open_terms` gives, where that was done already.
+    """
+    trainer = RationaleTrainer(settings, world, resume, data)
+    if resume is None:
+        trainer.validate_and_report(report)
+    while not trainer.finished:
+        trainer.train_step()
+        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.finished:
+            trainer.validate_and_report(report)
+
+
+class RationaleTrainer:
+    """A policy, its optimizer, and its place in each term's data."""
+
+    def __init__(
+        self, settings: RationaleSettings, world: World, resume: Path | None, data: Sequence[LabelSet] | None = None
+    ) -> None:
+        self.settings, self.world = settings, world
+        self.data = list(data or open_terms(settings))
+        self.terms: list[Term] = [_TERMS[term.kind](term) for term in settings.terms]
+        self.readers = [d.reader() for d in self.data]
+        self.steps_per_epoch = [math.ceil(len(d.train) / settings.queries_per_step) for d in self.data]
+        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * max(self.steps_per_epoch))
+        torch.manual_seed(settings.seed)
+        self.policy = Policy(settings.policy)
+        self.optimizer = make_optimizer(self.policy, settings.optimizer)
+        self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
+        if world.rank > 0:
+            # Dropout differs between workers; the adapters' start, drawn above, does not.
+            torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
+        self._since = torch.zeros(len(self.terms), 2, dtype=torch.float64)
+        self._skipped = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    def train_step(self) -> None:
+        """One optimizer step on Σ weight · mean of each term over its queries of the step."""
+        settings = self.settings
+        self.policy.train()
+        set_learning_rate(self.optimizer, settings.optimizer, self.progress.step, self.total_steps)
+        for number, (term, of_settings) in enumerate(zip(self.terms, settings.terms, strict=True)):
+            epoch, step = divmod(self.progress.step, self.steps_per_epoch[number])
+            positions = self.data[number].order(settings.seed, epoch)[step * settings.queries_per_step :]
+            positions = positions[: settings.queries_per_step]
+            for labels in self.readers[number].read(positions[self.world.rank :: self.world.size]):
+                loss = term.loss(self.policy, labels, settings.seed, epoch)
+                if loss is None:
+                    self._skipped += 1
+                    continue
+                (of_settings.weight / len(positions) * loss).backward()
+                self._since[number] += torch.tensor([float(loss.detach()), 1.0], dtype=torch.float64)
+        trained = self.policy.trained
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.world.size > 1:
+                torch.distributed.all_reduce(parameter.grad)
+        nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+
+    @torch.no_grad()
+    def validate(self) -> list[float]:
+        """Mean of each term over its held-out queries, each with its first epoch's passages."""
+        self.policy.eval()
+        sums = torch.zeros(len(self.terms), 2, dtype=torch.float64)
+        for number, term in enumerate(self.terms):
+            positions = self.data[number].validation[: self.settings.validation.queries]
+            for labels in self.data[number].reader().read(positions[self.world.rank :: self.world.size]):
+                loss = term.loss(self.policy, labels, self.settings.seed, 0)
+                if loss is not None:
+                    sums[number] += torch.tensor([float(loss), 1.0], dtype=torch.float64)
+        sums = self._over_workers(sums)
+        if (sums[:, 1] == 0).any():
+            raise InputError("no held-out text of a term fits policy.max_length: raise it")
+        return (sums[:, 0] / sums[:, 1]).tolist()
+
+    def validate_and_report(self, report: Report) -> None:
+        """Validate the policy, and report it as a checkpoint."""
+        progress, names = self.progress, term_names(self.settings.terms)
+        metrics = {"step": progress.step, "total_steps": self.total_steps}
+        since = self._over_workers(self._since).tolist()
+        metrics |= {f"loss/{n}": total / count for n, (total, count) in zip(names, since, strict=True) if count}
+        metrics["skipped_queries"] = float(self._over_workers(torch.tensor([float(self._skipped)])))
+        self._since, self._skipped = torch.zeros_like(self._since), 0
+        started = time.perf_counter()
+        by_term = self.validate()
+        loss = sum(t.weight * value for t, value in zip(self.settings.terms, by_term, strict=True))
+        if -loss > progress.best_score:
+            progress.best_score, progress.best_step = -loss, progress.step
+        metrics |= {
+            "validation_score": -loss,
+            **{f"validation_loss/{name}": value for name, value in zip(names, by_term, strict=True)},
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "validation_seconds": time.perf_counter() - started,
+            "best_step": progress.best_step,
+        }
+        if self.world.rank != 0:
+            report(metrics, None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(Path(folder), self.policy, self.optimizer, progress)
+            report(metrics, Path(folder))
+
+    def _over_workers(self, totals: torch.Tensor) -> torch.Tensor:
+        if self.world.size > 1:
+            torch.distributed.all_reduce(totals := totals.to(self.policy.device))
+        return totals
+
+
+def term_names(terms: Sequence[TermSettings]) -> list[str]:
+    """The terms' names in metrics: the kind, with the term's number from its second use on."""
+    names: list[str] = []
+    for number, term in enumerate(terms, start=1):
+        names.append(term.kind if term.kind not in names else f"{term.kind}_{number}")
+    return names

@@ -1,0 +1,74 @@
+"""Training of policies, language models that write, on Ray Train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from rerank_ray import storage
+from rerank_ray.distill.grpo import reinforce
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.metrics_log import policy_summary_line
+from rerank_ray.distill.rationale import distill_rationales
+from rerank_ray.execution.train import fit, work
+from rerank_ray.runs import RunFolder
+from rerank_ray.settings.rationale import RationaleSettings
+from rerank_ray.settings.reinforce import PolicySettings, ReinforceSettings
+
+# Each job's settings, its training loop, and the metric whose highest value is kept.
+_JOBS = {
+    "reinforce": (ReinforceSettings, reinforce, "validation_reward"),
+    "distill-rationales": (RationaleSettings, distill_rationales, "validation_score"),
+}
+
+
+def train_policy(
+    run: RunFolder, kind: str, settings: ReinforceSettings | RationaleSettings, data: LabelSet | Sequence[LabelSet]
+) -> dict:
+    """Train a policy; returns the best step's metrics, whose model is copied to `student/`.
+
+    The workers run in folders of their own: paths in `settings` and `data` are absolute (`with_absolute_paths`).
+
+    Args:
+        kind: the job.
+
+    Raises:
+        RunError: a worker failed more often than `execution.max_failures`.
+    """
+    config = {"kind": kind, "settings": settings.model_dump(mode="json"), "data": data}
+    return fit(run, _worker, config, settings.execution, score=_JOBS[kind][2], summary=policy_summary_line)
+
+
+def _worker(config: dict) -> None:
+    settings_class, loop, _ = _JOBS[config["kind"]]
+    settings = settings_class.model_validate(config["settings"])
+    work(config["run"], settings.execution, partial(loop, settings, data=config["data"]))
+
+
+def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> ReinforceSettings | RationaleSettings:
+    """Ray Train's workers run in a folder of their own."""
+    changes = {"policy": _absolute(settings.policy)}
+    if isinstance(settings, ReinforceSettings):
+        reward = settings.reward.model_copy(update={"prompt": _absolute_if_there(settings.reward.prompt)})
+        changes |= {"input": [storage.absolute(uri) for uri in settings.input], "reward": reward}
+    else:
+        terms = [
+            term.model_copy(
+                update={
+                    "input": [storage.absolute(uri) for uri in term.input],
+                    "prompt": _absolute_if_there(term.prompt),
+                }
+            )
+            for term in settings.terms
+        ]
+        changes["terms"] = tuple(terms)
+    return settings.model_copy(update=changes)
+
+
+def _absolute(policy: PolicySettings) -> PolicySettings:
+    return policy.model_copy(update={"base": _absolute_if_there(policy.base)})
+
+
+def _absolute_if_there(path: str) -> str:
+    return storage.absolute(path) if os.path.exists(path) else path

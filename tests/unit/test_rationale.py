@@ -1,0 +1,264 @@
+"""Rationale distillation: texts and losses by hand and beside plain passes, training, and exact resume."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.rows import make_list, write_labels
+from fixtures.students import start
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM
+
+from rerank_ray.distill.policy import Policy
+from rerank_ray.distill.rationale import (
+    ExplanationTerm,
+    PermutationTerm,
+    RationaleTrainer,
+    ScoreTerm,
+    distill_rationales,
+    open_terms,
+)
+from rerank_ray.distill.train import World
+from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.losses.pairwise import ranknet
+from rerank_ray.models.protocol import Generate, NextToken
+from rerank_ray.models.student import adapt
+from rerank_ray.records import Scores
+from rerank_ray.schema import candidate_row, label_columns, labels_from_row
+from rerank_ray.settings.distill import StudentSettings
+from rerank_ray.settings.rationale import PermutationTermSettings, RationaleSettings, TermSettings
+from rerank_ray.settings.reinforce import PolicySettings
+
+LORA = {"rank": 4, "alpha": 8}
+SCORES = (3.0, 9.0, 5.0)
+
+
+def row(number: int, rationales: tuple[str, ...] | None, scores: tuple[float, ...] = SCORES) -> dict:
+    request = make_list(f"q{number}", len(scores), text=f"cat {number}")
+    return candidate_row(request) | label_columns("teacher", Scores(scores=scores, rationales=rationales))
+
+
+@pytest.fixture(scope="module")
+def listwise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Ten lists that a listwise teacher ranked in one window."""
+    return write_labels(tmp_path_factory.mktemp("listwise"), [row(i, ("[2] it is.",)) for i in range(10)])
+
+
+@pytest.fixture(scope="module")
+def pointwise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight lists whose passages a pointwise teacher explained one by one, all but the first."""
+    return write_labels(tmp_path_factory.mktemp("pointwise"), [row(i, ("", "Yes.", "Maybe.")) for i in range(8)])
+
+
+def settings(base: Path, *terms: dict, **changes) -> RationaleSettings:
+    content = {
+        "policy": {"base": str(base), "max_length": 700, "dtype": "float32", "lora": LORA},
+        "terms": terms,
+        "queries_per_step": 2,
+        "optimizer": {"learning_rate": 1e-2, "warmup_fraction": 0.0, "decay": "constant"},
+        "validation": {"fraction": 0.3, "every_steps": 2},
+    }
+    return RationaleSettings.model_validate(content | changes)
+
+
+def term(**given) -> TermSettings:
+    return TypeAdapter(TermSettings).validate_python({"input": ["x"]} | given)
+
+
+def policy(base: Path) -> Policy:
+    return Policy(PolicySettings(base=str(base), max_length=700, dtype="float32", lora=LORA))
+
+
+def test_texts_are_turns_of_the_prompts_form():
+    """The prefill opens the think block, so what is learnt follows it; erank's template has none."""
+    given = labels_from_row(row(0, ("[2] it is.",)))
+    assert PermutationTerm(term(kind="permutation")).text(given) == (
+        "[2] it is.\n</think>\n<answer>[2] > [3] > [1]</answer>"
+    )
+    bare = PermutationTerm(term(kind="permutation", prompt="rank_gpt", reasoning=False))
+    assert bare.text(given) == "[2] > [3] > [1]"
+    explained = ExplanationTerm(term(kind="explanation"))
+    given = labels_from_row(row(0, ("", " Yes. ", "No.")))
+    assert explained.text(given, 1) == "<think>\nYes.\n</think>\n<answer>9</answer>"
+
+
+def test_a_prefill_that_the_texts_do_not_begin_with_is_refused(tmp_path: Path):
+    template = tmp_path / "t.yaml"
+    template.write_text(
+        "{method: rank_gpt, about: t, text: '{query} {passages}', passage: '[{identifier}] {passage}', prefill: Well}"
+    )
+    with pytest.raises(ConfigError, match="prefill is 'Well', but the texts begin with '<think>"):
+        PermutationTerm(PermutationTermSettings(input=["x"], prompt=str(template)))
+
+
+def test_the_likelihood_is_that_of_a_plain_pass(tiny_llama: Path):
+    """Cross-entropy over the text's tokens and the end of the turn, and over nothing of the prompt."""
+    made, given = policy(tiny_llama), labels_from_row(row(0, ("[2] it is.",)))
+    learnt = PermutationTerm(term(kind="permutation"))
+    text = made.tokenizer(learnt.text(given), add_special_tokens=False)["input_ids"]
+    text.append(made.tokenizer.convert_tokens_to_ids("<|end|>"))
+    (prompt,) = made.backend.encoder.encode([learnt.prompt(given)], [len(text)])
+    assert made.tokenizer.decode(prompt).endswith("<|assistant|><think>\n")
+    ids = torch.tensor([prompt + text])
+    wanted = ids.clone()
+    wanted[0, : len(prompt)] = -100
+    expected = made.model(ids, labels=wanted).loss
+    torch.testing.assert_close(learnt.loss(made, given, 0, 0), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_explanations_count_alike(tiny_llama: Path):
+    """Of three passages two are explained: the term is the mean of theirs, however long the texts are."""
+    made, explained = policy(tiny_llama), ExplanationTerm(term(kind="explanation"))
+    one = [labels_from_row(row(0, told)) for told in (("", "Yes.", ""), ("", "", "Maybe so, or not at all."))]
+    both = labels_from_row(row(0, ("", "Yes.", "Maybe so, or not at all.")))
+    apart = [explained.loss(made, given, 0, 0) for given in one]
+    torch.testing.assert_close(explained.loss(made, both, 0, 0), (apart[0] + apart[1]) / 2)
+
+
+def test_scores_are_the_log_odds_that_a_ranker_reads(tiny_llama: Path):
+    """RankNet over what `yes_no` reads off the same model and prompt."""
+    made, given = policy(tiny_llama), labels_from_row(row(0, None))
+    scored = ScoreTerm(term(kind="score", objective={"losses": [{"loss": "ranknet"}]}))
+    calls = [NextToken(prompt=scored._prompt(given, i), labels=("Yes", "No")) for i in range(3)]
+    logits = [a.value for a in made.backend.run(calls)]
+    scores = torch.tensor([[yes - no for yes, no in logits]])
+    expected = ranknet(scores, torch.tensor([SCORES]), torch.ones(1, 3, dtype=torch.bool))[0]
+    torch.testing.assert_close(scored.loss(made, given, 0, 0), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_objective_is_the_weighted_sum_of_its_terms(tiny_llama: Path, listwise: str, pointwise: str):
+    """ReasoningRank's three, over two teachers' runs: the first step's gradient is the weighted sum of each alone."""
+    terms = [
+        {"kind": "score", "input": [pointwise], "weight": 0.4},
+        {"kind": "explanation", "input": [pointwise], "weight": 0.4},
+        {"kind": "permutation", "input": [listwise], "weight": 0.2},
+    ]
+    gradients = []
+    for chosen in ([terms[0]], [terms[1]], [terms[2]], terms):
+        # No clipping, and SGD's first step is the gradient.
+        trainer = RationaleTrainer(settings(tiny_llama, *chosen, optimizer={"clip_norm": 1e9}), World(), None)
+        before = [p.detach().clone() for p in trainer.policy.trained]
+        trainer.optimizer = torch.optim.SGD(trainer.policy.trained, lr=1.0)
+        trainer.optimizer.param_groups[0]["peak_lr"] = 1.0
+        trainer.train_step()
+        gradients.append([a - b.detach() for a, b in zip(before, trainer.policy.trained, strict=True)])
+    for first, second, third, together in zip(*gradients, strict=True):
+        torch.testing.assert_close(together, first + second + third, atol=1e-6, rtol=1e-3)
+    assert any(g.abs().max() > 1e-4 for g in gradients[3])
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
+
+
+class Reports:
+    """Keeps metrics and checkpoints; may interrupt the run at a step."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
+        self.folder, self.stop_at = folder, stop_at
+        self.metrics: dict[int, dict] = {}
+
+    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
+        self.metrics[metrics["step"]] = metrics
+        shutil.copytree(checkpoint, self.folder / f"step-{metrics['step']}")
+        if metrics["step"] == self.stop_at:
+            raise Stopped
+
+
+def test_the_policy_learns_to_write_what_the_teacher_wrote(tiny_llama: Path, listwise: str, tmp_path: Path):
+    """Its greedy answer to a held-out list is the teacher's text, word for word."""
+    whole = {"base": str(tiny_llama), "max_length": 700, "dtype": "float32", "lora": None}
+    chosen = settings(tiny_llama, {"kind": "permutation", "input": [listwise]}, policy=whole, epochs=20, max_steps=40)
+    reports = Reports(tmp_path)
+    distill_rationales(chosen, World(), reports)
+    last = reports.metrics[40]
+    assert last["validation_score"] > -0.1
+    assert last["validation_score"] == pytest.approx(-last["validation_loss/permutation"])
+    assert reports.metrics[0]["validation_score"] < -3
+    data = open_terms(chosen)[0]
+    (held_out,) = data.reader().read(data.validation[:1])
+    learnt = PermutationTerm(chosen.terms[0])
+    made = Policy(PolicySettings(base=str(tmp_path / "step-40" / "student"), max_length=700, dtype="float32"))
+    (answer,) = made.backend.run([Generate(prompt=learnt.prompt(held_out), max_tokens=60)])
+    assert (answer.value, answer.cut_off) == (learnt.text(held_out), False)
+
+
+def test_a_resumed_run_ends_as_an_undisturbed_one(tiny_llama: Path, listwise: str, pointwise: str, tmp_path: Path):
+    """Stopped in the first epoch and in a later one, with dropout and two terms of unequal length."""
+    chosen = settings(
+        tiny_llama,
+        {"kind": "explanation", "input": [pointwise]},
+        {"kind": "permutation", "input": [listwise]},
+        policy={"base": str(tiny_llama), "max_length": 700, "dtype": "float32", "lora": LORA | {"dropout": 0.3}},
+        epochs=4,
+        max_steps=8,
+    )
+    whole = Reports(tmp_path / "whole")
+    distill_rationales(chosen, World(), whole)
+    resume, seen = None, {}
+    for stop_at in (2, 6, None):
+        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
+        torch.manual_seed(99)
+        try:
+            distill_rationales(chosen, World(), part, resume)
+        except Stopped:
+            resume = part.folder / f"step-{stop_at}"
+        seen |= part.metrics
+    assert sorted(seen) == sorted(whole.metrics) == [0, 2, 4, 6, 8]
+    for step, metrics in whole.metrics.items():
+        for name in ("validation_score", "best_step", "loss/permutation"):
+            assert seen[step].get(name) == metrics.get(name), (step, name)
+    last = [tmp_path / name / "step-8" / "student" / "model.safetensors" for name in ("whole", "until-None")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tmp_path: Path):
+    """Two windows, an empty rationale, an unscored passage; scores that are no integers for explanations."""
+    rows = [row(i, ("a",)) for i in range(9)]
+    rows += [row(20, ("a", "b")), row(21, (" ",)), row(22, None), row(23, ("a",), (1.0, math.nan, 2.0))]
+    mixed = write_labels(tmp_path / "mixed", rows)
+    (data,) = open_terms(settings(tiny_llama, {"kind": "permutation", "input": [mixed]}))
+    assert len(data.train) + len(data.validation) == 9
+    weighted = write_labels(tmp_path / "weighted", [row(i, ("a", "b", "c"), (6.3, 0.5, 1.1)) for i in range(9)])
+    for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
+        with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
+            open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))
+
+
+def test_texts_that_do_not_fit_are_skipped(tiny_llama: Path):
+    """The text alone is longer than max_length: there is no shorter one that says the same."""
+    made = Policy(PolicySettings(base=str(tiny_llama), max_length=64, dtype="float32", lora=LORA))
+    given = labels_from_row(row(0, ("much reasoning " * 20,)))
+    assert PermutationTerm(term(kind="permutation")).loss(made, given, 0, 0) is None
+
+
+@pytest.mark.parametrize("head", ["yes_no", "linear"])
+def test_a_second_adapter_goes_on_a_first(tiny_llama: Path, tmp_path: Path, head: str):
+    """DeAR: the first stage's adapter, saved alone, is added to its base; the second stage trains one of its own."""
+    first = StudentSettings(base=str(tiny_llama), head=head, max_length=256, lora={**LORA, "save": "adapter"})
+    prompt = None
+    if head == "yes_no":
+        from rerank_ray.distill.train import _prompt
+
+        prompt = _prompt(first)
+    student = start(tiny_llama, head, prompt=prompt, max_length=256)
+    adapt(student, first)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    student.save(tmp_path / "first")
+    assert not (tmp_path / "first" / "model.safetensors").exists()
+    second = policy(tmp_path / "first")
+    ids = torch.tensor([[5, 9, 200, 31]])
+    with torch.no_grad():
+        states = second.model.base_model(ids).last_hidden_state
+        expected = student.pretrained.base_model(ids).last_hidden_state
+        plain = AutoModelForCausalLM.from_pretrained(tiny_llama).base_model(ids).last_hidden_state
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+    assert (states - plain).abs().max() > 1e-2
+    assert {n.split(".")[-3] for n, p in second.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
