@@ -111,11 +111,18 @@ class GRPOTrainer:
         self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
         torch.manual_seed(settings.seed)
         self.policy = Policy(settings.policy)
+        self._check_fits()
         self.trained = self.policy.trained
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
         self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+
+    def _check_fits(self) -> None:
+        """Raise `ModelError` where a query's prompt, its passages cut to a token each, leaves no room for an answer."""
+        (labels,) = self.reader.read(self.data.train[:1])
+        for prompt in self.task.prompts(labels, self._shown(labels, 0)):
+            self.policy.backend.check_fits(prompt, self.settings.reward.max_tokens)
 
     @property
     def finished(self) -> bool:
@@ -276,7 +283,8 @@ class GRPOTrainer:
         if totals[2] == 0:
             raise InputError(
                 f"{', '.join(self.settings.input)}: no held-out query has both candidates with a known gain and others "
-                "among those shown: raise validation.fraction, or sampling.positives"
+                "among those shown, and a prompt that fits policy.max_length: raise validation.fraction, "
+                "sampling.positives or max_length"
             )
         return {
             "validation_reward": float(totals[0] / totals[2]),

@@ -51,6 +51,7 @@ def settings(folder: Path, labels: str, **changes) -> ReinforceSettings:
         "queries_per_step": 3,
         "optimizer": {"learning_rate": 0.03, "weight_decay": 0.0, "decay": "constant", "warmup_fraction": 0.0},
         "validation": {"fraction": 0.2, "every_steps": 2},
+        "epochs": 2,
         "max_steps": 4,
     } | changes
     return config.validate(ReinforceSettings, content, source="test")

@@ -352,6 +352,17 @@ def test_an_update_raises_what_was_worth_more(labels: str, tiny_llama: Path):
     assert 0 < once[0] < few[0] < free[0]
 
 
+def test_a_steps_later_updates_are_held_to_its_answers(labels: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """With one update the ratios are 1 and nothing is clipped; the fourth is off from what drew the answers."""
+    clipped = []
+    for updates in (1, 4):
+        trainer = GRPOTrainer(settings(labels, tiny_llama, updates_per_step=updates, clip=0.01), World(), None)
+        monkeypatch.setattr(trainer, "draw", lambda: GROUPS)
+        trainer.train_step()
+        clipped.append(trainer._sums["clipped"])
+    assert clipped[0] == 0 < clipped[1]
+
+
 def test_micro_batches_add_up_to_the_same_gradient(labels: str, tiny_llama: Path):
     """Answers one at a time, or all of a group's in one row."""
     gradients = []
@@ -409,6 +420,10 @@ def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):
     without = write_labels(tmp_path / "without", [row(i, gains=False) for i in range(8)])
     with pytest.raises(InputError, match="every answer would be worth the same: ingest with qrels"):
         GRPOTrainer(settings(without, tiny_llama), World(), None)
+    some = write_labels(tmp_path / "fit", [row(i) for i in range(8)])
+    short = {"base": str(tiny_llama), "max_length": 20, "dtype": "float32"}
+    with pytest.raises(ModelError, match="max_length leaves 18: raise max_length"):
+        GRPOTrainer(settings(some, tiny_llama, policy=short), World(), None)
     rows = [row(i, gains=i > 0) for i in range(12)]
     trainer = GRPOTrainer(settings(write_labels(tmp_path / "some", rows), tiny_llama), World(), None)
     asked = trainer._ask([labels_from_row(rows[0]), labels_from_row(rows[1])], 0, 2, 1.0)
