@@ -103,20 +103,24 @@ class Policy(nn.Module):
             positions += range(start, start + len(text))
             owner += [number] * len(text)
             ids += text
-        of = torch.tensor(owner, device=self.device)
-        seen = (of[None, :] == of[:, None]) | (of[None, :] < 0)
-        seen &= torch.ones_like(seen).tril()
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
         with self.autocast():
             logits = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions], device=self.device),
-                attention_mask=mask[None, None],
+                # One text needs no mask of ours, and attention's fused kernels take none.
+                attention_mask=self._mask(owner) if len(texts) > 1 else None,
                 logits_to_keep=torch.tensor(predicted_at, device=self.device),
                 use_cache=False,
             ).logits[0]
         return log_probabilities(logits.float() / temperature, torch.tensor(ids[start:], device=self.device))
+
+    def _mask(self, owner: Sequence[int]) -> torch.Tensor:
+        """What is added to attention [1, 1, T, T] between tokens; `owner` is each one's text, or −1 for the prompt."""
+        of = torch.tensor(owner, device=self.device)
+        seen = (of[None, :] == of[:, None]) | (of[None, :] < 0)
+        seen &= torch.ones_like(seen).tril()
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
