@@ -6,7 +6,6 @@ from the mean of the answers to the same prompt, so that no value model is neede
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 import time
@@ -22,7 +21,7 @@ from torch import nn
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint
+from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint, seed_of
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.tasks import gains_of, make_task
@@ -177,7 +176,7 @@ class GRPOTrainer:
                 prompt=prompt,
                 max_tokens=settings.reward.max_tokens,
                 temperature=temperature,
-                seed=_seed(settings.seed, self.progress.step, labels.candidate_list.query.query_id, number, sample),
+                seed=seed_of(settings.seed, self.progress.step, labels.candidate_list.query.query_id, number, sample),
             )
             for (labels, _), of_query in zip(usable, prompts, strict=True)
             for number, prompt in enumerate(of_query)
@@ -198,7 +197,7 @@ class GRPOTrainer:
     def _shown(self, labels: Labels, epoch: int) -> list[int]:
         """The epoch's candidates of a query, in the order that a prompt shows them."""
         group = sample_group(labels, self.settings.sampling, self.settings.seed, epoch)
-        number = _seed(self.settings.seed, epoch, labels.candidate_list.query.query_id)
+        number = seed_of(self.settings.seed, epoch, labels.candidate_list.query.query_id)
         return np.random.default_rng(number).permutation(group).tolist()
 
     def _update(self, groups: Sequence[Group], before: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
@@ -367,9 +366,3 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
             "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
         )
     return data
-
-
-def _seed(*parts: object) -> int:
-    """63 bits that depend on the parts alone."""
-    digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -160,22 +161,23 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         "trained": [p.detach() for p in policy.trained],
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     torch.save(state, folder / _STATE)
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore what is trained, the optimizer and the random state; the policy was made as it was for the first step."""
+    """Restore what is trained and the optimizer; the policy was made as it was for the first step."""
     state = torch.load(folder / _STATE, weights_only=True)
     with torch.no_grad():
         torch._foreach_copy_([p.detach() for p in policy.trained], state["trained"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return Progress(**state["progress"])
+
+
+def seed_of(*parts: object) -> int:
+    """63 bits that depend on the parts alone."""
+    digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _check_attention(model: PreTrainedModel, settings: PolicySettings) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint
+from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint, seed_of
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, check_objective, objective
 from rerank_ray.distill.train import Report, World
@@ -243,9 +243,6 @@ class RationaleTrainer:
         self.policy = Policy(settings.policy)
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
         self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
-        if world.rank > 0:
-            # Dropout differs between workers; the adapters' start, drawn above, does not.
-            torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
         self._since = torch.zeros(len(self.terms), 2, dtype=torch.float64)
         self._skipped = 0
 
@@ -257,6 +254,8 @@ class RationaleTrainer:
         """One optimizer step on Σ weight · mean of each term over its queries of the step."""
         settings = self.settings
         self.policy.train()
+        # Dropout, like the data, is a function of where a run stands: a resumed one draws the same.
+        torch.manual_seed(seed_of(settings.seed, self.progress.step, self.world.rank))
         set_learning_rate(self.optimizer, settings.optimizer, self.progress.step, self.total_steps)
         for number, (term, of_settings) in enumerate(zip(self.terms, settings.terms, strict=True)):
             epoch, step = divmod(self.progress.step, self.steps_per_epoch[number])
