@@ -31,7 +31,6 @@ NAMES = {
 
 def main(run: Path) -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    state = json.loads((run / "run.json").read_text())
     rows = {
         f"step {m['step']}": {shown: round(m[name], 3) if name in m else "" for name, shown in NAMES.items()}
         for m in metrics
@@ -42,8 +41,7 @@ def main(run: Path) -> None:
         about=(
             "ProRank's warm-up on Cranfield's training queries (configs/reinforce/smollm2.yaml): 1 for an answer that "
             "is one digit, 1 more for the right one. Answers drawn at temperature 1 are means since the row before; "
-            f"held-out ones are greedy. One thread, {state['timings']['seconds_of_last_start']:,.0f} s on a shared "
-            "machine."
+            "held-out ones are greedy."
         ),
         rows=rows,
     )

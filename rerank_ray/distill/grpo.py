@@ -296,7 +296,8 @@ class GRPOTrainer:
         started = time.perf_counter()
         metrics |= self.validate()
         progress = self.progress
-        if metrics["validation_reward"] > progress.best_score:
+        # Greedy answers stop changing while drawn ones still improve, so of equal steps the last is kept.
+        if metrics["validation_reward"] >= progress.best_score:
             progress.best_score, progress.best_step = metrics["validation_reward"], progress.step
         metrics |= {
             "epoch": progress.step / self.steps_per_epoch,

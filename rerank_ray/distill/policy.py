@@ -81,6 +81,10 @@ class Policy(nn.Module):
             raise ModelError(f"{self.settings.base}: the tokenizer has no token that ends a text")
         return end
 
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.model
+
     def new_parameters(self) -> list[nn.Parameter]:
         return []
 

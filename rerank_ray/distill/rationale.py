@@ -306,7 +306,7 @@ class RationaleTrainer:
         started = time.perf_counter()
         by_term = self.validate()
         loss = sum(t.weight * value for t, value in zip(self.settings.terms, by_term, strict=True))
-        if -loss > progress.best_score:
+        if -loss >= progress.best_score:
             progress.best_score, progress.best_step = -loss, progress.step
         metrics |= {
             "validation_score": -loss,

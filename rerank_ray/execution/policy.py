@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 
 from rerank_ray import storage
 from rerank_ray.distill.grpo import reinforce
@@ -37,7 +38,16 @@ def train_policy(
         RunError: a worker failed more often than `execution.max_failures`.
     """
     config = {"kind": kind, "settings": settings.model_dump(mode="json"), "data": data}
-    return fit(run, _worker, config, settings.execution, score=_JOBS[kind][2], summary=policy_summary_line)
+    score = _JOBS[kind][2]
+    return fit(
+        run,
+        _worker,
+        config,
+        settings.execution,
+        score=score,
+        best=itemgetter(score, "step"),
+        summary=policy_summary_line,
+    )
 
 
 def _worker(config: dict) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow.fs
@@ -43,7 +44,7 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
         RunError: a worker failed more often than `execution.max_failures`.
     """
     config = {"settings": _with_absolute_paths(settings).model_dump(mode="json")}
-    return fit(run, _worker, config, settings.execution, score=_SCORE, summary=summary_line)
+    return fit(run, _worker, config, settings.execution, score=_SCORE, best=itemgetter(_SCORE), summary=summary_line)
 
 
 def fit(
@@ -53,13 +54,15 @@ def fit(
     execution: TrainingExecutionSettings,
     *,
     score: str,
+    best: Callable[[dict], float | tuple[float, ...]],
     summary: Callable[[dict], str],
 ) -> dict:
     """Run a training loop on Ray Train, as `train_student` says; returns the best step's metrics.
 
     Args:
         worker: what every worker runs: `work` with the loop that `config` describes; "run" is added to that.
-        score: the metric whose highest value is kept.
+        score: the metric whose highest values are kept.
+        best: what of a kept checkpoint's metrics is highest for the one that becomes the student.
         summary: a validation's metrics as a line for people.
     """
     # The controller checks its workers' health at this interval, and a finished step waits for the next check.
@@ -90,7 +93,7 @@ def fit(
             raise RunError(
                 f"{run.uri}: training stopped: {root_cause(error)}\nStart the same command again to resume"
             ) from error
-        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1][score])
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: best(pair[1]))
         _publish(checkpoint, run)
     return metrics
 
