@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, reinforce
+from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
 from rerank_ray.distill.train import World
@@ -414,6 +415,14 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_llama: Path,
     files = [tmp_path / name / "step-8" / "student" / "model.safetensors" for name in ("whole", "until-None")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[0].read_bytes() != (whole.checkpoint(2) / "student" / "model.safetensors").read_bytes()
+
+
+def test_a_line_for_people():
+    metrics = {"step": 4, "total_steps": 8, "validation_reward": 0.5, "validation_seconds": 3.0, "reward": 0.25}
+    metrics |= {"well_formed": 0.75, "clipped": 0.0, "skipped_queries": 2.0, "best_step": 4}
+    assert policy_summary_line(metrics) == (
+        "step 4/8, validation reward 0.5000, reward 0.2500, well formed 0.7500, 2 queries skipped, best at step 4"
+    )
 
 
 def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):
