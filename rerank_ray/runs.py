@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -54,7 +54,7 @@ class RunFolder:
         content = self.state() | fields | {"updated": _now()}
         storage.write_text(self.path(STATE), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def start(self, kind: str, settings: Settings, inputs: dict[str, str]) -> dict:
+    def start(self, kind: str, settings: Settings, inputs: dict[str, str], fixed: Sequence[str] = ()) -> dict:
         """Create the run or check that it may be resumed; returns its state before this start.
 
         `execution`, `limits` and `store` may change between starts; anything that changes an output may not.
@@ -62,6 +62,7 @@ class RunFolder:
         Args:
             kind: the job's name.
             inputs: fingerprint of each input.
+            fixed: fields of `execution` that may not change either.
 
         Raises:
             RunError: the folder belongs to another job, config or input; the message prints the difference.
@@ -71,7 +72,7 @@ class RunFolder:
             if storage.list_files(self.data, ".parquet"):
                 raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another --run folder")
         else:
-            self.check_same(kind, settings, inputs)
+            self.check_same(kind, settings, inputs, fixed)
         storage.write_text(self.path(CONFIG), dump(settings))
         if before.get("state") != "done":
             self.update(
@@ -85,14 +86,19 @@ class RunFolder:
             )
         return before
 
-    def check_same(self, kind: str, settings: Settings, inputs: dict[str, str]) -> None:
+    def check_same(self, kind: str, settings: Settings, inputs: dict[str, str], fixed: Sequence[str] = ()) -> None:
         """Raise `RunError`, as `start` does, unless a run that was started before may be resumed with these."""
         before = self.state()
         if before["kind"] != kind:
             raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another --run folder")
         old = yaml.safe_load(storage.read_text(self.path(CONFIG)))
         new = yaml.safe_load(dump(settings))
-        changed = [d for d in differences(old, new) if d.split(".")[0].split(":")[0] not in _CHANGEABLE]
+        kept = {f"execution.{name}" for name in fixed}
+        changed = [
+            d
+            for d in differences(old, new)
+            if d.split(":")[0] in kept or d.split(".")[0].split(":")[0] not in _CHANGEABLE
+        ]
         changed += [f"content of input {d}" for d in differences(before["inputs"], inputs)]
         if changed:
             lines = "\n".join(f"  {line}" for line in changed)

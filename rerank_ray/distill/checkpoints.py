@@ -27,42 +27,32 @@ class Progress:
 
 def save(
     folder: Path,
-    student,
-    optimizer: torch.optim.Optimizer,
     progress: Progress,
     trained: Sequence[torch.Tensor] | None,
     average: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Write a checkpoint: `student/` as it would be deployed, and the trainer's state beside it.
+    """Write what a checkpoint has beside `student/`, the student as it would be deployed, and the optimizer's state.
 
     `trained` are the weights that training goes on from, when the student holds their average or has adapters merged;
     `average` is their average, when the student has adapters merged.
     """
-    student.save(folder / STUDENT)
     state = {
         "trained": None if trained is None else list(trained),
         "average": None if average is None else list(average),
-        "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     torch.save(state, folder / _STATE)
 
 
-def load(folder: Path, student, optimizer: torch.optim.Optimizer, average: Sequence[torch.Tensor] | None) -> Progress:
-    """Restore weights, optimizer and random state from a checkpoint.
+def load(folder: Path, trained: Sequence[torch.Tensor], average: Sequence[torch.Tensor] | None) -> Progress:
+    """Restore progress, and in place the weights that `save` was given.
 
     The caller made the student, from the checkpoint's folder unless that has adapters merged, and `average` of it.
     """
     state = torch.load(folder / _STATE, weights_only=True)
-    if state["trained"] is not None:
-        with torch.no_grad():
-            torch._foreach_copy_([p for p in student.parameters() if p.requires_grad], state["trained"])
-    if state["average"] is not None:
-        torch._foreach_copy_(list(average), state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    with torch.no_grad():
+        if state["trained"] is not None:
+            torch._foreach_copy_(list(trained), state["trained"])
+        if state["average"] is not None:
+            torch._foreach_copy_(list(average), state["average"])
     return Progress(**state["progress"])

@@ -11,8 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import warm_up
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
@@ -34,28 +34,25 @@ from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings, StudentSettings
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """This worker among all: torch.distributed is initialised when `size` > 1."""
-
-    rank: int = 0
-    size: int = 1
-
-
 Encoded = dict[str, list[int]]
 """One tokenised pair, as `Student.encode` returns it."""
 Report = Callable[[dict, Path | None], None]
-"""Called by every worker at every validation with the metrics and, on the first worker, a checkpoint folder that is
-deleted when the call returns."""
+"""Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
+checkpoint is what the workers' folders hold together. None where a worker adds nothing to it."""
 
 
-def train(settings: DistillSettings, world: World, report: Report, resume: Path | None = None) -> None:
+def train(
+    settings: DistillSettings,
+    world: World,
+    report: Report,
+    resume: Path | None = None,
+    data: LabelSet | None = None,
+) -> None:
     """Distil a student; resumes exactly from a checkpoint folder.
 
     Validation runs before the first step too, so that a student which training only makes worse is kept as it was.
     """
-    trainer = Trainer(settings, world, resume)
+    trainer = Trainer(settings, world, resume, data)
     if resume is None:
         trainer.validate_and_report(report, {})
     while not trainer.finished:
@@ -67,9 +64,12 @@ def train(settings: DistillSettings, world: World, report: Report, resume: Path 
 class Trainer:
     """A student, its optimizer, and its place in the data."""
 
-    def __init__(self, settings: DistillSettings, world: World, resume: Path | None) -> None:
+    def __init__(
+        self, settings: DistillSettings, world: World, resume: Path | None, data: LabelSet | None = None
+    ) -> None:
+        """`data` is the labels, opened already; None opens them here, which reads all of the files."""
         self.settings, self.world = settings, world
-        self.data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+        self.data = data or LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
         check_objective(self.data, settings.objective)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
         self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
@@ -79,16 +79,14 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.student = _student(settings.student, resume).to(self.device)
         self.warm_up_metrics = self._warm_up() if resume is None else {}
-        self.optimizer = make_optimizer(self.student, settings.optimizer)
+        optimizer = make_optimizer(self.student, settings.optimizer)
         self.trained = trained_parameters(self.student)
         self.average = [p.detach().clone() for p in self.trained] if settings.optimizer.averaging else None
-        self.progress = checkpoints.load(resume, self.student, self.optimizer, self.average) if resume else Progress()
-        if world.rank > 0:
-            # Dropout differs between workers; the start of the student, drawn above, does not.
-            torch.manual_seed(settings.seed + world.rank + world.size * self.progress.step)
-        self.model: nn.Module = _Scorer(self.student)
-        if world.size > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
+        self.progress = checkpoints.load(resume, self.trained, self.average) if resume else Progress()
+        self.scorer = _Scorer(self.student, self._autocast)
+        self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
+        if resume:
+            self.parallel.load_state(resume)
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped = dict.fromkeys(term_names(settings.objective), 0)
@@ -120,66 +118,83 @@ class Trainer:
         )
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns the mean of each loss over those of this worker's queries that it teaches."""
+        """One optimizer step; returns the mean of each loss over those of the step's queries that it teaches."""
         started = time.perf_counter()
         self.student.train()
-        set_learning_rate(self.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
+        # Dropout, like the data, is a function of where a run stands: a resumed one draws the same.
+        torch.manual_seed(_random_seed(self.settings.seed, self.progress.step, self.world.rank))
+        set_learning_rate(self.parallel.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
         groups, epoch = self._groups()
         losses = self.forward_backward(groups, epoch)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
-        self.optimizer.step()
+        norm = self.parallel.step()
         if self.average is not None:
             parameters = [p.detach() for p in self.trained]
             torch._foreach_lerp_(self.average, parameters, 1.0 - self.settings.optimizer.averaging)
-        self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self._since_validation["seconds"] += time.perf_counter() - started
-        return {**losses, "gradient_norm": float(norm)}
+        return {**losses, "gradient_norm": norm}
 
     def forward_backward(self, rows: Sequence[Labels], epoch: int) -> dict[str, float]:
         """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
 
         The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held,
-        or, where the forward pass is cached, one micro-batch's. Only the last chunk's backward reduces gradients over
-        the workers.
+        or, where the forward pass is cached, one micro-batch's. A worker that is through with its own chunks while
+        others are not, or that has none, takes part with a weight of 0.
         """
         settings = self.settings
-        # The last step of an epoch can leave a worker without queries; it takes part with a weight of 0.
+        # The last step of an epoch can leave a worker without queries.
         weight = 1.0 if rows else 0.0
         rows = rows or [next(self.reader.read(self.data.train[:1]))]
         groups = [(row, sample_group(row, settings.sampling, settings.seed, epoch)) for row in rows]
         encoded = [self._encode(row, indices) for row, indices in groups]
-        # DDP averages gradients over workers; the sum over queries over the step's query count is the step's mean.
+        # Gradients are averaged over workers; the sum over queries over the step's query count is the step's mean.
         factor = weight * self.world.size / self._queries_of_step()
+        # Of each term: its sum over the queries that it teaches, and their number.
         sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, torch.Tensor] = {}
         tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
         chunks = engine.group_in_order(tokens, settings.tokens_per_backward)
-        for number, chunk in enumerate(chunks):
-            last = number == len(chunks) - 1
-            too_large = sum(tokens[q] for q in chunk) > settings.tokens_per_backward
-            cached = settings.backward == "cached" or (settings.backward == "auto" and too_large)
-            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
-                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]], cached)
-                (factor * terms["total"].loss.sum()).backward()
+        count = self.parallel.backwards(len(chunks))
+        cached = [self._is_cached(sum(tokens[q] for q in chunk)) for chunk in chunks] + [False] * (count - len(chunks))
+        for number, is_cached in enumerate(self.parallel.forwards(*cached)):
+            own = number < len(chunks)
+            chunk = chunks[number if own else 0]
+            with self.parallel.accumulate(last=number == count - 1):
+                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]], is_cached)
+                self.parallel.backward((factor if own else 0.0) * terms["total"].loss.sum())
+            counted = float(own and bool(weight))
+            self._since_validation["pairs"] += counted * sum(len(encoded[q]) for q in chunk)
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.loss.detach().sum()
-                counts[name] = counts.get(name, 0) + (~term.skipped).sum()
-        if weight:
-            for name in self._skipped:
-                self._skipped[name] += len(rows) - int(counts[name])
-        return {name: float(value) / max(1, int(counts[name])) for name, value in sums.items()}
+                sums[name] = sums.get(name, 0.0) + counted * _sum_and_count(term)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(totals := torch.stack(list(sums.values())))
+            sums = dict(zip(sums, totals, strict=True))
+        for name in self._skipped:
+            self._skipped[name] += self._queries_of_step() - int(sums[name][1])
+        return {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+
+    def _is_cached(self, tokens: int) -> bool:
+        settings = self.settings
+        return settings.backward == "cached" or (settings.backward == "auto" and tokens > settings.tokens_per_backward)
 
     def _objective(
         self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded], cached: bool
     ) -> dict[str, Term]:
         targets = Targets.of(groups).to(self.device)
-        with self._autocast():
-            flat = self.model(self._micro_batches(encoded), cached)
+        flat = self._scores(self.parallel.model, encoded, cached)
         layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
         layer_scores[:, targets.mask] = flat
-        self._since_validation["pairs"] += len(encoded)
         return objective(layer_scores, targets, self.settings.objective)
+
+    def _scores(self, model: nn.Module, encoded: list[Encoded], cached: bool = False) -> torch.Tensor:
+        """Scores [layers, pairs] of encoded pairs.
+
+        Where other workers have more micro-batches, a copy of the smallest is scored as often as is left, for nothing.
+        """
+        batches = self._micro_batches(encoded)
+        (count,) = self.parallel.forwards(len(batches))
+        indices, inputs = min(batches, key=lambda batch: batch[1]["input_ids"].numel())
+        batches += [(indices + len(encoded), inputs)] * (count - len(batches))
+        return model(batches, cached)[:, : len(encoded)]
 
     def _encode(self, labels: Labels, indices: Sequence[int]) -> list[Encoded]:
         candidates = labels.candidate_list.candidates
@@ -220,12 +235,14 @@ class Trainer:
         """Mean nDCG@10 over the held-out queries at each layer that has a head."""
         self.student.eval()
         sums = torch.zeros(len(self.student.layers) + 1, dtype=torch.float64)
-        for labels in self.validation_reader.read(self.data.validation[self.world.rank :: self.world.size]):
+        positions = self.data.validation[self.world.rank :: self.world.size]
+        (count,) = self.parallel.forwards(len(positions))
+        idle = np.repeat(self.data.validation[:1], count - len(positions), axis=0)
+        for number, labels in enumerate(self.validation_reader.read(np.concatenate([positions, idle]))):
             encoded = self._encode(labels, range(len(labels.candidate_list)))
-            with self._autocast():
-                flat = _Scorer(self.student)(self._micro_batches(encoded))
+            flat = self._scores(self.scorer, encoded)
             values = [validation_ndcg(labels, s, self.settings.validation.gains) for s in flat.float().tolist()]
-            if values[0] is not None:
+            if number < len(positions) and values[0] is not None:
                 sums += torch.tensor([*values, 1.0], dtype=torch.float64)
         if self.world.size > 1:
             torch.distributed.all_reduce(sums := sums.to(self.device))
@@ -250,12 +267,20 @@ class Trainer:
 
     def validate_and_report(self, report: Report, losses: dict[str, float]) -> None:
         """Validate the weights that would be kept, and report them as a checkpoint."""
-        with self.averaged() as trained:
-            self._validate_and_report(report, losses, trained)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            with self.averaged() as trained:
+                metrics = self._validation_metrics(losses)
+                self.parallel.save_student(folder / checkpoints.STUDENT)
+            self.parallel.save_state(folder)
+            if self.world.rank == 0:
+                trained = None if self.parallel.restores_weights else trained
+                average = self.average if self.settings.student.lora else None
+                checkpoints.save(folder, self.progress, trained, average)
+            report(metrics, folder if any(folder.iterdir()) else None)
 
-    def _validate_and_report(
-        self, report: Report, losses: dict[str, float], trained: list[torch.Tensor] | None
-    ) -> None:
+    def _validation_metrics(self, losses: dict[str, float]) -> dict[str, float]:
+        """Validate, and note whether this is the best step."""
         progress = self.progress
         rates = self._rates() | self._skip_counts()
         started = time.perf_counter()
@@ -273,7 +298,7 @@ class Trainer:
             **(self.warm_up_metrics if progress.step == 0 else {}),
             **{f"loss/{name}": value for name, value in losses.items()},
             **rates,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.parallel.optimizer.param_groups[0]["lr"],
             "validation_seconds": time.perf_counter() - started,
             "best_step": progress.best_step,
             "total_steps": self.total_steps,
@@ -281,13 +306,7 @@ class Trainer:
         if len(by_layer) > 1:
             metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
         self._since_validation = dict.fromkeys(self._since_validation, 0)
-        if self.world.rank != 0:
-            report(metrics, None)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            average = self.average if self.settings.student.lora else None
-            checkpoints.save(Path(folder), self.student, self.optimizer, progress, trained, average)
-            report(metrics, Path(folder))
+        return metrics
 
     def _rates(self) -> dict[str, float]:
         seen = self._since_validation
@@ -302,20 +321,17 @@ class Trainer:
         """How often each term skipped a query since the last validation, over all workers."""
         if not self._since_validation["seconds"]:
             return {}
-        counts = torch.tensor(list(self._skipped.values()), device=self.device)
-        if self.world.size > 1:
-            torch.distributed.all_reduce(counts)
-        named = zip(self._skipped, counts.tolist(), strict=True)
+        counts = {f"skipped_queries/{name}": count for name, count in self._skipped.items()}
         self._skipped = dict.fromkeys(self._skipped, 0)
-        return {f"skipped_queries/{name}": count for name, count in named}
+        return counts
 
 
 class _Scorer(nn.Module):
     """Scores micro-batches in one forward call, so that DDP sees one forward before each backward."""
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, student: Student, autocast: Callable[[], torch.autocast]) -> None:
         super().__init__()
-        self.student = student
+        self.student, self._autocast = student, autocast
 
     def forward(self, batches: list[tuple[torch.Tensor, dict]], cached: bool = False) -> torch.Tensor:
         """Scores [layers, pairs] of all micro-batches, in the pairs' order.
@@ -334,11 +350,30 @@ class _Scorer(nn.Module):
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
-        if not torch.is_grad_enabled():
-            return self.student(**inputs).float()
-        # Here, because checkpointing comes back to it from within the backward pass.
-        with engine.attention_for_training(inputs["input_ids"].device):
-            return self.student(**inputs).float()
+        with self._autocast():
+            if not torch.is_grad_enabled():
+                return self.student(**inputs).float()
+            # Here, because checkpointing comes back to it from within the backward pass.
+            with engine.attention_for_training(inputs["input_ids"].device):
+                return self.student(**inputs).float()
+
+
+def _sum_and_count(term: Term) -> torch.Tensor:
+    return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
+
+
+def _random_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def check_student(settings: StudentSettings) -> None:
+    """Find what config and tokenizer can tell of a student that can't be started, without reading a weight.
+
+    Raises:
+        ConfigError: no such prompt, or a bad one.
+        ModelError: the model is missing, can't carry the head, or lacks the layers that are asked for.
+    """
+    adapt(new_student(settings, _prompt(settings), weights=False), settings)
 
 
 def _student(settings: StudentSettings, resume: Path | None) -> Student:

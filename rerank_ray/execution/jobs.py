@@ -14,7 +14,9 @@ from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
 from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.parallel import check_installed
 from rerank_ray.distill.targets import check_objective
+from rerank_ray.distill.train import check_student
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.formats.trec import write_run
 from rerank_ray.label_store import prepare
@@ -293,20 +295,22 @@ def _found_back(
 
 def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFolder:
     """Train a student: the run's `student/` holds the best step's."""
-    from rerank_ray.execution.train import train_student
+    from rerank_ray.execution.train import train_student, with_absolute_paths
 
     settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
-    labels = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    absolute = with_absolute_paths(settings)
+    labels = LabelSet.open(absolute.input, settings.validation.fraction, settings.seed)
     check_objective(labels, settings.objective)
-    resolve(settings.student.model_settings())
+    check_installed(settings.execution)
+    check_student(absolute.student)
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start("distill", settings, {"labels": labels.fingerprint})
+        before = run.start("distill", settings, {"labels": labels.fingerprint}, settings.execution.fixed)
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, student at {run.student}")
             return run
         started = time.monotonic()
-        metrics = train_student(run, settings)
+        metrics = train_student(run, absolute, labels)
         counts = {
             "training_queries": len(labels.train),
             "validation_queries": len(labels.validation),

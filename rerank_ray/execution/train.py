@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rerank_ray import storage
 from rerank_ray.distill.checkpoints import STUDENT
+from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import MetricsLog, summary_line
 from rerank_ray.distill.train import World, train
 from rerank_ray.errors import RunError
@@ -34,8 +35,10 @@ _SCORE = "validation_ndcg@10"
 _ECHO_EVERY_S = 1.0
 
 
-def train_student(run: RunFolder, settings: DistillSettings) -> dict:
+def train_student(run: RunFolder, settings: DistillSettings, labels: LabelSet) -> dict:
     """Train until the objective's schedule or early stopping ends it; returns the best step's metrics.
+
+    The workers run in folders of their own: paths in `settings` and `labels` are absolute (`with_absolute_paths`).
 
     Ray Train keeps the best and the latest checkpoint under the run's `checkpoints/`, and a run of that name which was
     killed goes on from the latest. The best step's student is copied to `student/`.
@@ -43,7 +46,7 @@ def train_student(run: RunFolder, settings: DistillSettings) -> dict:
     Raises:
         RunError: a worker failed more often than `execution.max_failures`.
     """
-    config = {"settings": _with_absolute_paths(settings).model_dump(mode="json")}
+    config = {"settings": settings.model_dump(mode="json"), "labels": labels}
     return fit(run, _worker, config, settings.execution, score=_SCORE, best=itemgetter(_SCORE), summary=summary_line)
 
 
@@ -73,7 +76,7 @@ def fit(
             train_loop_config=config | {"run": storage.absolute(run.uri)},
             torch_config=TorchConfig(backend="nccl" if execution.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=execution.workers,
+                num_workers=execution.range_of_workers or execution.workers,
                 use_gpu=execution.gpus_per_worker > 0,
                 resources_per_worker=_resources(execution),
             ),
@@ -98,7 +101,7 @@ def fit(
     return metrics
 
 
-def _with_absolute_paths(settings: DistillSettings) -> DistillSettings:
+def with_absolute_paths(settings: DistillSettings) -> DistillSettings:
     """Ray Train's workers run in a folder of their own."""
     base = settings.student.base
     student = settings.student.model_copy(update={"base": storage.absolute(base) if os.path.exists(base) else base})
@@ -157,7 +160,7 @@ def _resources(execution: TrainingExecutionSettings) -> dict[str, float]:
 
 def _worker(config: dict) -> None:
     settings = DistillSettings.model_validate(config["settings"])
-    work(config["run"], settings.execution, partial(train, settings))
+    work(config["run"], settings.execution, partial(train, settings, data=config["labels"]))
 
 
 def work(run_uri: str, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:

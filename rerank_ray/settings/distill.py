@@ -395,6 +395,47 @@ class TrainingExecutionSettings(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run gives up; each resumes from the last checkpoint."""
 
+    @property
+    def range_of_workers(self) -> tuple[int, int] | None:
+        """The fewest and the most workers; None when there are always `workers`."""
+        return None
+
+
+class DistillExecutionSettings(TrainingExecutionSettings):
+    """Ray Train workers, and what each of them holds."""
+
+    min_workers: PositiveInt | None = None
+    """ddp: go on with as few while not all `workers` can be had, as after the loss of a node, and with more when they
+    can be again. null waits for all."""
+    strategy: Literal["ddp", "zero2", "zero3"] = "ddp"
+    """What a worker holds: all (`ddp`), or, with DeepSpeed, its share of gradients and optimizer state (`zero2`) and of
+    the weights too (`zero3`). The steps are the same. A run stays with the strategy that it was started with, and with
+    ZeRO with its number of workers."""
+    offload: bool = False
+    """zero2, zero3: keep the optimizer's state, and with zero3 the weights, in the CPU's memory, not in the GPU's."""
+
+    @property
+    def range_of_workers(self) -> tuple[int, int] | None:
+        return None if self.min_workers is None else (self.min_workers, self.workers)
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """What may not change while a run has checkpoints: how they are divided among files."""
+        return ("strategy",) if self.strategy == "ddp" else ("strategy", "offload", "workers")
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> DistillExecutionSettings:
+        if self.offload and self.strategy == "ddp":
+            raise ValueError("offload moves what ZeRO divides: set strategy to zero2 or zero3, or leave it out")
+        if self.min_workers is not None and self.strategy != "ddp":
+            raise ValueError(
+                f"min_workers: {self.strategy}'s checkpoints are divided among {self.workers} workers, and fewer can't "
+                "read them: leave it out, or use strategy: ddp"
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above workers ({self.workers})")
+        return self
+
 
 class DistillSettings(Settings):
     """`rerank-ray distill`: soft labels to a student."""
@@ -424,7 +465,16 @@ class DistillSettings(Settings):
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
     seed: NonNegativeInt = 0
     """Of heads, held-out queries, order, sampling and dropout."""
-    execution: TrainingExecutionSettings = TrainingExecutionSettings()
+    execution: DistillExecutionSettings = DistillExecutionSettings()
+
+    @model_validator(mode="after")
+    def _the_average_is_whole(self) -> DistillSettings:
+        if self.optimizer.averaging and self.execution.strategy == "zero3":
+            raise ValueError(
+                "optimizer.averaging keeps a second copy of all weights on every worker, which zero3 divides: leave it "
+                "out, or use execution.strategy: zero2"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_weight_for_each_layer(self) -> DistillSettings:

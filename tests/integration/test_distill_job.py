@@ -156,4 +156,8 @@ def test_what_can_not_work_is_said_before_anything_starts(labels, base, tmp_path
         jobs.distill(missing, str(tmp_path / "run"), console)
     with pytest.raises(Exception, match="the input does not exist"):
         jobs.distill(settings(str(tmp_path / "none"), base), str(tmp_path / "run"), console)
+    chosen = settings(labels, base)
+    wrong = chosen.student.model_copy(update={"layers": (1, 9)})
+    with pytest.raises(Exception, match="give ascending layers"):
+        jobs.distill(chosen.model_copy(update={"student": wrong}), str(tmp_path / "run"), console)
     assert not (tmp_path / "run").exists()

@@ -76,6 +76,14 @@ def test_another_config_is_refused_with_every_difference(run: RunFolder):
     assert run.state()["starts"] == 1
 
 
+def test_what_checkpoints_are_divided_by_may_not_change(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    changed = config(execution=ExecutionSettings(actors=7, cpus_per_actor=2.0))
+    run.start("label", changed, INPUTS, fixed=("batch_size",))
+    with pytest.raises(RunError, match=r"resuming would mix the two:\n  execution\.actors: 7 -> 8\n"):
+        run.start("label", config(execution=ExecutionSettings(actors=8)), INPUTS, fixed=("actors",))
+
+
 def test_a_key_that_only_starts_like_execution_is_no_exception(run: RunFolder):
     """A difference is excused by its first key as a whole, not by how the line begins."""
     run.start("label", config(), INPUTS)

@@ -13,11 +13,13 @@ from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import WORDS
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import summary_line
-from rerank_ray.distill.train import Trainer, World, train
-from rerank_ray.errors import InputError
+from rerank_ray.distill.parallel import check_installed
+from rerank_ray.distill.train import Trainer, World, check_student, train
+from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings, StudentSettings
 
 CANDIDATES = 6
 
@@ -364,7 +366,7 @@ def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path, monke
     taught = next(r for r in rows if len(set(r.scores)) > 1)
     results, gradient = [], []
     for count, step_rows in ((1, [taught]), (2, [taught, tied])):
-        trainer.optimizer.zero_grad()
+        trainer.parallel.optimizer.zero_grad()
         monkeypatch.setattr(trainer, "_queries_of_step", lambda n=count: n)
         results.append(trainer.forward_backward(step_rows, 0))
         gradient.append(trainer.student.model.classifier.weight.grad)
@@ -386,8 +388,9 @@ def learning_rates(labels: str, base: Path, decay: str) -> list[float]:
     )
     trainer = Trainer(chosen, World(), None)
     rates = []
-    original: Callable = trainer.optimizer.step
-    trainer.optimizer.step = lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]) and original()
+    optimizer = trainer.parallel.optimizer
+    original: Callable = optimizer.step
+    optimizer.step = lambda: rates.append(optimizer.param_groups[0]["lr"]) and original()
     while not trainer.finished:
         trainer.train_step()
     return rates
@@ -410,7 +413,7 @@ def test_weight_decay_and_rates_by_group(labels: str, tiny_bert: Path):
     """Vectors and new parameters are not decayed; new parameters have their own rate; none is left out."""
     chosen = settings(labels, tiny_bert, optimizer={"weight_decay": 0.1})
     trainer = Trainer(chosen, World(), None)
-    groups = trainer.optimizer.param_groups
+    groups = trainer.parallel.optimizer.param_groups
     by_id = {id(p): g for g in groups for p in g["params"]}
     assert len(by_id) == len(list(trainer.student.parameters()))
     for name, parameter in trainer.student.named_parameters():
@@ -421,7 +424,7 @@ def test_weight_decay_and_rates_by_group(labels: str, tiny_bert: Path):
 
 def test_rates_fall_towards_the_embeddings(labels: str, tiny_bert: Path):
     trainer = Trainer(settings(labels, tiny_bert, optimizer={"layer_decay": 0.5}), World(), None)
-    by_id = {id(p): g for g in trainer.optimizer.param_groups for p in g["params"]}
+    by_id = {id(p): g for g in trainer.parallel.optimizer.param_groups for p in g["params"]}
     bert = trainer.student.pretrained.bert
     depth = len(bert.encoder.layer)
     assert depth > 1
@@ -442,3 +445,88 @@ def test_validation_on_gains_without_any_says_so(labels: str, tiny_bert: Path, t
     with pytest.raises(ValueError, match="no held-out query has a gain"):
         trainer.validate()
     assert Trainer(settings(labels, tiny_bert, validation={"gains": "labels"}), World(), None).validate()[0] > 0
+
+
+def test_labels_that_were_opened_are_not_opened_again(labels: str, tiny_bert: Path, monkeypatch):
+    """The driver digests the files once, for all workers; what a worker reads of them is the same."""
+    chosen = settings(labels, tiny_bert)
+    opened = LabelSet.open([labels], chosen.validation.fraction, chosen.seed)
+    rows = [row.candidate_list.query.query_id for row in Trainer(chosen, World(), None)._groups()[0]]
+    monkeypatch.setattr(LabelSet, "open", None)
+    assert [row.candidate_list.query.query_id for row in Trainer(chosen, World(), None, opened)._groups()[0]] == rows
+
+
+def without_weights(model: Path, tmp_path: Path) -> Path:
+    """A copy of a model's folder that can't be loaded: its weights are an empty file."""
+    base = shutil.copytree(model, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (base / "model.safetensors").touch()
+    return base
+
+
+WRONG_STUDENTS = {
+    "head": ({"head": "yes_no"}, "no language model that goes on with a text"),
+    "layers": ({"layers": [1, 5]}, "give ascending layers of 1..3 that end with 3"),
+    "take_layers": ({"take_layers": [2, 4]}, "give ascending layers of 1..3"),
+    "LoRA target": ({"lora": {"target_modules": ["q_proj"]}}, "no linear layer is called 'q_proj'"),
+    "freeze": ({"freeze": {"layers": 4}}, "the model has 3 layers"),
+    "max_length": ({"max_length": 1000}, "the model ends at 128 tokens"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STUDENTS)
+def test_a_student_that_can_not_be_is_found_out_without_its_weights(tiny_bert: Path, tmp_path: Path, wrong: str):
+    base = without_weights(tiny_bert, tmp_path)
+    changes, message = WRONG_STUDENTS[wrong]
+    with pytest.raises(ModelError, match=message):
+        check_student(StudentSettings(base=str(base), **({"max_length": 32, "max_query_length": 8} | changes)))
+
+
+RIGHT_STUDENTS = {
+    "linear, layer-wise": {"layers": [1, 3], "gradient_checkpointing": True},
+    "similarity": {"head": "similarity", "layers": [2, 3]},
+    "bi-encoder": {"head": "bi_encoder", "take_layers": 2},
+    "DoRA": {"lora": {"rank": 2, "dora": True}},
+    "frozen": {"freeze": {"embeddings": True, "layers": 1}},
+    "decoder": {"head": "linear"},
+    "decoder, yes_no": {"head": "yes_no", "max_length": 128, "lora": {}},
+}
+
+
+@pytest.mark.parametrize("right", RIGHT_STUDENTS)
+def test_a_student_that_can_be_passes_without_its_weights(
+    tiny_bert: Path, tiny_llama: Path, tmp_path: Path, right: str
+):
+    base = without_weights(tiny_llama if right.startswith("decoder") else tiny_bert, tmp_path)
+    settings = {"max_length": 32, "max_query_length": 8} | RIGHT_STUDENTS[right]
+    check_student(StudentSettings(base=str(base), **settings))
+
+
+def test_zero_without_deepspeed_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_installed(DistillExecutionSettings())
+    with pytest.raises(ConfigError, match=r'zero2 needs the extra `deepspeed`: pip install "rerank_ray\[deepspeed\]"'):
+        check_installed(DistillExecutionSettings(strategy="zero2"))
+
+
+WRONG_STRATEGIES = {
+    "offload": ({"execution": {"offload": True}}, "offload moves what ZeRO divides"),
+    "elastic": (
+        {"execution": {"strategy": "zero2", "workers": 2, "min_workers": 1}},
+        "zero2's checkpoints are divided among 2 workers",
+    ),
+    "min_workers": ({"execution": {"workers": 2, "min_workers": 3}}, r"min_workers \(3\) is above workers \(2\)"),
+    "averaging": (
+        {"execution": {"strategy": "zero3"}, "optimizer": {"averaging": 0.9}},
+        "a second copy of all weights on every worker",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STRATEGIES)
+def test_what_does_not_go_together_is_refused(labels: str, tiny_bert: Path, wrong: str):
+    changes, message = WRONG_STRATEGIES[wrong]
+    content = settings(labels, tiny_bert).model_dump() | {"execution": {}}
+    for section, values in changes.items():
+        content[section] = content[section] | values
+    with pytest.raises(ValueError, match=message):
+        DistillSettings.model_validate(content)

@@ -61,16 +61,17 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
     return _linear_class(source)(description, source.tokenizer, model).eval()
 
 
-def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None) -> Student:
+def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None, *, weights: bool = True) -> Student:
     """Start a student from a pretrained model: weights in float32, heads new.
 
     Args:
         prompt: of heads yes_no and token_logit.
+        weights: without, no weight is read, and the student is good for finding what is wrong with it.
 
     Raises:
         ModelError: a head that the architecture can't carry, or a layer that it does not have.
     """
-    return _START[settings.head](Source.open(settings.model_settings()), settings, prompt)
+    return _START[settings.head](Source.open(settings.model_settings(), weights=weights), settings, prompt)
 
 
 def _linear_class(source: Source) -> type[LinearStudent]:
@@ -135,7 +136,7 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
         scale=settings.scale,
         interaction=settings.interaction,
     )
-    if not is_gated(student):
+    if source.weights and not is_gated(student):
         raise ModelError(
             f"{settings.base}: {type(model).__name__} does not use transformers' attention interface, so its attention "
             "can't be gated (BERT, RoBERTa, ELECTRA and ModernBERT kinds can); use head: linear"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +31,18 @@ class Source:
     resolved: ResolvedModel
     config: PreTrainedConfig
     tokenizer: Any
+    weights: bool = True
+    """Without, `start` gives a model of the architecture on the meta device: names and shapes, and nothing read."""
 
     @classmethod
-    def open(cls, settings: ModelSettings) -> Source:
+    def open(cls, settings: ModelSettings, *, weights: bool = True) -> Source:
         resolved = resolve(settings)
         return cls(
             settings=settings,
             resolved=resolved,
             config=load(AutoConfig, resolved, settings),
             tokenizer=load(AutoTokenizer, resolved, settings),
+            weights=weights,
         )
 
     @property
@@ -74,7 +78,10 @@ class Source:
         Raises:
             ModelError: they are not those of the architecture that the config names, or lack a layer.
         """
-        model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
+        if self.weights:
+            model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
+        else:
+            model, info = self._skeleton(auto_class, **arguments), {"missing_keys": set()}
         stack = {f"{prefix}.{name}" for prefix, module in _layer_lists(model) for name, _ in module.named_parameters()}
         if lost := sorted(stack & set(info["missing_keys"])):
             raise ModelError(
@@ -94,6 +101,19 @@ class Source:
         if layers is not None:
             take_layers(model, _chosen(layers, len(layers_of(model))))
         return model
+
+    def _skeleton(self, auto_class, *, num_labels: int | None = None, config=None, **arguments) -> PreTrainedModel:
+        config = copy.deepcopy(config or self.config)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        try:
+            with torch.device("meta"):
+                if issubclass(auto_class, PreTrainedModel):
+                    return auto_class(config)
+                return auto_class.from_config(config, trust_remote_code=self.settings.trust_remote_code, **arguments)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{self.settings.path}: {auto_class.__name__} can't load this model: {reason}") from error
 
 
 def _chosen(layers: int | Sequence[int], depth: int) -> Sequence[int]:
