@@ -56,7 +56,7 @@ def warm_up(
         with autocast():
             with torch.no_grad():
                 target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
-            with attention_for_training(device):
+            with attention_for_training(device, max(lengths)):
                 all_scores = student.score_all(*batches)
             scores = (all_scores / settings.temperature).log_softmax(-1)
         divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]

@@ -354,7 +354,7 @@ class _Scorer(nn.Module):
             if not torch.is_grad_enabled():
                 return self.student(**inputs).float()
             # Here, because checkpointing comes back to it from within the backward pass.
-            with engine.attention_for_training(inputs["input_ids"].device):
+            with engine.attention_for_training(inputs["input_ids"].device, inputs["input_ids"].shape[1]):
                 return self.student(**inputs).float()
 
 

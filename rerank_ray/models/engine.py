@@ -14,6 +14,7 @@ from rerank_ray.errors import ModelError
 
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
+_LONGEST_UNFUSED = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,10 +44,10 @@ def use_threads(cpus: float, gpus: float) -> None:
 
 
 @contextmanager
-def attention_for_training(device: torch.device) -> Iterator[None]:
+def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
     """On the CPU, attention as plain matrix products within: the fused kernel's backward pass takes longer there than
-    the rest of a training step together."""
-    if device.type != "cpu":
+    the rest of a training step together. Sequences longer than 512 tokens keep it: their products take much memory."""
+    if device.type != "cpu" or length > _LONGEST_UNFUSED:
         yield
         return
     allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()

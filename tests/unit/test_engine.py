@@ -137,7 +137,7 @@ def test_attention_for_training_is_the_fused_one_taken_apart():
         return [output, *torch.autograd.grad(output.sin().sum(), (query, key, value))]
 
     expected = gradients()
-    with engine.attention_for_training(torch.device("cpu")):
+    with engine.attention_for_training(CPU, 20):
         assert not torch.backends.cuda.flash_sdp_enabled()
         found = gradients()
     for ours, theirs in zip(found, expected, strict=True):
@@ -149,7 +149,7 @@ def test_attention_for_training_leaves_no_setting_behind():
         return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
     def failing_step() -> None:
-        with engine.attention_for_training(CPU):
+        with engine.attention_for_training(CPU, 20):
             assert in_force() == (False, True)
             raise RuntimeError("a step that fails")
 
@@ -157,5 +157,6 @@ def test_attention_for_training_leaves_no_setting_behind():
     with pytest.raises(RuntimeError, match="a step that fails"):
         failing_step()
     assert in_force() == before
-    with engine.attention_for_training(torch.device("meta")):
-        assert in_force() == before
+    for device, length in ((torch.device("meta"), 20), (CPU, 4096)):
+        with engine.attention_for_training(device, length):
+            assert in_force() == before
