@@ -1,9 +1,20 @@
-"""Two workers take the steps of one, whatever each holds, and go on where they were: the loop as Ray Train runs it."""
+"""Two workers take the steps of one, whatever each holds, and go on where they were when something was killed.
+
+The processes of `world` run the training loop without Ray; what is killed runs on Ray Train, and has to end with the
+weights of the same training there, bit for bit.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from fixtures.rows import label_row, make_list, write_labels
@@ -90,6 +101,18 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+def killable(labels: str, base: Path, strategy: str) -> DistillSettings:
+    """Twelve steps with dropout, long enough to be killed in the middle."""
+    return settings(
+        labels,
+        base,
+        student={"dropout": 0.1},
+        validation={"every_steps": 2},
+        epochs=3,
+        execution={"strategy": strategy},
+    )
+
+
 @pytest.fixture(scope="module")
 def world(labels: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
     """Trainings on two processes: each of `CURVES`, and once more from its second step on."""
@@ -105,9 +128,10 @@ def world(labels: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def larger_world(labels: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
-    """Trainings on two processes: each of `MORE_CURVES`."""
+    """Trainings on two processes: what is killed elsewhere, undisturbed, and each of `MORE_CURVES`."""
     folder = tmp_path_factory.mktemp("larger_world")
-    trainings = {n: Training(folder / n, settings(labels, base, **changes)) for n, changes in MORE_CURVES.items()}
+    trainings = {n: Training(folder / n, killable(labels, base, n)) for n in STRATEGIES}
+    trainings |= {n: Training(folder / n, settings(labels, base, **changes)) for n, changes in MORE_CURVES.items()}
     train_all(list(trainings.values()), folder / "rendezvous", workers=2)
     return trainings
 
@@ -180,3 +204,92 @@ def test_the_optimizer_is_divided(world: dict[str, Training], name: str):
     for shard in shards:
         assert shard.stat().st_size < 0.55 * 3 * 4 * parameters
     assert sum(shard.stat().st_size for shard in shards) > 3 * 4 * parameters
+
+
+class Drivers:
+    """Starts `rerank-ray distill` in processes of its own."""
+
+    def __init__(self) -> None:
+        self._started: list[psutil.Process] = []
+
+    def start(self, file: Path, run: Path, **environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "rerank_ray.cli", "distill", str(file), "--run", str(run)]
+        driver = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        )
+        self._started.append(psutil.Process(driver.pid))
+        return driver
+
+    def stop(self) -> None:
+        """Kill those that a failed test left, and their Ray."""
+        for driver in self._started:
+            if driver.is_running():
+                for process in [*driver.children(recursive=True), driver]:
+                    process.kill()
+
+
+@pytest.fixture
+def drivers() -> Iterator[Drivers]:
+    started = Drivers()
+    yield started
+    started.stop()
+
+
+def logged_step(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else -1
+
+
+def wait_for_step(run: Path, step: int, driver: subprocess.Popen) -> None:
+    """Wait until a validation at this step, or a later one, was logged."""
+    deadline = time.monotonic() + 400
+    while logged_step(run) < step:
+        assert driver.poll() is None, f"the driver ended before step {step}: {driver.stderr.read()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def train_workers(driver: subprocess.Popen) -> list[psutil.Process]:
+    """Of the driver's own local Ray."""
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    return [p for p in processes if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path]:
+    """What training ended with, whichever step was best."""
+    states = {f.parent: torch.load(f, weights_only=True)["progress"] for f in run.glob("checkpoints/*/trainer.pt")}
+    folder = max(states, key=lambda f: states[f]["step"])
+    return states[folder]["step"], folder
+
+
+def write_config(settings: DistillSettings, file: Path) -> Path:
+    file.write_text(config.dump(settings))
+    return file
+
+
+def ends_as(whole: Training, run: Path) -> None:
+    step, folder = last_checkpoint(run)
+    assert step == 12
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(
+        whole.metrics()
+    )
+    for name, tensor in student_weights(whole.checkpoint(12)).items():
+        assert torch.equal(student_weights(folder)[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_worker_changes_nothing(
+    larger_world: dict[str, Training], tmp_path: Path, drivers: Drivers, strategy: str
+):
+    """`kill -9` of the second worker after step 4: Ray Train starts both again, from the last checkpoint."""
+    whole, run = larger_world[strategy], tmp_path / "run"
+    driver = drivers.start(write_config(whole.settings, tmp_path / "distill.yaml"), run)
+    wait_for_step(run, 4, driver)
+    killed = train_workers(driver)
+    assert len(killed) == 2
+    killed[1].kill()
+    assert logged_step(run) < 12
+    assert driver.wait(timeout=400) == 0, driver.stderr.read()
+    ends_as(whole, run)
