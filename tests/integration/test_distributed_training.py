@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -293,3 +294,58 @@ def test_a_killed_worker_changes_nothing(
     assert logged_step(run) < 12
     assert driver.wait(timeout=400) == 0, driver.stderr.read()
     ends_as(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_driver_resumes(larger_world: dict[str, Training], tmp_path: Path, drivers: Drivers):
+    """`kill -9` of the driver, and the same command again."""
+    whole, run = larger_world["zero2"], tmp_path / "run"
+    file = write_config(whole.settings, tmp_path / "distill.yaml")
+    driver = drivers.start(file, run)
+    wait_for_step(run, 4, driver)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert logged_step(run) < 12
+    again = drivers.start(file, run)
+    assert again.wait(timeout=400) == 0, again.stderr.read()
+    ends_as(whole, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ddp_goes_on_with_fewer_workers_when_a_node_is_lost(labels: str, base: Path, tmp_path: Path, drivers: Drivers):
+    """Two nodes of one worker each; one is killed, and the other ends the run with the curve of an undisturbed one."""
+    from ray.cluster_utils import Cluster
+
+    chosen = settings(
+        labels,
+        base,
+        validation={"every_steps": 2},
+        epochs=3,
+        execution={"min_workers": 1},
+    )
+    run = tmp_path / "run"
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quick})
+    lost = cluster.add_node(num_cpus=1)
+    try:
+        cluster.wait_for_nodes()
+        driver = drivers.start(write_config(chosen, tmp_path / "distill.yaml"), run, RAY_ADDRESS=cluster.address)
+        wait_for_step(run, 4, driver)
+        cluster.remove_node(lost, allow_graceful=False)
+        assert logged_step(run) < 12
+        assert driver.wait(timeout=400) == 0, driver.stderr.read()
+    finally:
+        cluster.shutdown()
+    alone: dict[int, dict] = {}
+    train(
+        chosen.model_copy(update={"execution": type(chosen.execution)()}),
+        World(),
+        lambda metrics, _: alone.update({metrics["step"]: metrics}),
+    )
+    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["loss/total"] for m in curve[1:]] == pytest.approx(
+        [alone[m["step"]]["loss/total"] for m in curve[1:]], rel=TOLERANCE
+    )
+    assert curve[-1]["step"] == 12
