@@ -53,14 +53,14 @@ def warm_up(
             student.batch(student.encode_alone(texts, length))
             for texts, length in zip((queries, passages), lengths, strict=True)
         ]
-        with autocast():
-            with torch.no_grad():
-                target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
-            with attention_for_training(device, max(lengths)):
-                all_scores = student.score_all(*batches)
-            scores = (all_scores / settings.temperature).log_softmax(-1)
-        divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
-        divergence.sum().backward()
+        with autocast(), torch.no_grad():
+            target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
+        # Around the backward pass too: with checkpoints it computes layers again.
+        with attention_for_training(device, max(lengths)):
+            with autocast():
+                scores = (student.score_all(*batches) / settings.temperature).log_softmax(-1)
+            divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
+            divergence.sum().backward()
         nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -158,11 +158,17 @@ class Trainer:
         for number, is_cached in enumerate(self.parallel.forwards(*cached)):
             own = number < len(chunks)
             chunk = chunks[number if own else 0]
-            with self.parallel.accumulate(last=number == count - 1):
-                terms = self._objective([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]], is_cached)
+            pairs = [e for q in chunk for e in encoded[q]]
+            longest = max(len(e["input_ids"]) for e in pairs)
+            # Around the backward pass too: with checkpoints it computes layers again.
+            with (
+                engine.attention_for_training(self.device, longest),
+                self.parallel.accumulate(last=number == count - 1),
+            ):
+                terms = self._objective([groups[q] for q in chunk], pairs, is_cached)
                 self.parallel.backward((factor if own else 0.0) * terms["total"].loss.sum())
             counted = float(own and bool(weight))
-            self._since_validation["pairs"] += counted * sum(len(encoded[q]) for q in chunk)
+            self._since_validation["pairs"] += counted * len(pairs)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + counted * _sum_and_count(term)
         if self.world.size > 1:
@@ -351,11 +357,7 @@ class _Scorer(nn.Module):
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
         with self._autocast():
-            if not torch.is_grad_enabled():
-                return self.student(**inputs).float()
-            # Here, because checkpointing comes back to it from within the backward pass.
-            with engine.attention_for_training(inputs["input_ids"].device, inputs["input_ids"].shape[1]):
-                return self.student(**inputs).float()
+            return self.student(**inputs).float()
 
 
 def _sum_and_count(term: Term) -> torch.Tensor:
