@@ -11,6 +11,7 @@ import torch
 
 STUDENT = "student"
 _STATE = "trainer.pt"
+_OPTIMIZER = "optimizer.pt"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,3 +57,11 @@ def load(folder: Path, trained: Sequence[torch.Tensor], average: Sequence[torch.
         if state["average"] is not None:
             torch._foreach_copy_(list(average), state["average"])
     return Progress(**state["progress"])
+
+
+def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True))

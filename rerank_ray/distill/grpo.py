@@ -7,7 +7,6 @@ from the mean of the answers to the same prompt, so that no value model is neede
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed
-from torch import nn
 
-from rerank_ray.distill.checkpoints import Progress
-from rerank_ray.distill.labels import LabelSet
-from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint, seed_of
+from rerank_ray.distill.labels import LabelSet, Steps
+from rerank_ray.distill.optimizer import set_learning_rate
+from rerank_ray.distill.policy import seed_of
+from rerank_ray.distill.policy_trainer import PolicyTrainer
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.tasks import gains_of, make_task
@@ -88,33 +86,22 @@ def reinforce(
         data: what `open_labels` gives, where that was done already.
     """
     trainer = GRPOTrainer(settings, world, resume, data)
-    if resume is None:
-        trainer.validate_and_report(report)
-    while not trainer.finished:
-        trainer.train_step()
-        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.finished:
-            trainer.validate_and_report(report)
+    trainer.run(report, resumed=resume is not None)
 
 
-class GRPOTrainer:
+class GRPOTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in the data."""
 
     def __init__(
         self, settings: ReinforceSettings, world: World, resume: Path | None, data: LabelSet | None = None
     ) -> None:
-        self.settings, self.world = settings, world
         self.task = make_task(settings.reward)
         self.data = data or open_labels(settings)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
-        self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
-        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
-        torch.manual_seed(settings.seed)
-        self.policy = Policy(settings.policy)
+        self.steps = Steps(self.data, settings.seed, settings.queries_per_step)
+        total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps.per_epoch)
+        super().__init__(settings, world, resume, total_steps)
         self._check_fits()
-        self.trained = self.policy.trained
-        self.optimizer = make_optimizer(self.policy, settings.optimizer)
-        self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
-        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
 
     def _check_fits(self) -> None:
@@ -122,10 +109,6 @@ class GRPOTrainer:
         (labels,) = self.reader.read(self.data.train[:1])
         for prompt in self.task.prompts(labels, self._shown(labels, 0)):
             self.policy.backend.check_fits(prompt, self.settings.reward.max_tokens)
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.total_steps
 
     def train_step(self) -> None:
         """Draw answers to the step's queries and update the policy on them."""
@@ -214,16 +197,8 @@ class GRPOTrainer:
             told.append(
                 [self._backward(group, part, before[number][i] if before else None) for i, part in enumerate(parts)]
             )
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self.world.size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.settings.optimizer.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._sums["gradient_norm"] += self.update()
         self.policy.eval()
-        self._sums["gradient_norm"] += float(norm)
         self._sums["updates"] += 1
         return before or told
 
@@ -250,11 +225,7 @@ class GRPOTrainer:
 
     def _rows(self) -> tuple[list[Labels], int, int]:
         """This worker's queries of the step, its epoch, and how many queries all workers have."""
-        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self.data.order(self.settings.seed, epoch))
-        size = self.settings.queries_per_step
-        positions = self._epoch_order[1][step * size : (step + 1) * size]
+        positions, epoch = self.steps.at(self.progress.step)
         return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch, len(positions)
 
     def _count(self, asked: _Asked) -> None:
@@ -278,7 +249,7 @@ class GRPOTrainer:
                 well_formed = sum(r.well_formed for r in given) / len(given)
                 totals += torch.tensor([mean, well_formed, 1.0], dtype=torch.float64)
         self._sums["skipped_queries"] = skipped
-        totals = self._over_workers(totals)
+        totals = self.over_workers(totals)
         if totals[2] == 0:
             raise InputError(
                 f"{', '.join(self.settings.input)}: no held-out query has both candidates with a known gain and others "
@@ -291,7 +262,6 @@ class GRPOTrainer:
         }
 
     def validate_and_report(self, report: Report) -> None:
-        """Validate the policy, and report it as a checkpoint."""
         metrics = self._since_last() | {"step": self.progress.step, "total_steps": self.total_steps}
         started = time.perf_counter()
         metrics |= self.validate()
@@ -300,21 +270,16 @@ class GRPOTrainer:
         if metrics["validation_reward"] >= progress.best_score:
             progress.best_score, progress.best_step = metrics["validation_reward"], progress.step
         metrics |= {
-            "epoch": progress.step / self.steps_per_epoch,
+            "epoch": progress.step / self.steps.per_epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "validation_seconds": time.perf_counter() - started,
             "best_step": progress.best_step,
         }
-        if self.world.rank != 0:
-            report(metrics, None)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), self.policy, self.optimizer, progress)
-            report(metrics, Path(folder))
+        self.report_checkpoint(report, metrics)
 
     def _since_last(self) -> dict[str, float]:
         """Means since the last report, over all workers' answers."""
-        sums = dict(zip(_SUMS, self._over_workers(torch.tensor(list(self._sums.values()))).tolist(), strict=True))
+        sums = dict(zip(_SUMS, self.over_workers(torch.tensor(list(self._sums.values()))).tolist(), strict=True))
         self._sums = dict.fromkeys(_SUMS, 0.0)
         if not sums["answers"]:
             return {}
@@ -329,11 +294,6 @@ class GRPOTrainer:
             "skipped_queries": sums["skipped_queries"],
             "answers_per_second": self.world.size * sums["answers"] / sums["seconds"],
         }
-
-    def _over_workers(self, totals: torch.Tensor) -> torch.Tensor:
-        if self.world.size > 1:
-            torch.distributed.all_reduce(totals := totals.to(self.policy.device))
-        return totals
 
 
 _SUMS = (

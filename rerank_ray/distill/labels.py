@@ -108,6 +108,22 @@ class LabelSet:
         return LabelReader(self.groups)
 
 
+class Steps:
+    """Which training rows each optimizer step takes, and its epoch: a function of (seed, step) alone."""
+
+    def __init__(self, data: LabelSet, seed: int, queries_per_step: int) -> None:
+        self.per_epoch = math.ceil(len(data.train) / queries_per_step)
+        self._data, self._seed, self._size = data, seed, queries_per_step
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def at(self, step: int) -> tuple[np.ndarray, int]:
+        """Positions [rows, 2] of a step, for all workers, and its epoch; an epoch's last step can have fewer rows."""
+        epoch, number = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self._data.order(self._seed, epoch))
+        return self._order[1][number * self._size : (number + 1) * self._size], epoch
+
+
 class LabelReader:
     """Reads labels by position, keeping the row groups of two windows."""
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed
 from torch import nn
 
+from rerank_ray.distill import checkpoints
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.student import Student, trained_parameters
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
 
-_OPTIMIZER = "optimizer.pt"
 _SHARDS = "deepspeed"
 # DeepSpeed's default, which it allocates whatever the model's size.
 _BUCKET_ELEMENTS = 500_000_000
@@ -95,10 +95,10 @@ class Replicas:
     def save_state(self, folder: Path) -> None:
         """Write what the optimizer needs to go on."""
         if self._world.rank == 0:
-            torch.save(self.optimizer.state_dict(), folder / _OPTIMIZER)
+            checkpoints.save_optimizer(folder, self.optimizer)
 
     def load_state(self, folder: Path) -> None:
-        self.optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True))
+        checkpoints.load_optimizer(folder, self.optimizer)
 
 
 class Zero:

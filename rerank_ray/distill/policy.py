@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rerank_ray.distill.checkpoints import STUDENT, Progress
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.decoding import log_probabilities
@@ -24,8 +22,6 @@ from rerank_ray.models.student.base import save_tokenizer
 from rerank_ray.models.student.source import Source
 from rerank_ray.models.tokenizing import turn_end
 from rerank_ray.settings.reinforce import PolicySettings
-
-_STATE = "trainer.pt"
 
 
 class Policy(nn.Module):
@@ -156,26 +152,6 @@ def _start(source: Source) -> PreTrainedModel:
     model = source.read(AutoModelForCausalLM, torch.float32)
     model.new_names = frozenset()
     return model
-
-
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write a checkpoint: `student/` as it would be deployed, and what training goes on from beside it."""
-    policy.save(folder / STUDENT)
-    state = {
-        "trained": [p.detach() for p in policy.trained],
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-    }
-    torch.save(state, folder / _STATE)
-
-
-def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore what is trained and the optimizer; the policy was made as it was for the first step."""
-    state = torch.load(folder / _STATE, weights_only=True)
-    with torch.no_grad():
-        torch._foreach_copy_([p.detach() for p in policy.trained], state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
 
 
 def seed_of(*parts: object) -> int:

@@ -4,7 +4,6 @@ losses on scores (ReasoningRank, Ji et al. 2024; DeAR's second stage, Abdallah e
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,12 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.distributed
-from torch import nn
 
-from rerank_ray.distill.checkpoints import Progress
-from rerank_ray.distill.labels import LabelSet
-from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.policy import Policy, load_checkpoint, save_checkpoint, seed_of
+from rerank_ray.distill.labels import LabelSet, Steps
+from rerank_ray.distill.optimizer import set_learning_rate
+from rerank_ray.distill.policy import Policy, seed_of
+from rerank_ray.distill.policy_trainer import PolicyTrainer
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, check_objective, objective
 from rerank_ray.distill.train import Report, World
@@ -219,36 +217,23 @@ def distill_rationales(
         data: what `open_terms` gives, where that was done already.
     """
     trainer = RationaleTrainer(settings, world, resume, data)
-    if resume is None:
-        trainer.validate_and_report(report)
-    while not trainer.finished:
-        trainer.train_step()
-        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.finished:
-            trainer.validate_and_report(report)
+    trainer.run(report, resumed=resume is not None)
 
 
-class RationaleTrainer:
+class RationaleTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in each term's data."""
 
     def __init__(
         self, settings: RationaleSettings, world: World, resume: Path | None, data: Sequence[LabelSet] | None = None
     ) -> None:
-        self.settings, self.world = settings, world
         self.data = list(data or open_terms(settings))
         self.terms: list[Term] = [_TERMS[term.kind](term) for term in settings.terms]
         self.readers = [d.reader() for d in self.data]
-        self.steps_per_epoch = [math.ceil(len(d.train) / settings.queries_per_step) for d in self.data]
-        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * max(self.steps_per_epoch))
-        torch.manual_seed(settings.seed)
-        self.policy = Policy(settings.policy)
-        self.optimizer = make_optimizer(self.policy, settings.optimizer)
-        self.progress = load_checkpoint(resume, self.policy, self.optimizer) if resume else Progress()
+        self.steps = [Steps(d, settings.seed, settings.queries_per_step) for d in self.data]
+        longest = max(steps.per_epoch for steps in self.steps)
+        super().__init__(settings, world, resume, min(settings.max_steps or math.inf, settings.epochs * longest))
         self._since = torch.zeros(len(self.terms), 2, dtype=torch.float64)
         self._skipped = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.total_steps
 
     def train_step(self) -> None:
         """One optimizer step on Σ weight · mean of each term over its queries of the step."""
@@ -258,9 +243,7 @@ class RationaleTrainer:
         torch.manual_seed(seed_of(settings.seed, self.progress.step, self.world.rank))
         set_learning_rate(self.optimizer, settings.optimizer, self.progress.step, self.total_steps)
         for number, (term, of_settings) in enumerate(zip(self.terms, settings.terms, strict=True)):
-            epoch, step = divmod(self.progress.step, self.steps_per_epoch[number])
-            positions = self.data[number].order(settings.seed, epoch)[step * settings.queries_per_step :]
-            positions = positions[: settings.queries_per_step]
+            positions, epoch = self.steps[number].at(self.progress.step)
             for labels in self.readers[number].read(positions[self.world.rank :: self.world.size]):
                 loss = term.loss(self.policy, labels, settings.seed, epoch)
                 if loss is None:
@@ -268,15 +251,7 @@ class RationaleTrainer:
                     continue
                 (of_settings.weight / len(positions) * loss).backward()
                 self._since[number] += torch.tensor([float(loss.detach()), 1.0], dtype=torch.float64)
-        trained = self.policy.trained
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self.world.size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-        nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update()
         self.progress.step += 1
 
     @torch.no_grad()
@@ -290,18 +265,17 @@ class RationaleTrainer:
                 loss = term.loss(self.policy, labels, self.settings.seed, 0)
                 if loss is not None:
                     sums[number] += torch.tensor([float(loss), 1.0], dtype=torch.float64)
-        sums = self._over_workers(sums)
+        sums = self.over_workers(sums)
         if (sums[:, 1] == 0).any():
             raise InputError("no held-out text of a term fits policy.max_length: raise it")
         return (sums[:, 0] / sums[:, 1]).tolist()
 
     def validate_and_report(self, report: Report) -> None:
-        """Validate the policy, and report it as a checkpoint."""
         progress, names = self.progress, term_names(self.settings.terms)
         metrics = {"step": progress.step, "total_steps": self.total_steps}
-        since = self._over_workers(self._since).tolist()
+        since = self.over_workers(self._since).tolist()
         metrics |= {f"loss/{n}": total / count for n, (total, count) in zip(names, since, strict=True) if count}
-        metrics["skipped_queries"] = float(self._over_workers(torch.tensor([float(self._skipped)])))
+        metrics["skipped_queries"] = float(self.over_workers(torch.tensor([float(self._skipped)])))
         self._since, self._skipped = torch.zeros_like(self._since), 0
         started = time.perf_counter()
         by_term = self.validate()
@@ -315,17 +289,7 @@ class RationaleTrainer:
             "validation_seconds": time.perf_counter() - started,
             "best_step": progress.best_step,
         }
-        if self.world.rank != 0:
-            report(metrics, None)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), self.policy, self.optimizer, progress)
-            report(metrics, Path(folder))
-
-    def _over_workers(self, totals: torch.Tensor) -> torch.Tensor:
-        if self.world.size > 1:
-            torch.distributed.all_reduce(totals := totals.to(self.policy.device))
-        return totals
+        self.report_checkpoint(report, metrics)
 
 
 def term_names(terms: Sequence[TermSettings]) -> list[str]:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import warm_up
-from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
@@ -72,8 +72,8 @@ class Trainer:
         self.data = data or LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
         check_objective(self.data, settings.objective)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
-        self.steps_per_epoch = math.ceil(len(self.data.train) / settings.queries_per_step)
-        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps_per_epoch)
+        self.steps = Steps(self.data, settings.seed, settings.queries_per_step)
+        self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps.per_epoch)
         self.device = engine.pick_device("auto")
         self.dtype = engine.pick_dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
@@ -87,7 +87,6 @@ class Trainer:
         self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
         if resume:
             self.parallel.load_state(resume)
-        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped = dict.fromkeys(term_names(settings.objective), 0)
 
@@ -221,19 +220,11 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def _step_positions(self) -> tuple[np.ndarray, int]:
-        """The rows of the current step, for all workers, and its epoch: a function of (seed, step) alone."""
-        epoch, step = divmod(self.progress.step, self.steps_per_epoch)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self.data.order(self.settings.seed, epoch))
-        size = self.settings.queries_per_step
-        return self._epoch_order[1][step * size : (step + 1) * size], epoch
-
     def _queries_of_step(self) -> int:
-        return len(self._step_positions()[0])
+        return len(self.steps.at(self.progress.step)[0])
 
     def _groups(self) -> tuple[list[Labels], int]:
-        positions, epoch = self._step_positions()
+        positions, epoch = self.steps.at(self.progress.step)
         return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch
 
     @torch.no_grad()
@@ -299,7 +290,7 @@ class Trainer:
             progress.validations_without_best += 1
         metrics = {
             "step": progress.step,
-            "epoch": progress.step / self.steps_per_epoch,
+            "epoch": progress.step / self.steps.per_epoch,
             "validation_ndcg@10": ndcg,
             **(self.warm_up_metrics if progress.step == 0 else {}),
             **{f"loss/{name}": value for name, value in losses.items()},

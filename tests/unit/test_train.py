@@ -109,8 +109,8 @@ def test_steps_and_epochs_are_counted(labels: str, tiny_bert: Path, tmp_path: Pa
     trainer = Trainer(settings(labels, tiny_bert), World(), None)
     count = len(trainer.data.train)
     assert count + len(trainer.data.validation) == 24
-    assert trainer.steps_per_epoch == -(-count // 4)
-    assert trainer.total_steps == 3 * trainer.steps_per_epoch
+    assert trainer.steps.per_epoch == -(-count // 4)
+    assert trainer.total_steps == 3 * trainer.steps.per_epoch
     assert Trainer(settings(labels, tiny_bert, max_steps=5), World(), None).total_steps == 5
     reports = Reports(tmp_path)
     train(settings(labels, tiny_bert, max_steps=5), World(), reports)
@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     chosen = settings(labels, base, **VARIANTS[variant], validation={"every_steps": 2}, max_steps=8)
     whole = Reports(tmp_path / "whole")
     train(chosen, World(), whole)
-    assert Trainer(chosen, World(), None).steps_per_epoch > 2
+    assert Trainer(chosen, World(), None).steps.per_epoch > 2
     resume, parts = None, []
     for stop_at in (2, 6, None):
         parts.append(Reports(tmp_path / f"until-{stop_at}", stop_at))
@@ -348,7 +348,7 @@ def test_skipped_queries_are_reported(partly_taught: str, tiny_bert: Path, tmp_p
     no_gain = sum(all(c.label is None for c in r.candidate_list.candidates) for r in rows)
     tied = sum(len(set(r.scores)) == 1 for r in rows)
     assert no_gain * tied > 0
-    every, reports = trainer.steps_per_epoch, Reports(tmp_path)
+    every, reports = trainer.steps.per_epoch, Reports(tmp_path)
     train(partly(partly_taught, tiny_bert, epochs=2, validation={"every_steps": every}), World(), reports)
     assert "skipped_queries/ce" not in reports.metrics[0]
     for step in (every, 2 * every):
