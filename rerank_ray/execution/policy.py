@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
@@ -12,10 +11,10 @@ from rerank_ray.distill.grpo import reinforce
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.rationale import distill_rationales
-from rerank_ray.execution.train import fit, work
+from rerank_ray.execution.train import absolute_if_there, fit, work
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.rationale import RationaleSettings
-from rerank_ray.settings.reinforce import PolicySettings, ReinforceSettings
+from rerank_ray.settings.reinforce import ReinforceSettings
 
 # Each job's settings, its training loop, and the metric whose highest value is kept.
 _JOBS = {
@@ -58,27 +57,19 @@ def _worker(config: dict) -> None:
 
 def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> ReinforceSettings | RationaleSettings:
     """Ray Train's workers run in a folder of their own."""
-    changes = {"policy": _absolute(settings.policy)}
+    changes = {"policy": settings.policy.model_copy(update={"base": absolute_if_there(settings.policy.base)})}
     if isinstance(settings, ReinforceSettings):
-        reward = settings.reward.model_copy(update={"prompt": _absolute_if_there(settings.reward.prompt)})
+        reward = settings.reward.model_copy(update={"prompt": absolute_if_there(settings.reward.prompt)})
         changes |= {"input": [storage.absolute(uri) for uri in settings.input], "reward": reward}
     else:
         terms = [
             term.model_copy(
                 update={
                     "input": [storage.absolute(uri) for uri in term.input],
-                    "prompt": _absolute_if_there(term.prompt),
+                    "prompt": absolute_if_there(term.prompt),
                 }
             )
             for term in settings.terms
         ]
         changes["terms"] = tuple(terms)
     return settings.model_copy(update=changes)
-
-
-def _absolute(policy: PolicySettings) -> PolicySettings:
-    return policy.model_copy(update={"base": _absolute_if_there(policy.base)})
-
-
-def _absolute_if_there(path: str) -> str:
-    return storage.absolute(path) if os.path.exists(path) else path

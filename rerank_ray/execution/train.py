@@ -103,9 +103,13 @@ def fit(
 
 def with_absolute_paths(settings: DistillSettings) -> DistillSettings:
     """Ray Train's workers run in a folder of their own."""
-    base = settings.student.base
-    student = settings.student.model_copy(update={"base": storage.absolute(base) if os.path.exists(base) else base})
+    student = settings.student.model_copy(update={"base": absolute_if_there(settings.student.base)})
     return settings.model_copy(update={"input": [storage.absolute(uri) for uri in settings.input], "student": student})
+
+
+def absolute_if_there(path: str) -> str:
+    """A file's or a folder's path made absolute; any other name, of a model or a template, as it is."""
+    return storage.absolute(path) if os.path.exists(path) else path
 
 
 @contextmanager
