@@ -30,32 +30,36 @@ def save(
     folder: Path,
     progress: Progress,
     trained: Sequence[torch.Tensor] | None,
-    average: Sequence[torch.Tensor] | None,
+    average: Sequence[torch.Tensor] | None = None,
+    start: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Write what a checkpoint has beside `student/`, the student as it would be deployed, and the optimizer's state.
 
-    `trained` are the weights that training goes on from, when the student holds their average or has adapters merged;
-    `average` is their average, when the student has adapters merged.
+    `trained` are the weights that training goes on from, when the student holds others or has adapters merged;
+    `average` is their average, when the student does not hold it; `start` is what training started from, when the
+    student is chosen between it and the rest.
     """
-    state = {
-        "trained": None if trained is None else list(trained),
-        "average": None if average is None else list(average),
-        "progress": asdict(progress),
-    }
+    weights = {"trained": trained, "average": average, "start": start}
+    state = {name: None if value is None else list(value) for name, value in weights.items()}
+    state["progress"] = asdict(progress)
     torch.save(state, folder / _STATE)
 
 
-def load(folder: Path, trained: Sequence[torch.Tensor], average: Sequence[torch.Tensor] | None) -> Progress:
+def load(
+    folder: Path,
+    trained: Sequence[torch.Tensor],
+    average: Sequence[torch.Tensor] | None = None,
+    start: Sequence[torch.Tensor] | None = None,
+) -> Progress:
     """Restore progress, and in place the weights that `save` was given.
 
-    The caller made the student, from the checkpoint's folder unless that has adapters merged, and `average` of it.
+    The caller made the student, from the checkpoint's folder unless that has adapters merged, and the others of it.
     """
     state = torch.load(folder / _STATE, weights_only=True)
     with torch.no_grad():
-        if state["trained"] is not None:
-            torch._foreach_copy_(list(trained), state["trained"])
-        if state["average"] is not None:
-            torch._foreach_copy_(list(average), state["average"])
+        for name, weights in {"trained": trained, "average": average, "start": start}.items():
+            if state[name] is not None:
+                torch._foreach_copy_(list(weights), state[name])
     return Progress(**state["progress"])
 
 

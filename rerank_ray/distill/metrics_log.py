@@ -49,6 +49,8 @@ def summary_line(metrics: dict) -> str:
         f"step {metrics['step']}/{metrics['total_steps']}",
         f"validation nDCG@10 {metrics['validation_ndcg@10']:.4f} (best at step {metrics['best_step']})",
     ]
+    if "trained_share" in metrics:
+        parts.append(f"with {metrics['trained_share']:g} of the trained weights")
     parts += [
         f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
     ]

@@ -31,7 +31,7 @@ class PolicyTrainer:
         self.optimizer = make_optimizer(self.policy, settings.optimizer)
         self.progress = Progress()
         if resume:
-            self.progress = checkpoints.load(resume, self.trained, None)
+            self.progress = checkpoints.load(resume, self.trained)
             checkpoints.load_optimizer(resume, self.optimizer)
 
     @property
@@ -80,6 +80,6 @@ class PolicyTrainer:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self.policy.save(folder / checkpoints.STUDENT)
-            checkpoints.save(folder, self.progress, [p.detach() for p in self.trained], None)
+            checkpoints.save(folder, self.progress, [p.detach() for p in self.trained])
             checkpoints.save_optimizer(folder, self.optimizer)
             report(metrics, folder)

@@ -81,8 +81,9 @@ class Trainer:
         self.warm_up_metrics = self._warm_up() if resume is None else {}
         optimizer = make_optimizer(self.student, settings.optimizer)
         self.trained = trained_parameters(self.student)
-        self.average = [p.detach().clone() for p in self.trained] if settings.optimizer.averaging else None
-        self.progress = checkpoints.load(resume, self.trained, self.average) if resume else Progress()
+        self.average = self._copy_of_trained() if settings.optimizer.averaging else None
+        self.start = self._copy_of_trained() if settings.validation.interpolation else None
+        self.progress = checkpoints.load(resume, self.trained, self.average, self.start) if resume else Progress()
         self.scorer = _Scorer(self.student, self._autocast)
         self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
         if resume:
@@ -108,6 +109,9 @@ class Trainer:
             for parameter in self.student.parameters():
                 torch.distributed.broadcast(parameter.data, src=0)
         return metrics
+
+    def _copy_of_trained(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.trained]
 
     @property
     def finished(self) -> bool:
@@ -248,17 +252,19 @@ class Trainer:
         return (sums[:-1] / sums[-1]).tolist()
 
     @contextmanager
-    def averaged(self) -> Iterator[list[torch.Tensor] | None]:
-        """Put the averaged weights into the student for a while.
+    def kept_weights(self) -> Iterator[list[torch.Tensor] | None]:
+        """Put the weights that would be kept, averaged where the settings say so, into the student for a while.
 
-        Yields the trained ones, or None where the saved student holds them: without averaging and without LoRA.
+        Yields the trained ones, or None where the saved student holds them: neither averaged, nor interpolated, nor
+        with LoRA.
         """
-        if self.average is None:
+        if self.average is None and self.start is None:
             yield None if self.settings.student.lora is None else [p.detach() for p in self.trained]
             return
-        trained = [p.detach().clone() for p in self.trained]
+        trained = self._copy_of_trained()
         with torch.no_grad():
-            torch._foreach_copy_(self.trained, self.average)
+            if self.average is not None:
+                torch._foreach_copy_(self.trained, self.average)
             yield trained
             torch._foreach_copy_(self.trained, trained)
 
@@ -266,14 +272,16 @@ class Trainer:
         """Validate the weights that would be kept, and report them as a checkpoint."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            with self.averaged() as trained:
+            with self.kept_weights() as trained:
                 metrics = self._validation_metrics(losses)
                 self.parallel.save_student(folder / checkpoints.STUDENT)
             self.parallel.save_state(folder)
             if self.world.rank == 0:
                 trained = None if self.parallel.restores_weights else trained
-                average = self.average if self.settings.student.lora else None
-                checkpoints.save(folder, self.progress, trained, average)
+                # The saved student is the average, unless it has adapters merged or is on the way from the start.
+                is_average = self.settings.student.lora is None and self.start is None
+                average = None if is_average else self.average
+                checkpoints.save(folder, self.progress, trained, average, self.start)
             report(metrics, folder if any(folder.iterdir()) else None)
 
     def _validation_metrics(self, losses: dict[str, float]) -> dict[str, float]:
@@ -281,7 +289,7 @@ class Trainer:
         progress = self.progress
         rates = self._rates() | self._skip_counts()
         started = time.perf_counter()
-        by_layer = self.validate()
+        share, by_layer = self._validate_shares()
         # A layer-wise student is kept for the sake of all its exits.
         ndcg = statistics.fmean(by_layer)
         if ndcg > progress.best_score:
@@ -300,10 +308,33 @@ class Trainer:
             "best_step": progress.best_step,
             "total_steps": self.total_steps,
         }
+        if self.start is not None:
+            metrics["trained_share"] = share
         if len(by_layer) > 1:
             metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
         self._since_validation = dict.fromkeys(self._since_validation, 0)
         return metrics
+
+    def _validate_shares(self) -> tuple[float, list[float]]:
+        """Validate the student's weights, and where the settings say so what lies between the start and them.
+
+        Returns the best share of them and its nDCG@10 at each layer, and leaves the student there.
+        """
+        if self.start is None or self.progress.step == 0:
+            return 1.0, self.validate()
+        weights = self._copy_of_trained()
+
+        def mix(share: float) -> None:
+            torch._foreach_copy_(self.trained, torch._foreach_lerp(self.start, weights, share))
+
+        results: dict[float, list[float]] = {}
+        with torch.no_grad():
+            for share in (*self.settings.validation.interpolation, 1.0):
+                mix(share)
+                results[share] = self.validate()
+            best = max(results, key=lambda share: statistics.fmean(results[share]))
+            mix(best)
+        return best, results[best]
 
     def _rates(self) -> dict[str, float]:
         seen = self._since_validation

@@ -379,6 +379,9 @@ class ValidationSettings(Settings):
     """Steps between validations; a checkpoint is written at each."""
     patience: PositiveInt = 5
     """Validations without a new best after which training stops."""
+    interpolation: Annotated[tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...], Field(max_length=8)] = ()
+    """Shares of the trained weights in the student, the rest being the start's (WiSE-FT, Wortsman et al. 2022): each
+    validation tries every share, and 1, and keeps the best. Few labels spoil less of what the start knows so."""
     gains: Literal["teacher", "labels"] = "teacher"
     """nDCG@10 against the teacher (its rank r has gain 11 − r for r ≤ 10, 0 below) or against known gains."""
 
@@ -468,11 +471,25 @@ class DistillSettings(Settings):
     execution: DistillExecutionSettings = DistillExecutionSettings()
 
     @model_validator(mode="after")
-    def _the_average_is_whole(self) -> DistillSettings:
-        if self.optimizer.averaging and self.execution.strategy == "zero3":
+    def _copies_are_whole(self) -> DistillSettings:
+        copies = {
+            "optimizer.averaging": self.optimizer.averaging,
+            "validation.interpolation": self.validation.interpolation,
+        }
+        for name, wanted in copies.items():
+            if wanted and self.execution.strategy == "zero3":
+                raise ValueError(
+                    f"{name} keeps a second copy of all weights on every worker, which zero3 divides: leave it out, or "
+                    "use execution.strategy: zero2"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _interpolates_weights(self) -> DistillSettings:
+        if self.validation.interpolation and self.student.lora is not None:
             raise ValueError(
-                "optimizer.averaging keeps a second copy of all weights on every worker, which zero3 divides: leave it "
-                "out, or use execution.strategy: zero2"
+                "validation.interpolation is between weights, and student.lora trains adapters, whose share is alpha / "
+                "rank: leave one of them out"
             )
         return self
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import WORDS
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.parallel import check_installed
@@ -129,6 +131,15 @@ VARIANTS = {
         "student": {"head": "similarity", "lora": {"rank": 2, "dora": True}},
         "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},
     },
+    "interpolated": {
+        "student": {"head": "similarity", "layers": [2, 3], "dropout": 0.3},
+        "validation": {"every_steps": 2, "interpolation": [0.3, 0.6]},
+    },
+    "interpolated, averaged": {
+        "student": {"head": "linear", "dropout": 0.3},
+        "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "averaging": 0.9},
+        "validation": {"every_steps": 2, "interpolation": [0.5]},
+    },
     "frozen": {"student": {"head": "linear", "freeze": {"embeddings": True, "layers": 1}, "take_layers": [1, 3]}},
     "averaged": {
         "student": {"head": "linear", "dropout": 0.3},
@@ -143,7 +154,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
 ):
     """Stopped in the middle of the first epoch and again in a later one, with dropout: every byte is the same."""
     base = tiny_llama if variant.startswith("decoder") else tiny_bert
-    chosen = settings(labels, base, **VARIANTS[variant], validation={"every_steps": 2}, max_steps=8)
+    chosen = settings(labels, base, **{"validation": {"every_steps": 2}, **VARIANTS[variant]}, max_steps=8)
     whole = Reports(tmp_path / "whole")
     train(chosen, World(), whole)
     assert Trainer(chosen, World(), None).steps.per_epoch > 2
@@ -174,11 +185,45 @@ def test_averaged_weights_are_validated_and_training_goes_on_from_the_trained_on
         trainer.train_step()
         expected = [0.75 * a + 0.25 * p.detach() for a, p in zip(expected, trainer.student.parameters(), strict=True)]
     trained = [p.detach().clone() for p in trainer.student.parameters()]
-    with trainer.averaged():
+    with trainer.kept_weights():
         for parameter, average in zip(trainer.student.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.detach(), average, rtol=1e-5, atol=1e-6)
     for parameter, weight in zip(trainer.student.parameters(), trained, strict=True):
         assert torch.equal(parameter, weight)
+
+
+def test_the_best_share_of_the_trained_weights_is_kept(labels: str, tiny_bert: Path, tmp_path: Path):
+    """A quarter and half of the way from the start are validated beside trained weights, at a rate that spoils those;
+    the best is saved, and training goes on from the trained ones."""
+    optimizer = {"learning_rate": 3e-2, "head_learning_rate": 3e-2}
+    student = {"head": "similarity", "dropout": 0.0}
+    plain = settings(labels, tiny_bert, student=student, optimizer=optimizer, max_steps=4)
+    shares = plain.model_copy(update={"validation": plain.validation.model_copy(update={"interpolation": (0.25, 0.5)})})
+    start, undisturbed = Trainer(plain, World(), None), Trainer(plain, World(), None)
+    for _ in range(plain.max_steps):
+        undisturbed.train_step()
+    trained = [p.detach().clone() for p in undisturbed.student.parameters()]
+    by_share = {}
+    for share in (0.25, 0.5, 1.0):
+        mixed = Trainer(plain, World(), None)
+        for p, a, b in zip(mixed.student.parameters(), start.student.parameters(), trained, strict=True):
+            p.data = a.detach() * (1 - share) + b * share
+        by_share[share] = mixed.validate()[0]
+    best = max(by_share, key=by_share.get)
+    assert best != 1.0
+    reports = Reports(tmp_path)
+    train(shares, World(), reports)
+    last = reports.metrics[4]
+    assert last["trained_share"] == best
+    assert last["validation_ndcg@10"] == pytest.approx(by_share[best])
+    assert "trained_share" not in undisturbed._validation_metrics({})
+    saved = load_file(reports.checkpoint(4) / STUDENT / "model.safetensors")
+    name, weight = next((n, p) for n, p in undisturbed.student.backbone.named_parameters() if "query.weight" in n)
+    before = dict(start.student.backbone.named_parameters())[name]
+    torch.testing.assert_close(saved[name], before * (1 - best) + weight * best, rtol=1e-4, atol=1e-6)
+    resumed = Trainer(shares, World(), reports.checkpoint(4))
+    for parameter, expected in zip(resumed.student.parameters(), trained, strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
@@ -517,7 +562,15 @@ WRONG_STRATEGIES = {
     "min_workers": ({"execution": {"workers": 2, "min_workers": 3}}, r"min_workers \(3\) is above workers \(2\)"),
     "averaging": (
         {"execution": {"strategy": "zero3"}, "optimizer": {"averaging": 0.9}},
-        "a second copy of all weights on every worker",
+        "optimizer.averaging keeps a second copy of all weights on every worker",
+    ),
+    "interpolation": (
+        {"execution": {"strategy": "zero3"}, "validation": {"interpolation": [0.5]}},
+        "validation.interpolation keeps a second copy of all weights on every worker",
+    ),
+    "interpolated adapters": (
+        {"student": {"lora": {"rank": 2}}, "validation": {"interpolation": [0.5]}},
+        "validation.interpolation is between weights, and student.lora trains adapters",
     ),
 }
 
