@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.engine import BatchRunner, group_in_order
-from rerank_ray.models.prepacked import prepack
 from rerank_ray.models.student import Student
 from rerank_ray.models.student.source import layers_of
+from rerank_ray.settings.models import TorchSettings
 from rerank_ray.uncertainty import uncertainty_of
 
 EXIT_DEPTH = 10
@@ -56,9 +57,9 @@ class AdaptiveExit:
                 "use a fixed exit_layer"
             )
 
-    def to(self, device: torch.device) -> AdaptiveExit:
+    def to(self, device: torch.device, settings: TorchSettings) -> AdaptiveExit:
         for segment in self.segments:
-            prepack(segment.student.to(device))
+            accelerate(segment.student.to(device).pretrained, settings)
         return self
 
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[tuple[float, ...], int]]:

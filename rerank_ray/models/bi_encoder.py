@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
 from rerank_ray.models.loading import load, read_beside
-from rerank_ray.models.prepacked import prepack
 from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
@@ -39,7 +39,7 @@ class BiEncoder:
         self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self.parameters = engine.count_parameters(self.model)
-        prepack(self.model)
+        accelerate(self.model, settings)
         self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self.cache = EmbeddingCache(settings.cache_mb << 20)

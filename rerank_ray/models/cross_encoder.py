@@ -8,8 +8,8 @@ import torch
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.adaptive_exit import AdaptiveExit
-from rerank_ray.models.prepacked import prepack
 from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.student import Student, load_student
@@ -35,9 +35,9 @@ class CrossEncoder:
         # With adaptive exits its parts do the work, and the whole only tokenises.
         self.student = student if self.adaptive else student.to(self.device)
         if self.adaptive is not None:
-            self.adaptive.to(self.device)
+            self.adaptive.to(self.device, settings)
         else:
-            prepack(self.student)
+            accelerate(self.student.pretrained, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:

@@ -15,7 +15,7 @@ from rerank_ray.errors import ModelError
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
 _LONGEST_UNFUSED = 512
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes it natively, float32 elsewhere."""
+    """What weights are loaded in: `auto` is bfloat16 where the device computes it natively, float32 elsewhere."""
     if name != "auto":
         return _DTYPES[name]
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.loading import load
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
@@ -71,11 +72,14 @@ class HFCausal:
         self.name = f"hf_causal:{resolved.identity}"
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
-        if model is None:
+        loaded = model is None
+        if loaded:
             dtype = engine.pick_dtype(settings.dtype, self.device)
             model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
         self.model = model
         self.parameters = engine.count_parameters(self.model)
+        if loaded:
+            accelerate(self.model.base_model, settings)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and settings.max_length > limit:
             raise ModelError(
@@ -91,6 +95,9 @@ class HFCausal:
         if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= _CACHED_LAYERS:
             # States of recurrent layers can't be cut into rows and columns as keys and values can.
             self.answers, self.share_prefix = self.answers - {Generate}, False
+        if settings.compile:
+            # Attention is read by putting other functions into the model.
+            self.answers -= {Attention}
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select)
         self._label_ids: dict[tuple[str, ...], list[int]] = {}

@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertPreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
 from rerank_ray.models.loading import load, read_beside
 from rerank_ray.models.protocol import Answer, EmbedTokens, Result
@@ -144,6 +145,7 @@ class ColBERT:
             )
         self.model = model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
+        accelerate(self.model, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self.cache = EmbeddingCache(settings.cache_mb << 20)
 

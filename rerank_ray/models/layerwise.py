@@ -17,6 +17,7 @@ from transformers.models.granite.modeling_granite import GranitePreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Pair, Result
@@ -81,6 +82,7 @@ class Layerwise:
             )
         self.model = model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
+        accelerate(self.model, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:

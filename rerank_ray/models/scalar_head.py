@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
@@ -42,6 +43,7 @@ class ScalarHead:
         self.model = _load_model(resolved, adapter, settings, engine.pick_dtype(settings.dtype, self.device))
         self.model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
+        accelerate(self.model.base_model, settings)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and settings.max_length > limit:
             raise ModelError(

@@ -42,7 +42,17 @@ class ModelSettings(Settings):
         return self
 
 
-class HFCausalSettings(ModelSettings):
+class TorchSettings(ModelSettings):
+    """A model whose forward pass may be made faster than it was loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """`auto` is bfloat16 where the device computes it natively and float32 elsewhere. `int8` is float32 with linear
+    layers in 8-bit integers (dynamic quantisation), for CPUs without bfloat16; it pays with `compile`."""
+    compile: bool = False
+    """Let torch.compile make one program of the model: for long runs, as the first batches take a minute or more."""
+
+
+class HFCausalSettings(TorchSettings):
     """A decoder LLM run by transformers (safetensors or GGUF)."""
 
     kind: Literal["hf_causal"] = "hf_causal"
@@ -60,7 +70,7 @@ class HFSeq2SeqSettings(ModelSettings):
     kind: Literal["hf_seq2seq"] = "hf_seq2seq"
 
 
-class CrossEncoderSettings(ModelSettings):
+class CrossEncoderSettings(TorchSettings):
     """A cross-encoder: a sequence-classification checkpoint with one output, or a student of ours."""
 
     kind: Literal["cross_encoder"] = "cross_encoder"
@@ -68,8 +78,17 @@ class CrossEncoderSettings(ModelSettings):
     """Layer-wise students only: the layer to stop at; null is the last. `adaptive` stops at the first layer where a
     list's order is settled, by the thresholds that `rerank-ray calibrate-exit` wrote into the student."""
 
+    @model_validator(mode="after")
+    def _compiled_layers_stay_together(self) -> CrossEncoderSettings:
+        if self.compile and self.exit_layer == "adaptive":
+            raise ValueError(
+                "compile makes one program of the layers, and with exit_layer: adaptive rows leave between them: leave "
+                "one of the two out"
+            )
+        return self
 
-class ScalarHeadSettings(ModelSettings):
+
+class ScalarHeadSettings(TorchSettings):
     """A decoder with a scalar head on its last token (RankLLaMA), its LoRA adapter apart or merged.
 
     Query and document are joined as the tokenizer joins a pair: for Llama `<s> query: … <s> document: …`.
@@ -104,7 +123,7 @@ class ScalarHeadSettings(ModelSettings):
         return self
 
 
-class LayerwiseSettings(ModelSettings):
+class LayerwiseSettings(TorchSettings):
     """A layer-wise decoder in FlagEmbedding's layout (bge-reranker-v2-minicpm-layerwise): a head on every layer from
     `start_layer` of its config on."""
 
@@ -119,7 +138,7 @@ class LayerwiseSettings(ModelSettings):
     """What stands after query and passage."""
 
 
-class EmbeddingSettings(ModelSettings):
+class EmbeddingSettings(TorchSettings):
     """What models that embed documents apart from queries share."""
 
     cache_mb: NonNegativeInt = 256

@@ -1,0 +1,119 @@
+"""What is done to a loaded model changes its speed and, within its precision, nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.students import DOCUMENTS, QUERIES, start, stirred
+from pydantic import ValidationError
+from torch import nn
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
+
+from rerank_ray.errors import ModelError
+from rerank_ray.models.acceleration import Int8Linear, accelerate
+from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.protocol import Attention, Generate, LogLikelihood, NextToken, Pair, Prompt
+from rerank_ray.settings.models import CrossEncoderSettings, HFCausalSettings
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+def settings(path: object = "unused", **given) -> CrossEncoderSettings:
+    return CrossEncoderSettings(path=str(path), **given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_8_bit_layer_by_hand(bias: bool):
+    """Weights [[1, -2], [0.5, 0.25]] have scales 2/127 and 0.5/127, so 64 and −127 steps (63.5 rounds to even), 127 and
+    64. The input [3, -1] has scale 3/127: 127 and −42 steps. The products are 64·127 + 127·42 and 127·127 − 64·42.
+    """
+    linear = nn.Linear(2, 2, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, -2.0], [0.5, 0.25]]))
+        if bias:
+            linear.bias.copy_(torch.tensor([10.0, 20.0]))
+    expected = torch.tensor([13462 * 2 / 127 * 3 / 127, 13441 * 0.5 / 127 * 3 / 127])
+    expected = expected + torch.tensor([10.0, 20.0]) if bias else expected
+    found = Int8Linear(linear)(torch.tensor([[[3.0, -1.0]], [[0.0, 0.0]]]))
+    torch.testing.assert_close(found[0, 0], expected)
+    assert found.shape == (2, 1, 2)
+    assert found[1, 0].tolist() == ([10.0, 20.0] if bias else [0.0, 0.0])
+
+
+def test_8_bit_layers_are_near_the_layers_they_replace():
+    """A step is 1/127 of a row's largest value, and rounding errs by up to half a step in each of two factors."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 96), torch.randn(5, 33, 256)
+    found = Int8Linear(linear)(x)
+    with torch.no_grad():
+        expected = linear(x)
+    assert (found - expected).std() < 0.02 * expected.std()
+
+
+def test_only_large_linear_layers_become_8_bit():
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"large": nn.Linear(64, 64), "head": nn.Linear(64, 1), "own": Own(64, 64)})
+    accelerate(model, settings(dtype="int8"))
+    assert isinstance(model["large"], Int8Linear)
+    assert type(model["head"]) is nn.Linear
+    assert type(model["own"]) is Own
+
+
+def test_8_bit_is_for_the_cpu():
+    with pytest.raises(ModelError, match="dtype: int8 is for CPUs, and the device is meta: use bfloat16"):
+        accelerate(nn.Linear(64, 64, device="meta"), settings(dtype="int8"))
+
+
+def test_a_missing_compiler_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch):
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ModelError, match=r"needs a C\+\+ compiler here, g\+\+ or clang\+\+"):
+        accelerate(nn.Linear(4, 4), settings(compile=True))
+
+
+def test_adaptive_exits_are_not_compiled():
+    with pytest.raises(ValidationError, match="rows leave between them: leave one of the two out"):
+        settings(compile=True, exit_layer="adaptive")
+
+
+@needs_compiler
+@pytest.mark.parametrize("head", [pytest.param("linear", marks=pytest.mark.slow), "similarity"])
+def test_a_compiled_student_scores_as_it_did(tiny_bert: Path, tmp_path: Path, head: str):
+    """Over batches of several sizes and lengths, the gated attention's included."""
+    stirred(start(tiny_bert, head)).save(tmp_path)
+    pairs = [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)]
+    plain = CrossEncoder(settings(tmp_path, dtype="float32", max_length=64))
+    compiled = CrossEncoder(settings(tmp_path, dtype="float32", max_length=64, compile=True))
+    for some in (pairs, pairs[:3], pairs[1:2]):
+        expected, found = ([a.value for a in model.run(some)] for model in (plain, compiled))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_decoder_answers_as_it_did(tiny_llama: Path):
+    """With and without a prefix that prompts share, whose keys and values are computed once; attention is not shown."""
+    prompts = [Prompt(parts=("alpha beta " * 12, " gamma"), passages=(d,)) for d in ("cat", "the dog of beta", "iota")]
+    calls = [NextToken(prompt=p, labels=("Yes", "No")) for p in prompts]
+    calls += [LogLikelihood(prompt=p, continuation=" delta") for p in prompts]
+    calls += [Generate(prompt=prompts[0], max_tokens=4)]
+    plain = HFCausal(HFCausalSettings(path=str(tiny_llama), dtype="float32", max_length=96))
+    compiled = HFCausal(HFCausalSettings(path=str(tiny_llama), dtype="float32", max_length=96, compile=True))
+    assert Attention in plain.answers - compiled.answers
+    for some in (calls, calls[:1], calls[4:]):
+        for expected, found in zip(plain.run(some), compiled.run(some), strict=True):
+            if isinstance(expected.value, str):
+                assert found.value == expected.value
+            else:
+                np.testing.assert_allclose(found.value, expected.value, atol=1e-4)
+    assert any(answer.usage.cached_tokens for answer in plain.run(calls))
