@@ -16,6 +16,11 @@ from rerank_ray.models.student import Student, load_student
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import CrossEncoderSettings
 
+Encoded = dict[str, list[int]]
+"""One tokenised pair, as `Student.encode` returns it."""
+_POOL = 2048
+"""Pairs that are sorted by length and scored while the next ones are tokenised."""
+
 
 class CrossEncoder:
     """Answers `Pair` with a checkpoint's raw score, or with a layer-wise student's at its exit layer; `PairList`, where
@@ -43,7 +48,13 @@ class CrossEncoder:
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:
         if self.adaptive is not None:
             return self._run_lists(calls)
-        encoded = self.student.encode([c.query for c in calls], [c.text for c in calls])
+        pools = [calls[i : i + _POOL] for i in range(0, len(calls), _POOL)]
+        return [answer for encoded in engine.ahead(pools, self._encode) for answer in self._answers(encoded)]
+
+    def _encode(self, calls: Sequence[Pair]) -> list[Encoded]:
+        return self.student.encode([c.query for c in calls], [c.text for c in calls])
+
+    def _answers(self, encoded: Sequence[Encoded]) -> list[Answer]:
         lengths = [len(e["input_ids"]) for e in encoded]
         scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
         return [
@@ -60,7 +71,7 @@ class CrossEncoder:
         ]
 
     @torch.inference_mode()
-    def _forward(self, encoded: list[dict[str, list[int]]]) -> list[float]:
+    def _forward(self, encoded: list[Encoded]) -> list[float]:
         return self.student(**self.student.batch(encoded))[-1].float().tolist()
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
+
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
@@ -72,6 +78,18 @@ def computes_bfloat16(device: torch.device) -> bool:
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters of a model, shared ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterator[Prepared]:
+    """`prepare(item)` of each item in order, the next one's in a thread while the caller is busy with this one's."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Prepared]] = deque()
+        for item in items:
+            waiting.append(thread.submit(prepare, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.student import lora
+from rerank_ray.models.text_tokens import TextTokens
 from rerank_ray.settings.distill import StudentHead
 
 DESCRIPTION = "student.json"
@@ -69,6 +70,7 @@ class Student(nn.Module):
         super().__init__()
         self.description = description
         self.tokenizer = tokenizer
+        self.texts = TextTokens(tokenizer, description.max_length)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -177,18 +179,18 @@ def described_at(description: StudentDescription, layer: int, *, alone: bool) ->
 
 
 def encode_pairs(
-    tokenizer, description: StudentDescription, queries: Sequence[str], documents: Sequence[str]
+    texts: TextTokens, description: StudentDescription, queries: Sequence[str], documents: Sequence[str]
 ) -> list[dict[str, list[int]]]:
     """Tokenise pairs as the tokenizer joins them, each text behind its prefix; only documents are cut to fit."""
-    queries = [description.query_prefix + q for q in queries]
-    encoded = tokenizer(
-        clipped(tokenizer, queries, description.max_query_length),
-        [description.document_prefix + d for d in documents],
-        truncation="only_second",
-        max_length=description.max_length,
-    )
-    names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
-    return [{n: encoded[n][i] for n in names} for i in range(len(queries))]
+    heads = texts.ids([description.query_prefix + q for q in queries])
+    tails = texts.ids([description.document_prefix + d for d in documents])
+    longest = description.max_query_length - texts.single.length
+    room = description.max_length - texts.pair.length
+    encoded = []
+    for head, tail in zip(heads, tails, strict=True):
+        query = head[:longest]
+        encoded.append(texts.pair.fill(query, tail[: room - len(query)]))
+    return encoded
 
 
 def collate_causal(encoded: Sequence[dict[str, list[int]]], limit: int | None) -> dict[str, torch.Tensor]:

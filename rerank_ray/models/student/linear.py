@@ -32,7 +32,7 @@ class LinearStudent(Student):
         return self.early_heads.state_dict()
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
-        return encode_pairs(self.tokenizer, self.description, queries, documents)
+        return encode_pairs(self.texts, self.description, queries, documents)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         early = len(self.early_heads) > 0

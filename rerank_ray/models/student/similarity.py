@@ -64,9 +64,9 @@ class SimilarityStudent(Student):
         return None
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
-        head = self.tokenizer(list(queries), truncation=True, max_length=self.description.max_query_length)["input_ids"]
-        room = self.description.max_length - self.description.max_query_length
-        tail = self.tokenizer(list(documents), truncation=True, max_length=room)["input_ids"]
+        longest = self.description.max_query_length
+        head = self._alone(queries, longest)
+        tail = self._alone(documents, self.description.max_length - longest)
         start = self.first_position
         return [
             {
@@ -79,7 +79,7 @@ class SimilarityStudent(Student):
 
     def encode_alone(self, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
         """Tokenise texts for `states`, as one segment each."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+        encoded = self._alone(texts, max_length)
         start = self.first_position
         return [
             {
@@ -89,6 +89,12 @@ class SimilarityStudent(Student):
             }
             for ids in encoded
         ]
+
+    def _alone(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids of each text with the special tokens around it, at most `max_length` together."""
+        frame = self.texts.single
+        room = max_length - frame.length
+        return [frame.fill(ids[:room])["input_ids"] for ids in self.texts.ids(texts)]
 
     def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> list[torch.Tensor]:
         """Hidden states [B, L, H] after each layer that has a head."""

@@ -33,7 +33,7 @@ class T5EncoderStudent(Student):
         return list(self.linear.parameters())
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
-        encoded = encode_pairs(self.tokenizer, self.description, queries, documents)
+        encoded = encode_pairs(self.texts, self.description, queries, documents)
         return [{"input_ids": e["input_ids"]} for e in encoded]
 
     def forward(self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
