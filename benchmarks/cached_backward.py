@@ -21,8 +21,8 @@ from dataclasses import replace
 import torch
 from harness import publish
 
-from rerank_ray.distill.train import Trainer, World
-from rerank_ray.records import Candidate, CandidateList, Labels, Query, Scores
+from rerank_ray.distill.train import StepData, Trainer, World
+from rerank_ray.records import Candidate, CandidateList, Query, Scores
 from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
 from rerank_ray.settings.distill import DistillSettings
 
@@ -68,18 +68,19 @@ def measure(student: str, backward: str, count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_rows((labelled(f"q{i}", count) for i in range(10)), folder, LABELS)
         trainer = Trainer(settings(folder, student, backward, count), World(), None)
-        rows = list(trainer.reader.read(trainer.data.train[:1]))
+        data = trainer.step_data(0)
     trainer.student.train()
-    trainer.forward_backward([first_candidates(rows[0], 1)], 0)
+    trainer.forward_backward(first_candidates(data, 1))
     before = largest_resident_mib()
     started = time.process_time()
-    trainer.forward_backward(rows, 0)
+    trainer.forward_backward(data)
     return {"seconds": time.process_time() - started, "mib": largest_resident_mib() - before}
 
 
-def first_candidates(labels: Labels, count: int) -> Labels:
-    shorter = replace(labels.candidate_list, candidates=labels.candidate_list.candidates[:count])
-    return replace(labels, candidate_list=shorter, scores=labels.scores[:count])
+def first_candidates(data: StepData, count: int) -> StepData:
+    """The step's one list, cut short."""
+    ((labels, indices),) = data.groups
+    return replace(data, groups=[(labels, indices[:count])], encoded=[data.encoded[0][:count]])
 
 
 def largest_resident_mib() -> float:

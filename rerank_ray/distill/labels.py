@@ -119,9 +119,11 @@ class Steps:
     def at(self, step: int) -> tuple[np.ndarray, int]:
         """Positions [rows, 2] of a step, for all workers, and its epoch; an epoch's last step can have fewer rows."""
         epoch, number = divmod(step, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._data.order(self._seed, epoch))
-        return self._order[1][number * self._size : (number + 1) * self._size], epoch
+        held, order = self._order
+        if held != epoch:
+            order = self._data.order(self._seed, epoch)
+            self._order = (epoch, order)
+        return order[number * self._size : (number + 1) * self._size], epoch
 
 
 class LabelReader:

@@ -11,7 +11,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,20 @@ Encoded = dict[str, list[int]]
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
 checkpoint is what the workers' folders hold together. None where a worker adds nothing to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """What one worker computes in one step."""
+
+    groups: Sequence[tuple[Labels, Sequence[int]]]
+    """Each query's labels, and the candidates that were sampled of it."""
+    encoded: Sequence[list[Encoded]]
+    """Of each group, its pairs."""
+    queries: int
+    """Of the step, over all workers."""
+    counts: bool
+    """False for a worker without queries, which takes part with the data of another."""
 
 
 def train(
@@ -88,6 +104,8 @@ class Trainer:
         self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
         if resume:
             self.parallel.load_state(resume)
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[StepData]] | None = None
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped = dict.fromkeys(term_names(settings.objective), 0)
 
@@ -127,8 +145,7 @@ class Trainer:
         # Dropout, like the data, is a function of where a run stands: a resumed one draws the same.
         torch.manual_seed(_random_seed(self.settings.seed, self.progress.step, self.world.rank))
         set_learning_rate(self.parallel.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
-        groups, epoch = self._groups()
-        losses = self.forward_backward(groups, epoch)
+        losses = self.forward_backward(self._step_data())
         norm = self.parallel.step()
         if self.average is not None:
             parameters = [p.detach() for p in self.trained]
@@ -137,40 +154,52 @@ class Trainer:
         self._since_validation["seconds"] += time.perf_counter() - started
         return {**losses, "gradient_norm": norm}
 
-    def forward_backward(self, rows: Sequence[Labels], epoch: int) -> dict[str, float]:
+    def _step_data(self) -> StepData:
+        """This step's data. The next step's is read and tokenised in a thread meanwhile."""
+        step = self.progress.step
+        ready = self._next is not None and self._next[0] == step
+        data = self._next[1].result() if ready else self.step_data(step)
+        self._next = (step + 1, self._thread.submit(self.step_data, step + 1)) if step + 1 < self.total_steps else None
+        return data
+
+    def step_data(self, step: int) -> StepData:
+        """Read, sample and tokenise what this worker computes in a step: a function of seed, step and rank alone."""
+        positions, epoch = self.steps.at(step)
+        own = positions[self.world.rank :: self.world.size]
+        # The last step of an epoch can leave a worker without queries.
+        rows = self.reader.read(own if len(own) else self.data.train[:1])
+        groups = [(row, sample_group(row, self.settings.sampling, self.settings.seed, epoch)) for row in rows]
+        encoded = [self._encode(row, indices) for row, indices in groups]
+        return StepData(groups=groups, encoded=encoded, queries=len(positions), counts=len(own) > 0)
+
+    def forward_backward(self, data: StepData) -> dict[str, float]:
         """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
 
         The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held,
         or, where the forward pass is cached, one micro-batch's. A worker that is through with its own chunks while
         others are not, or that has none, takes part with a weight of 0.
         """
-        settings = self.settings
-        # The last step of an epoch can leave a worker without queries.
-        weight = 1.0 if rows else 0.0
-        rows = rows or [next(self.reader.read(self.data.train[:1]))]
-        groups = [(row, sample_group(row, settings.sampling, settings.seed, epoch)) for row in rows]
-        encoded = [self._encode(row, indices) for row, indices in groups]
         # Gradients are averaged over workers; the sum over queries over the step's query count is the step's mean.
-        factor = weight * self.world.size / self._queries_of_step()
+        factor = data.counts * self.world.size / data.queries
         # Of each term: its sum over the queries that it teaches, and their number.
         sums: dict[str, torch.Tensor] = {}
-        tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
-        chunks = engine.group_in_order(tokens, settings.tokens_per_backward)
+        tokens = [sum(len(e["input_ids"]) for e in group) for group in data.encoded]
+        chunks = engine.group_in_order(tokens, self.settings.tokens_per_backward)
         count = self.parallel.backwards(len(chunks))
         cached = [self._is_cached(sum(tokens[q] for q in chunk)) for chunk in chunks] + [False] * (count - len(chunks))
         for number, is_cached in enumerate(self.parallel.forwards(*cached)):
             own = number < len(chunks)
             chunk = chunks[number if own else 0]
-            pairs = [e for q in chunk for e in encoded[q]]
+            pairs = [e for q in chunk for e in data.encoded[q]]
             longest = max(len(e["input_ids"]) for e in pairs)
             # Around the backward pass too: with checkpoints it computes layers again.
             with (
                 engine.attention_for_training(self.device, longest),
                 self.parallel.accumulate(last=number == count - 1),
             ):
-                terms = self._objective([groups[q] for q in chunk], pairs, is_cached)
+                terms = self._objective([data.groups[q] for q in chunk], pairs, is_cached)
                 self.parallel.backward((factor if own else 0.0) * terms["total"].loss.sum())
-            counted = float(own and bool(weight))
+            counted = float(own and data.counts)
             self._since_validation["pairs"] += counted * len(pairs)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + counted * _sum_and_count(term)
@@ -178,7 +207,7 @@ class Trainer:
             torch.distributed.all_reduce(totals := torch.stack(list(sums.values())))
             sums = dict(zip(sums, totals, strict=True))
         for name in self._skipped:
-            self._skipped[name] += self._queries_of_step() - int(sums[name][1])
+            self._skipped[name] += data.queries - int(sums[name][1])
         return {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
 
     def _is_cached(self, tokens: int) -> bool:
@@ -224,16 +253,11 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def _queries_of_step(self) -> int:
-        return len(self.steps.at(self.progress.step)[0])
-
-    def _groups(self) -> tuple[list[Labels], int]:
-        positions, epoch = self.steps.at(self.progress.step)
-        return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch
-
     @torch.no_grad()
     def validate(self) -> list[float]:
         """Mean nDCG@10 over the held-out queries at each layer that has a head."""
+        if self._next is not None:
+            wait([self._next[1]])  # a tokenizer is not for two threads
         self.student.eval()
         sums = torch.zeros(len(self.student.layers) + 1, dtype=torch.float64)
         positions = self.data.validation[self.world.rank :: self.world.size]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given
@@ -160,3 +162,28 @@ def test_attention_for_training_leaves_no_setting_behind():
     for device, length in ((torch.device("meta"), 20), (CPU, 4096)):
         with engine.attention_for_training(device, length):
             assert in_force() == before
+
+
+def test_the_next_item_is_prepared_while_the_caller_works():
+    """The thread is at the second item before the first one's result is used, and no further ahead than that."""
+    started = [threading.Event() for _ in range(4)]
+
+    def prepare(number: int) -> int:
+        started[number].set()
+        return 10 * number
+
+    results = engine.ahead(range(4), prepare)
+    assert next(results) == 0
+    assert started[1].wait(5)
+    assert not started[2].is_set()
+    assert list(results) == [10, 20, 30]
+
+
+def test_what_fails_ahead_is_raised_in_its_turn():
+    def prepare(number: int) -> float:
+        return 1 / number
+
+    results = engine.ahead([1, 0, 2], prepare)
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)

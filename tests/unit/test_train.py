@@ -18,7 +18,7 @@ from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.train import Trainer, World, check_student, train
+from rerank_ray.distill.train import StepData, Trainer, World, check_student, train
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings, StudentSettings
@@ -226,6 +226,20 @@ def test_the_best_share_of_the_trained_weights_is_kept(labels: str, tiny_bert: P
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_next_step_is_prepared_meanwhile(labels: str, tiny_bert: Path):
+    """Its data is what the step asks for, over the end of an epoch, and none is prepared beyond the last step."""
+    trainer = Trainer(settings(labels, tiny_bert, max_steps=8), World(), None)
+    expected = [trainer.step_data(step) for step in range(8)]
+    for step in range(8):
+        found = trainer._step_data()
+        assert [row.candidate_list.query.query_id for row, _ in found.groups] == [
+            row.candidate_list.query.query_id for row, _ in expected[step].groups
+        ]
+        assert found.encoded == expected[step].encoded
+        assert (trainer._next is None) == (step == 7)
+        trainer.progress.step += 1
+
+
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
     """The same seed gives the same bytes, another seed or no dropout others: so the test above tests something."""
 
@@ -294,8 +308,7 @@ def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
         chosen = settings(labels, tiny_bert, student={"dropout": 0.0}, tokens_per_micro_batch=tokens)
         trainer = Trainer(chosen, World(), None)
         trainer.student.train()
-        rows, epoch = trainer._groups()
-        trainer.forward_backward(rows, epoch)
+        trainer.forward_backward(trainer.step_data(0))
         return [p.grad for p in trainer.student.parameters() if p.grad is not None]
 
     one, many = gradients(100_000), gradients(32)
@@ -308,8 +321,7 @@ def gradients(trainer: Trainer) -> list[torch.Tensor]:
     """The gradient of the first step, from the same random state each time."""
     trainer.student.train()
     torch.manual_seed(7)
-    rows, epoch = trainer._groups()
-    trainer.forward_backward(rows, epoch)
+    trainer.forward_backward(trainer.step_data(0))
     return [p.grad for p in trainer.student.parameters() if p.grad is not None]
 
 
@@ -345,7 +357,7 @@ def test_a_cached_forward_pass_keeps_scores_only(labels: str, tiny_bert: Path):
 
     def held(cached: bool) -> int:
         trainer = Trainer(settings(labels, tiny_bert), World(), None)
-        row = trainer._groups()[0][0]
+        row, _ = trainer.step_data(0).groups[0]
         elements = []
         count = torch.autograd.graph.saved_tensors_hooks(lambda t: elements.append(t.numel()) or t, lambda t: t)
         with count:
@@ -412,8 +424,9 @@ def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path, monke
     results, gradient = [], []
     for count, step_rows in ((1, [taught]), (2, [taught, tied])):
         trainer.parallel.optimizer.zero_grad()
-        monkeypatch.setattr(trainer, "_queries_of_step", lambda n=count: n)
-        results.append(trainer.forward_backward(step_rows, 0))
+        groups = [(row, range(CANDIDATES)) for row in step_rows]
+        encoded = [trainer._encode(*group) for group in groups]
+        results.append(trainer.forward_backward(StepData(groups=groups, encoded=encoded, queries=count, counts=True)))
         gradient.append(trainer.student.model.classifier.weight.grad)
     assert results[1]["kl"] == pytest.approx(results[0]["kl"])
     assert results[1]["total"] == pytest.approx(results[0]["total"] / 2)
@@ -496,9 +509,9 @@ def test_labels_that_were_opened_are_not_opened_again(labels: str, tiny_bert: Pa
     """The driver digests the files once, for all workers; what a worker reads of them is the same."""
     chosen = settings(labels, tiny_bert)
     opened = LabelSet.open([labels], chosen.validation.fraction, chosen.seed)
-    rows = [row.candidate_list.query.query_id for row in Trainer(chosen, World(), None)._groups()[0]]
+    rows = [row for row, _ in Trainer(chosen, World(), None).step_data(0).groups]
     monkeypatch.setattr(LabelSet, "open", None)
-    assert [row.candidate_list.query.query_id for row in Trainer(chosen, World(), None, opened)._groups()[0]] == rows
+    assert [row for row, _ in Trainer(chosen, World(), None, opened).step_data(0).groups] == rows
 
 
 def without_weights(model: Path, tmp_path: Path) -> Path:
