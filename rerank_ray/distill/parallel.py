@@ -80,12 +80,12 @@ class Replicas:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self) -> torch.Tensor | float:
         """Clip the gradient, take the optimizer's step and drop the gradient; returns its norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def save_student(self, folder: Path) -> None:
         """Write the student as it would be deployed, on the first worker."""
@@ -139,9 +139,9 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         self.model.backward(loss)
 
-    def step(self) -> float:
+    def step(self) -> torch.Tensor | float:
         self.model.step()
-        return float(self.model.get_global_grad_norm())
+        return self.model.get_global_grad_norm()
 
     def save_student(self, folder: Path) -> None:
         if self._gathers_weights:

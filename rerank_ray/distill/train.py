@@ -107,7 +107,7 @@ class Trainer:
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[StepData]] | None = None
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
-        self._skipped = dict.fromkeys(term_names(settings.objective), 0)
+        self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(term_names(settings.objective), 0)
 
     def _warm_up(self) -> dict[str, float]:
         """Let the first worker warm up the early exits, where the settings say so, and the others take its weights."""
@@ -138,8 +138,11 @@ class Trainer:
             or self.progress.validations_without_best >= self.settings.validation.patience
         )
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step; returns the mean of each loss over those of the step's queries that it teaches."""
+    def train_step(self) -> dict[str, torch.Tensor | float]:
+        """One optimizer step; returns the mean of each loss over those of the step's queries that it teaches.
+
+        They stay on the device, which nothing in a step waits for.
+        """
         started = time.perf_counter()
         self.student.train()
         # Dropout, like the data, is a function of where a run stands: a resumed one draws the same.
@@ -172,7 +175,7 @@ class Trainer:
         encoded = [self._encode(row, indices) for row, indices in groups]
         return StepData(groups=groups, encoded=encoded, queries=len(positions), counts=len(own) > 0)
 
-    def forward_backward(self, data: StepData) -> dict[str, float]:
+    def forward_backward(self, data: StepData) -> dict[str, torch.Tensor]:
         """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
 
         The objective is a sum over queries, so backward runs chunk by chunk and only one chunk's activations are held,
@@ -207,8 +210,8 @@ class Trainer:
             torch.distributed.all_reduce(totals := torch.stack(list(sums.values())))
             sums = dict(zip(sums, totals, strict=True))
         for name in self._skipped:
-            self._skipped[name] += data.queries - int(sums[name][1])
-        return {name: float(total / count.clamp(min=1)) for name, (total, count) in sums.items()}
+            self._skipped[name] = self._skipped[name] + data.queries - sums[name][1]
+        return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
     def _is_cached(self, tokens: int) -> bool:
         settings = self.settings
@@ -217,11 +220,13 @@ class Trainer:
     def _objective(
         self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded], cached: bool
     ) -> dict[str, Term]:
-        targets = Targets.of(groups).to(self.device)
+        targets = Targets.of(groups)
         flat = self._scores(self.parallel.model, encoded, cached)
         layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
-        layer_scores[:, targets.mask] = flat
-        return objective(layer_scores, targets, self.settings.objective)
+        # Places instead of the mask itself: how many they are is known before the device has computed anything.
+        rows, columns = (index.to(self.device) for index in targets.mask.nonzero(as_tuple=True))
+        layer_scores[:, rows, columns] = flat
+        return objective(layer_scores, targets.to(self.device), self.settings.objective)
 
     def _scores(self, model: nn.Module, encoded: list[Encoded], cached: bool = False) -> torch.Tensor:
         """Scores [layers, pairs] of encoded pairs.
@@ -292,7 +297,7 @@ class Trainer:
             yield trained
             torch._foreach_copy_(self.trained, trained)
 
-    def validate_and_report(self, report: Report, losses: dict[str, float]) -> None:
+    def validate_and_report(self, report: Report, losses: dict[str, torch.Tensor | float]) -> None:
         """Validate the weights that would be kept, and report them as a checkpoint."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -308,7 +313,7 @@ class Trainer:
                 checkpoints.save(folder, self.progress, trained, average, self.start)
             report(metrics, folder if any(folder.iterdir()) else None)
 
-    def _validation_metrics(self, losses: dict[str, float]) -> dict[str, float]:
+    def _validation_metrics(self, losses: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Validate, and note whether this is the best step."""
         progress = self.progress
         rates = self._rates() | self._skip_counts()
@@ -325,7 +330,7 @@ class Trainer:
             "epoch": progress.step / self.steps.per_epoch,
             "validation_ndcg@10": ndcg,
             **(self.warm_up_metrics if progress.step == 0 else {}),
-            **{f"loss/{name}": value for name, value in losses.items()},
+            **{f"loss/{name}": float(value) for name, value in losses.items()},
             **rates,
             "learning_rate": self.parallel.optimizer.param_groups[0]["lr"],
             "validation_seconds": time.perf_counter() - started,
@@ -373,7 +378,7 @@ class Trainer:
         """How often each term skipped a query since the last validation, over all workers."""
         if not self._since_validation["seconds"]:
             return {}
-        counts = {f"skipped_queries/{name}": count for name, count in self._skipped.items()}
+        counts = {f"skipped_queries/{name}": int(count) for name, count in self._skipped.items()}
         self._skipped = dict.fromkeys(self._skipped, 0)
         return counts
 
