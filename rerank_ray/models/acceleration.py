@@ -67,13 +67,15 @@ def _to_int8(model: nn.Module) -> None:
 
 def _compile(model: nn.Module, device: torch.device) -> None:
     """Compile at the first batches, for any batch size and length; the weights become constants of the code."""
-    if device.type == "cpu":
-        # Imported here, since it takes a second and most runs don't compile.
-        from torch._inductor import cpp_builder, exc
+    # Imported here, since it takes a second and most runs don't compile.
+    from torch._inductor import config, cpp_builder, exc
 
+    if device.type == "cpu":
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler as error:
             reason = "compile: true needs a C++ compiler here, g++ or clang++: install one, or leave it out"
             raise ModelError(reason) from error
-    model.compile(dynamic=True, options={"freezing": True})
+    # For the whole process: as an option of the call it would not be known where the model is traced.
+    config.freezing = True
+    model.compile(dynamic=True)
