@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures import published
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
+from fixtures.tiny_models import tiny_bert_folder
 from pydantic import ValidationError
 from torch import nn
 from torch._inductor import cpp_builder
@@ -16,10 +18,27 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import Int8Linear, accelerate
+from rerank_ray.models.backends import load_backend
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
-from rerank_ray.models.protocol import Attention, Generate, LogLikelihood, NextToken, Pair, Prompt
-from rerank_ray.settings.models import CrossEncoderSettings, HFCausalSettings
+from rerank_ray.models.protocol import (
+    Attention,
+    Embed,
+    EmbedTokens,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Pair,
+    Prompt,
+)
+from rerank_ray.settings.models import (
+    BiEncoderSettings,
+    ColBERTSettings,
+    CrossEncoderSettings,
+    HFCausalSettings,
+    LayerwiseSettings,
+    ScalarHeadSettings,
+)
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
@@ -97,6 +116,30 @@ def test_a_compiled_student_scores_as_it_did(tiny_bert: Path, tmp_path: Path, he
     for some in (pairs, pairs[:3], pairs[1:2]):
         expected, found = ([a.value for a in model.run(some)] for model in (plain, compiled))
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+PUBLISHED = {
+    "bi-encoder": lambda folder: BiEncoderSettings(path=str(tiny_bert_folder(folder)), max_length=64),
+    "ColBERT": lambda folder: ColBERTSettings(path=str(published.colbert(folder)), max_length=64),
+    "MiniCPM": lambda folder: LayerwiseSettings(path=str(published.minicpm_layerwise(folder)), max_length=256),
+    "RankLLaMA": lambda folder: ScalarHeadSettings(
+        **dict(zip(("path", "adapter"), map(str, published.rankllama(folder)), strict=True)), max_length=128
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_other_compiled_models_answer_as_they_did(tmp_path: Path, name: str):
+    chosen = PUBLISHED[name](tmp_path / "model").model_copy(update={"dtype": "float32"})
+    plain, compiled = load_backend(chosen), load_backend(chosen.model_copy(update={"compile": True}))
+    calls = {
+        "bi-encoder": [Embed(text=d, role="document") for d in DOCUMENTS],
+        "ColBERT": [EmbedTokens(text=d, role="document") for d in DOCUMENTS],
+    }.get(name, [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)])
+    for expected, found in zip(plain.run(calls), compiled.run(calls), strict=True):
+        np.testing.assert_allclose(found.value, expected.value, atol=1e-4)
 
 
 @needs_compiler
