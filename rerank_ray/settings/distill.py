@@ -458,7 +458,7 @@ class DistillSettings(Settings):
     """Queries in one optimizer step, over all workers."""
     tokens_per_micro_batch: PositiveInt = 2048
     """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
-    tokens_per_backward: PositiveInt = 6144
+    tokens_per_backward: PositiveInt = 4096
     """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient."""
     backward: Literal["auto", "plain", "cached"] = "auto"
     """`plain` never splits a query's group. `cached` keeps nothing of the forward pass but scores and computes each
