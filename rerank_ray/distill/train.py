@@ -31,13 +31,19 @@ from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
-from rerank_ray.models.student import Student, StudentPrompt, adapt, load_student, new_student, trained_parameters
+from rerank_ray.models.student import (
+    Encoded,
+    Student,
+    StudentPrompt,
+    adapt,
+    load_student,
+    new_student,
+    trained_parameters,
+)
 from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings, StudentSettings
 
-Encoded = dict[str, list[int]]
-"""One tokenised pair, as `Student.encode` returns it."""
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
 checkpoint is what the workers' folders hold together. None where a worker adds nothing to it."""

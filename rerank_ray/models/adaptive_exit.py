@@ -12,7 +12,7 @@ from torch import nn
 from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.engine import BatchRunner, group_in_order
-from rerank_ray.models.student import Student
+from rerank_ray.models.student import Encoded, Student
 from rerank_ray.models.student.source import layers_of
 from rerank_ray.settings.models import TorchSettings
 from rerank_ray.uncertainty import uncertainty_of
@@ -21,8 +21,6 @@ EXIT_DEPTH = 10
 """Candidates whose order must be settled: the uncertainty is that of so many at the top."""
 _BATCHES_HELD = 32
 """Hidden states of at most so many batches are held at once, as long as one list has no more."""
-
-Encoded = dict[str, list[int]]
 
 
 def exit_uncertainty(scores: Sequence[float]) -> float:

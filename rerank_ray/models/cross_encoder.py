@@ -12,12 +12,10 @@ from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.student import Student, load_student
+from rerank_ray.models.student import Encoded, Student, load_student
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import CrossEncoderSettings
 
-Encoded = dict[str, list[int]]
-"""One tokenised pair, as `Student.encode` returns it."""
 _POOL = 2048
 """Pairs that are sorted by length and scored while the next ones are tokenised."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rerank_ray.models.text_cache import TextCache
+
 _KEPT_BYTES = 32 << 20
-# Of one entry beside its ids: key, array header and the table's own.
 _ENTRY_BYTES = 256
 
 
@@ -50,31 +49,23 @@ class TextTokens:
     def __init__(self, tokenizer, longest: int, kept_bytes: int = _KEPT_BYTES) -> None:
         self.tokenizer = tokenizer
         self.longest = longest
-        self.kept_bytes = kept_bytes
-        self.bytes = 0
-        self._kept: OrderedDict[bytes, array] = OrderedDict()
+        self._kept: TextCache[array] = TextCache(kept_bytes, _ENTRY_BYTES)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept."""
+        return self._kept.bytes
 
     def ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """The ids of each text."""
-        keys = {text: hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest() for text in texts}
-        absent = [text for text, key in keys.items() if key not in self._kept]
-        rows = {text: self._kept[key] for text, key in keys.items() if key in self._kept}
+        rows = {text: self._kept.get(text) for text in dict.fromkeys(texts)}
+        absent = [text for text, row in rows.items() if row is None]
         if absent:
             encoded = self.tokenizer(absent, add_special_tokens=False, verbose=False)["input_ids"]
-            rows |= {text: array("i", row[: self.longest]) for text, row in zip(absent, encoded, strict=True)}
-        for text, key in keys.items():
-            self._keep(key, rows[text])
+            for text, ids in zip(absent, encoded, strict=True):
+                rows[text] = row = array("i", ids[: self.longest])
+                self._kept.keep(text, row, row.itemsize * len(row))
         return [rows[text] for text in texts]
-
-    def _keep(self, key: bytes, row: array) -> None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return
-        self._kept[key] = row
-        self.bytes += _size(row)
-        while self.bytes > self.kept_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= _size(dropped)
 
     @functools.cached_property
     def single(self) -> Frame:
@@ -83,10 +74,6 @@ class TextTokens:
     @functools.cached_property
     def pair(self) -> Frame:
         return _frame(self.tokenizer("a", "a"), 2)
-
-
-def _size(row: array) -> int:
-    return row.itemsize * len(row) + _ENTRY_BYTES
 
 
 def _frame(encoded, texts: int) -> Frame:

@@ -414,7 +414,7 @@ def test_skipped_queries_are_reported(partly_taught: str, tiny_bert: Path, tmp_p
     assert f"{tied} queries skipped by kl, {no_gain} queries skipped by ce, " in summary_line(reports.metrics[every])
 
 
-def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path, monkeypatch):
+def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path):
     """One tied query beside one that is not: the reported KL is the latter's, and the step's gradient half of its."""
     chosen = settings(partly_taught, tiny_bert, objective={"losses": [{"loss": "kl"}]}, student={"dropout": 0.0})
     trainer = Trainer(chosen, World(), None)

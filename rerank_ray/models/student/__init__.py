@@ -5,7 +5,7 @@ nothing more and loads anywhere; layer-wise ones and those with a `similarity` h
 """
 
 from rerank_ray.models.student.adaptation import adapt, trained_parameters
-from rerank_ray.models.student.base import Student, StudentPrompt
+from rerank_ray.models.student.base import Encoded, Student, StudentPrompt
 from rerank_ray.models.student.loading import load_student, new_student
 
-__all__ = ["Student", "StudentPrompt", "adapt", "load_student", "new_student", "trained_parameters"]
+__all__ = ["Encoded", "Student", "StudentPrompt", "adapt", "load_student", "new_student", "trained_parameters"]

@@ -21,6 +21,8 @@ from rerank_ray.settings.distill import StudentHead
 
 DESCRIPTION = "student.json"
 HEADS = "heads.safetensors"
+Encoded = dict[str, list[int]]
+"""One tokenised pair, as `Student.encode` returns it."""
 
 
 class StudentPrompt(Settings):
@@ -81,7 +83,7 @@ class Student(nn.Module):
         """The longest sequence that the position table holds; None when the student numbers positions itself."""
         return getattr(self.pretrained.config, "max_position_embeddings", None)
 
-    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
+    def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[Encoded]:
         """Tokenise pairs; the query is cut to `max_query_length`, the document to what `max_length` leaves."""
         raise NotImplementedError  # abstract
 
@@ -89,7 +91,7 @@ class Student(nn.Module):
         """Scores [layers, B] of a padded batch from `collate`."""
         raise NotImplementedError  # abstract
 
-    def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad encoded pairs on the right into tensors [B, L]; no mask is made when nothing is padded."""
         length = engine.padded_length(max(len(e["input_ids"]) for e in encoded), self.positions)
         pad = {"input_ids": self.tokenizer.pad_token_id or 0, "segment_sign": -1}
@@ -103,7 +105,7 @@ class Student(nn.Module):
             )
         return batch
 
-    def batch(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def batch(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """What `collate` makes, on the student's device."""
         device = next(self.parameters()).device
         return {name: tensor.to(device) for name, tensor in self.collate(encoded).items()}
@@ -180,7 +182,7 @@ def described_at(description: StudentDescription, layer: int, *, alone: bool) ->
 
 def encode_pairs(
     texts: TextTokens, description: StudentDescription, queries: Sequence[str], documents: Sequence[str]
-) -> list[dict[str, list[int]]]:
+) -> list[Encoded]:
     """Tokenise pairs as the tokenizer joins them, each text behind its prefix; only documents are cut to fit."""
     heads = texts.ids([description.query_prefix + q for q in queries])
     tails = texts.ids([description.document_prefix + d for d in documents])
@@ -193,7 +195,7 @@ def encode_pairs(
     return encoded
 
 
-def collate_causal(encoded: Sequence[dict[str, list[int]]], limit: int | None) -> dict[str, torch.Tensor]:
+def collate_causal(encoded: Sequence[Encoded], limit: int | None) -> dict[str, torch.Tensor]:
     """Token ids [B, L] of pairs for a decoder, and `last` [B], the position that each ends at.
 
     No mask is needed: a causal model's real tokens never see the padding on their right.
