@@ -17,7 +17,7 @@ from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.models.engine import attention_for_training
 from rerank_ray.models.student.similarity import SimilarityStudent
 from rerank_ray.records import Labels
-from rerank_ray.settings.distill import ExitWarmUpSettings
+from rerank_ray.settings.student import ExitWarmUpSettings
 
 _WORDS_OF_A_SPAN = (3, 9)
 

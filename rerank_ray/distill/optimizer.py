@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rerank_ray.models.student import Student
 from rerank_ray.models.student.source import embeddings_of, layers_of
-from rerank_ray.settings.distill import OptimizerSettings
+from rerank_ray.settings.optimizer import OptimizerSettings
 
 
 def make_optimizer(student: Student, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rerank_ray.records import Labels
-from rerank_ray.settings.distill import FalseNegativeSettings, SamplingSettings
+from rerank_ray.settings.sampling import FalseNegativeSettings, SamplingSettings
 
 
 def teacher_order(labels: Labels) -> list[int]:

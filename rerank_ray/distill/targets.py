@@ -20,7 +20,7 @@ from rerank_ray.losses.masking import differ, masked_zscore, ranks
 from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
 from rerank_ray.losses.regression import adr_mse, margin_mse, mse
 from rerank_ray.records import Labels
-from rerank_ray.settings.distill import LossSettings, ObjectiveSettings
+from rerank_ray.settings.objective import LossSettings, ObjectiveSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

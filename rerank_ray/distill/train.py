@@ -42,7 +42,8 @@ from rerank_ray.models.student import (
 )
 from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
-from rerank_ray.settings.distill import DistillSettings, StudentSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.student import StudentSettings
 
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the

@@ -32,8 +32,12 @@ class AdaptiveExit:
     """Scores lists with a student that has a head on several layers."""
 
     def __init__(self, student: Student, thresholds: Sequence[float]) -> None:
-        starts = (0, *student.layers[:-1])
-        self.segments = [_Segment(student, a, b) for a, b in zip(starts, student.layers, strict=True)]
+        *early, last = student.layers
+        # The layers below its branch are what an exit shares with those after it.
+        shared = [n - student.description.branch_layers for n in early]
+        self.segments = [
+            _Segment(student, *bounds) for bounds in zip((0, *shared), (*shared, last), student.layers, strict=True)
+        ]
         self.layers, self.thresholds = student.layers, thresholds
         self._check(student)
 
@@ -86,7 +90,7 @@ class AdaptiveExit:
 
     @torch.inference_mode()
     def _segment(self, segment: _Segment, lists, pairs: list[tuple[int, int]], states, runner: BatchRunner):
-        """Scores of the pairs at the segment's end; `states` gives where it begins and takes where it ends."""
+        """Scores of the pairs at the segment's end; `states` gives where it begins and takes where the next does."""
         encoded = [lists[i][j] for i, j in pairs]
         lengths = [len(e["input_ids"]) for e in encoded]
 
@@ -110,16 +114,17 @@ class _Held(nn.Module):
 
 
 class _Segment:
-    """The layers after `first` up to `last` of a student, and the head of the last one."""
+    """The layers after `first` up to `last` of a student, and the head of the last one; the next segment begins after
+    layer `shared`."""
 
-    def __init__(self, student: Student, first: int, last: int) -> None:
+    def __init__(self, student: Student, first: int, shared: int, last: int) -> None:
         self.first = first
         self.student = student.truncated(last, alone=True)
         layers = layers_of(self.student.pretrained)
         self.held = _Held()
         for index in range(first):
             layers[index] = self.held
-        layers[last - 1].register_forward_hook(self._keep)
+        layers[shared - 1].register_forward_hook(self._keep)
         self._end: object = None
 
     def _keep(self, module: nn.Module, inputs: tuple, output: object) -> None:
@@ -128,7 +133,7 @@ class _Segment:
     def __call__(
         self, encoded: Sequence[Encoded], states: Sequence[torch.Tensor] | None
     ) -> tuple[list[float], torch.Tensor]:
-        """Scores [B] of pairs, and their hidden states [B, L, H] after the last layer.
+        """Scores [B] of pairs, and their hidden states [B, L, H] after layer `shared`.
 
         Args:
             states: [tokens, H] of each pair after layer `first`; None from the first layer on.

@@ -7,13 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Settings
-from rerank_ray.settings.distill import (
-    ObjectiveSettings,
-    OptimizerSettings,
-    SamplingSettings,
-    TrainingExecutionSettings,
-)
+from rerank_ray.settings.distill import TrainingExecutionSettings
+from rerank_ray.settings.objective import ObjectiveSettings
+from rerank_ray.settings.optimizer import OptimizerSettings
 from rerank_ray.settings.reinforce import PolicySettings
+from rerank_ray.settings.sampling import SamplingSettings
 
 
 class _TermSettings(Settings):

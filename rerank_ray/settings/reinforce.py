@@ -7,8 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Settings
-from rerank_ray.settings.distill import LoraSettings, OptimizerSettings, SamplingSettings, TrainingExecutionSettings
+from rerank_ray.settings.distill import TrainingExecutionSettings
 from rerank_ray.settings.models import HFCausalSettings
+from rerank_ray.settings.optimizer import OptimizerSettings
+from rerank_ray.settings.sampling import SamplingSettings
+from rerank_ray.settings.student import LoraSettings
 
 
 class PolicySettings(Settings):

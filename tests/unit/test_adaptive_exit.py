@@ -11,6 +11,7 @@ import torch
 import yaml
 from fixtures.rows import label_row, make_list, write_labels
 from fixtures.students import DOCUMENTS, QUERIES, exit_of, scores, start, stirred
+from fixtures.tiny_models import tiny_bert_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,14 +32,18 @@ from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 LISTS = [DOCUMENTS, DOCUMENTS[2:5], ["cat"], ["dog of beta", "the cat", "zeta"], list(reversed(DOCUMENTS))]
 ASKED = ["cat", "the dog of beta", "alpha", "iota", "alpha query"]
-KINDS = ["linear", "similarity", "decoder"]
+KINDS = ["linear", "similarity", "branched", "decoder"]
 
 
 @pytest.fixture(params=KINDS)
-def student(request: pytest.FixtureRequest, tiny_bert: Path, tiny_llama: Path) -> Student:
-    """Heads on all layers."""
+def student(request: pytest.FixtureRequest, tiny_bert: Path, tiny_llama: Path, tmp_path: Path) -> Student:
+    """Heads on all layers, or on those above the ones that all exits share."""
     if request.param == "decoder":
         return stirred(start(tiny_llama, "linear", layers=(1, 2)))
+    if request.param == "branched":
+        exits = {"layers": (2, 3, 4), "branch_layers": 1}
+        deep_bert = tiny_bert_folder(tmp_path / "deep", layers=4)
+        return stirred(start(deep_bert, "similarity", gate=-1.0, scale=4.0, interaction=1.0, **exits))
     return stirred(start(tiny_bert, request.param, layers=(1, 2, 3), gate=-1.0, scale=4.0, interaction=1.0))
 
 

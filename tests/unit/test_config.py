@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -310,15 +312,8 @@ def test_no_difference_exactly_where_equal(old: dict, new: dict):
 MODELS = sorted(
     {
         m
-        for module in (
-            settings.models,
-            settings.rankers,
-            settings.jobs,
-            settings.synthesize,
-            settings.distill,
-            settings.pipeline,
-        )
-        for _, m in inspect.getmembers(module, inspect.isclass)
+        for module in pkgutil.iter_modules(settings.__path__, f"{settings.__name__}.")
+        for _, m in inspect.getmembers(importlib.import_module(module.name), inspect.isclass)
         if issubclass(m, Settings) and m is not Settings
     },
     key=lambda m: m.__name__,

@@ -20,7 +20,7 @@ from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.errors import InputError
 from rerank_ray.schema import LABELS
-from rerank_ray.settings.distill import BandSettings, FalseNegativeSettings, SamplingSettings
+from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
 
 # Rows
 

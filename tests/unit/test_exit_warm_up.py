@@ -17,7 +17,9 @@ from rerank_ray.distill.exit_warm_up import draw, warm_up
 from rerank_ray.distill.train import Trainer, World
 from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Labels, Query
-from rerank_ray.settings.distill import DistillSettings, ExitWarmUpSettings, OptimizerSettings, StudentSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.optimizer import OptimizerSettings
+from rerank_ray.settings.student import ExitWarmUpSettings, StudentSettings
 
 
 def text_list(number: int) -> Labels:

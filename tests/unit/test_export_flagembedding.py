@@ -22,8 +22,8 @@ from rerank_ray.export import export
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Pair
 from rerank_ray.models.student import load_student
-from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import LayerwiseSettings, ModelSettings
+from rerank_ray.settings.student import StudentSettings
 
 QUERIES, DOCUMENTS = (list(side) for side in zip(*PAIRS, strict=True))
 FORM = "flagembedding-layerwise"

@@ -22,7 +22,8 @@ from rerank_ray.losses.listwise import listmle, listnet, partial_listmle, positi
 from rerank_ray.losses.masking import masked_zscore
 from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
 from rerank_ray.losses.regression import adr_mse, margin_mse, mse
-from rerank_ray.settings.distill import DistillSettings, LossName, LossSettings, ObjectiveSettings
+from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.settings.objective import LossName, LossSettings, ObjectiveSettings
 
 TARGETS = Targets(
     teacher=torch.tensor([[3.0, 1.0, 0.0], [5.0, 2.0, 0.0]]),

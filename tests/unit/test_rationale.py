@@ -29,9 +29,9 @@ from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
 from rerank_ray.records import Scores
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
-from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.rationale import PermutationTermSettings, RationaleSettings, TermSettings
 from rerank_ray.settings.reinforce import PolicySettings
+from rerank_ray.settings.student import StudentSettings
 
 LORA = {"rank": 4, "alpha": 8}
 SCORES = (3.0, 9.0, 5.0)

@@ -15,8 +15,8 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Pair
 from rerank_ray.models.scalar_head import ScalarHead
 from rerank_ray.models.student import Student, StudentPrompt, adapt, trained_parameters
-from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import ScalarHeadSettings
+from rerank_ray.settings.student import StudentSettings
 
 CHAT = StudentPrompt(text="{query} | {passage} ? Yes or No", labels=("Yes", "No"))
 

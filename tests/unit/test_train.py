@@ -21,7 +21,8 @@ from rerank_ray.distill.parallel import check_installed
 from rerank_ray.distill.train import StepData, Trainer, World, check_student, train
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings, StudentSettings
+from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
+from rerank_ray.settings.student import StudentSettings
 
 CANDIDATES = 6
 

@@ -9,7 +9,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import Student
 from rerank_ray.models.student.source import embeddings_of, layers_of
-from rerank_ray.settings.distill import FreezeSettings, StudentSettings
+from rerank_ray.settings.student import FreezeSettings, StudentSettings
 
 
 def adapt(student: Student, settings: StudentSettings) -> None:

@@ -17,7 +17,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.student import lora
 from rerank_ray.models.text_tokens import TextTokens
-from rerank_ray.settings.distill import StudentHead
+from rerank_ray.settings.student import StudentHead
 
 DESCRIPTION = "student.json"
 HEADS = "heads.safetensors"
@@ -57,6 +57,8 @@ class StudentDescription(Settings):
     """What stands after a decoder's pairs, in FlagEmbedding's form."""
     prompt: StudentPrompt | None = None
     """Of heads yes_no and token_logit."""
+    branch_layers: int = 0
+    """Layers that each early exit has to itself."""
     exit_thresholds: tuple[float, ...] | None = None
     """Of adaptive exits, one for each of `layers` but the last (`exit_thresholds.calibrate`)."""
     version: int = 1
@@ -177,7 +179,8 @@ def check_layer(layer: int, layers: Sequence[int]) -> None:
 
 def described_at(description: StudentDescription, layer: int, *, alone: bool) -> StudentDescription:
     kept = (layer,) if alone else tuple(n for n in description.layers if n <= layer)
-    return description.model_copy(update={"layers": kept, "exit_thresholds": None})
+    own = description.branch_layers if len(kept) > 1 else 0
+    return description.model_copy(update={"layers": kept, "branch_layers": own, "exit_thresholds": None})
 
 
 def encode_pairs(

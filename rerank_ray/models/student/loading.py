@@ -25,8 +25,8 @@ from rerank_ray.models.student.similarity import SimilarityStudent, is_gated
 from rerank_ray.models.student.source import Source
 from rerank_ray.models.student.t5_encoder import T5EncoderStudent
 from rerank_ray.models.student.two_towers import BiEncoderStudent, ColBERTStudent, TwoTowerStudent
-from rerank_ray.settings.distill import StudentSettings
 from rerank_ray.settings.models import ModelSettings
+from rerank_ray.settings.student import StudentSettings
 
 Heads = dict[str, torch.Tensor]
 
@@ -147,9 +147,7 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
 def _read_similarity(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
     backbone = source.read(AutoModel, dtype, attn_implementation=GATED)
     student = SimilarityStudent(description, source.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
-    with torch.no_grad():
-        for name, parameter in student.head_parameters().items():
-            parameter.copy_(heads[name])
+    student.load_head_tensors(heads)
     return student
 
 
@@ -244,5 +242,6 @@ def _describe(settings: StudentSettings, depth: int, **more) -> StudentDescripti
         layers=layers,
         max_length=settings.max_length,
         max_query_length=settings.max_query_length,
+        branch_layers=settings.branch_layers,
         **more,
     )

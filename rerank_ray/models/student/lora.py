@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.settings.distill import LoraSettings
+from rerank_ray.settings.student import LoraSettings
 
 CONFIG = "adapter_config.json"
 

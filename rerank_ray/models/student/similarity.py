@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
-from rerank_ray.models.student.source import keep_layers
+from rerank_ray.models.student.source import keep_layers, layers_of
+
+_BRANCHES = "branches."
 
 
 class SimilarityStudent(Student):
@@ -25,6 +29,10 @@ class SimilarityStudent(Student):
     The gate β (one a layer and head) is added to attention between the segments, whose positions and special tokens
     start anew: at β = −8 and interaction 0 the untrained student is the bi-encoder, at β = 0 attention is
     unrestricted.
+
+    With `branch_layers` b each early exit has its last b layers to itself, copies of the backbone's to start with: the
+    side branches of BranchyNet (Teerapittayanon et al. 2016). What an early layer must do to be scored is not what the
+    layers above need of it.
     """
 
     def __init__(
@@ -46,6 +54,9 @@ class SimilarityStudent(Student):
         self.log_scale = nn.Parameter(torch.tensor(scale).expand(count).log())
         self.interaction = nn.Parameter(torch.tensor(interaction).expand(count).clone())
         self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
+        layers, own = layers_of(backbone), description.branch_layers
+        early = description.layers[:-1] if own else ()
+        self.branches = nn.ModuleList(copy.deepcopy(layers[n - own : n]) for n in early)
         self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
         # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
         positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
@@ -57,7 +68,15 @@ class SimilarityStudent(Student):
         return self.backbone
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
-        return self.head_parameters()
+        branches = {f"{_BRANCHES}{name}": tensor for name, tensor in self.branches.state_dict().items()}
+        return self.head_parameters() | branches
+
+    def load_head_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.head_parameters().items():
+                parameter.copy_(tensors[name])
+        branches = {n.removeprefix(_BRANCHES): t for n, t in tensors.items() if n.startswith(_BRANCHES)}
+        self.branches.load_state_dict(branches)
 
     @property
     def positions(self) -> None:
@@ -98,15 +117,47 @@ class SimilarityStudent(Student):
 
     def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> list[torch.Tensor]:
         """Hidden states [B, L, H] after each layer that has a head."""
-        output = self.backbone(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            gate=self.gate,
-            segment_sign=segment_sign,
-            output_hidden_states=len(self.layers) > 1,
-        )
-        return [*(output.hidden_states[n] for n in self.layers[:-1]), output.last_hidden_state]
+        early = self.layers[:-1]
+        with self._layer_inputs() as inputs:
+            output = self.backbone(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                gate=self.gate,
+                segment_sign=segment_sign,
+                output_hidden_states=bool(early) and not self.branches,
+            )
+        if self.branches:
+            branched = [self._along(branch, n, inputs) for branch, n in zip(self.branches, early, strict=True)]
+            return [*branched, output.last_hidden_state]
+        return [*(output.hidden_states[n] for n in early), output.last_hidden_state]
+
+    @contextmanager
+    def _layer_inputs(self) -> Iterator[dict[int, tuple[tuple, dict[str, Any]]]]:
+        """What the backbone's layers that have a copy in a branch are called with, by their number."""
+        inputs: dict[int, tuple[tuple, dict[str, Any]]] = {}
+        own = self.description.branch_layers
+        copied = {i for n in self.layers[:-1] for i in range(n - own, n)} if self.branches else ()
+        layers = layers_of(self.backbone) if copied else ()
+
+        def keep(index: int):
+            return lambda _, positional, named: inputs.update({index: (positional, named)})
+
+        hooks = [layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in copied]
+        try:
+            yield inputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _along(self, branch: nn.ModuleList, exit_layer: int, inputs: dict[int, tuple]) -> torch.Tensor:
+        """Hidden states [B, L, H] at a branch's end."""
+        first = exit_layer - len(branch)
+        hidden = inputs[first][0][0]
+        for index, layer in enumerate(branch, start=first):
+            (_, *positional), named = inputs[index]
+            hidden = layer(hidden, *positional, **named)
+        return hidden
 
     def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> torch.Tensor:
         states = self.states(
@@ -171,9 +222,15 @@ class SimilarityStudent(Student):
         check_layer(layer, self.layers)
         backbone = copy.deepcopy(self.backbone)
         keep_layers(backbone, layer)
+        if self.branches and layer != self.layers[-1]:
+            branch = copy.deepcopy(self.branches[self.layers.index(layer)])
+            for index, own in enumerate(branch, start=layer - len(branch)):
+                layers_of(backbone)[index] = own
         description = described_at(self.description, layer, alone=alone)
         student = SimilarityStudent(description, self.tokenizer, backbone, gate=0.0, scale=1.0, interaction=0.0)
         kept = [self.layers.index(n) for n in description.layers]
+        for branch, number in zip(student.branches, kept, strict=False):
+            branch.load_state_dict(self.branches[number].state_dict())
         with torch.no_grad():
             student.gate.copy_(self.gate[:layer])
             student.log_scale.copy_(self.log_scale[kept])
