@@ -20,6 +20,8 @@ from rerank_ray.records import Labels
 from rerank_ray.settings.student import ExitWarmUpSettings
 
 _WORDS_OF_A_SPAN = (3, 9)
+_PASSAGES = 14
+"""A batch holds so many passages of about one length."""
 
 
 def warm_up(
@@ -48,17 +50,15 @@ def warm_up(
     for step in range(settings.steps):
         set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
         queries, passages = draw(read(int(random.integers(count))), settings, random)
-        lengths = (student.description.max_query_length, settings.max_passage_length)
-        batches = [
-            student.batch(student.encode_alone(texts, length))
-            for texts, length in zip((queries, passages), lengths, strict=True)
-        ]
+        asked = student.batch(student.encode_alone(queries, student.description.max_query_length))
+        listed = sorted(student.encode_alone(passages, settings.max_passage_length), key=lambda e: len(e["input_ids"]))
+        batches = [student.batch(listed[i : i + _PASSAGES]) for i in range(0, len(listed), _PASSAGES)]
         with autocast(), torch.no_grad():
-            target = (start.score_all(*batches)[-1] / settings.temperature).log_softmax(-1)
+            target = (start.score_all(asked, batches)[-1] / settings.temperature).log_softmax(-1)
         # Around the backward pass too: with checkpoints it computes layers again.
-        with attention_for_training(device, max(lengths)):
+        with attention_for_training(device, max(asked["input_ids"].shape[1], batches[-1]["input_ids"].shape[1])):
             with autocast():
-                scores = (student.score_all(*batches) / settings.temperature).log_softmax(-1)
+                scores = (student.score_all(asked, batches) / settings.temperature).log_softmax(-1)
             divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
             divergence.sum().backward()
         nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)

@@ -168,26 +168,30 @@ class SimilarityStudent(Student):
         words = real * self._are_words(input_ids)
         return torch.stack([self._score(i, h, segments, words) for i, h in enumerate(states)])
 
-    def score_all(self, queries: dict[str, torch.Tensor], documents: dict[str, torch.Tensor]) -> torch.Tensor:
+    def score_all(self, queries: dict[str, torch.Tensor], documents: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Scores [layers, Q, D] of every query with every document, each encoded alone: what the pairs' scores are with
         the gate shut and without the linear term.
 
         Args:
             queries: a batch [Q, L] of `encode_alone`.
-            documents: a batch [D, L'] of `encode_alone`.
+            documents: batches [D', L'] of `encode_alone`, of D documents together; those of one length take least.
         """
-        sides = []
-        for batch in (queries, documents):
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            sides.append((self.states(**batch), mask, mask * self._are_words(batch["input_ids"])))
-        (query_states, query_mask, query_words), (document_states, document_mask, document_words) = sides
-        with torch.autocast(query_mask.device.type, enabled=False):
-            return torch.stack(
-                [
-                    self._score_all(i, q.float(), query_mask, query_words, d.float(), document_mask, document_words)
-                    for i, (q, d) in enumerate(zip(query_states, document_states, strict=True))
+        query_states, query_mask, query_words = self._side(queries)
+        scores = []
+        for batch in documents:
+            states, mask, words = self._side(batch)
+            with torch.autocast(mask.device.type, enabled=False):
+                of_layers = [
+                    self._score_all(i, q.float(), query_mask, query_words, d.float(), mask, words)
+                    for i, (q, d) in enumerate(zip(query_states, states, strict=True))
                 ]
-            )
+            scores.append(torch.stack(of_layers))
+        return torch.cat(scores, dim=-1)
+
+    def _side(self, batch: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """States of each layer that has a head, and the masks [B, L] of real tokens and of words."""
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        return self.states(**batch), mask, mask * self._are_words(batch["input_ids"])
 
     def _score_all(self, i: int, query, query_mask, query_words, document, document_mask, document_words):
         """Scores [Q, D] of the i-th head on hidden states [Q, L, H] and [D, L', H]."""
