@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,12 +151,6 @@ def _start(source: Source) -> PreTrainedModel:
     model = source.read(AutoModelForCausalLM, torch.float32)
     model.new_names = frozenset()
     return model
-
-
-def seed_of(*parts: object) -> int:
-    """63 bits that depend on the parts alone."""
-    digest = hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _check_attention(model: PreTrainedModel, settings: PolicySettings) -> None:

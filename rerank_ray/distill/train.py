@@ -29,6 +29,7 @@ from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
+from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
 from rerank_ray.models import engine
 from rerank_ray.models.student import (
@@ -153,7 +154,7 @@ class Trainer:
         started = time.perf_counter()
         self.student.train()
         # Dropout, like the data, is a function of where a run stands: a resumed one draws the same.
-        torch.manual_seed(_random_seed(self.settings.seed, self.progress.step, self.world.rank))
+        torch.manual_seed(seed_of(self.settings.seed, self.progress.step, self.world.rank))
         set_learning_rate(self.parallel.optimizer, self.settings.optimizer, self.progress.step, self.total_steps)
         losses = self.forward_backward(self._step_data())
         norm = self.parallel.step()
@@ -425,10 +426,6 @@ class _Scorer(nn.Module):
 
 def _sum_and_count(term: Term) -> torch.Tensor:
     return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
-
-
-def _random_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def check_student(settings: StudentSettings) -> None:
