@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -66,7 +68,11 @@ def _to_int8(model: nn.Module) -> None:
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:
-    """Compile at the first batches, for any batch size and length; the weights become constants of the code."""
+    """Compile at the first batches, for any batch size and length.
+
+    Of an LLM in transformers' layout those parts that read and write more than they compute, each kind once for all
+    layers: a whole one takes minutes. Of other models the whole, whose weights become constants of the code.
+    """
     # Imported here, since it takes a second and most runs don't compile.
     from torch._inductor import config, cpp_builder, exc
 
@@ -76,6 +82,22 @@ def _compile(model: nn.Module, device: torch.device) -> None:
         except exc.InvalidCxxCompiler as error:
             reason = "compile: true needs a C++ compiler here, g++ or clang++: install one, or leave it out"
             raise ModelError(reason) from error
+    is_llm = any(_is_norm(module) for module in model.modules())
+    parts = list(_parts(model)) if is_llm else [model]
     # For the whole process: as an option of the call it would not be known where the model is traced.
-    config.freezing = True
-    model.compile(dynamic=True)
+    config.freezing = not is_llm
+    for part in parts:
+        part.compile(dynamic=True)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Norms and feed-forward blocks of decoders of Llama's kind, and the 8-bit layers outside them."""
+    for child in module.children():
+        if _is_norm(child) or type(child).__name__.endswith("MLP") or isinstance(child, Int8Linear):
+            yield child
+        else:
+            yield from _parts(child)

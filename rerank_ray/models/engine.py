@@ -20,6 +20,8 @@ Prepared = TypeVar("Prepared")
 
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
+LLM_TOKENS_IN_CACHE = 1024
+"""Of an LLM's activations a core's cache holds those of about so many tokens."""
 _LONGEST_UNFUSED = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
@@ -92,19 +94,28 @@ def ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterato
             yield waiting.popleft().result()
 
 
-def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], tokens_per_batch: int, computed: Sequence[int] | None = None, in_cache: int | None = None
+) -> list[list[int]]:
     """Group sequence indices, longest first, so that no batch's `rows × longest` passes the budget.
 
     Longest first puts the batch that needs most memory at the start and keeps padding to the small differences
     between neighbours. A sequence longer than the budget gets a batch of its own.
+
+    Args:
+        computed: how many of each sequence's tokens a pass computes; those of a batch, padded, stay within `in_cache`.
     """
     batches: list[list[int]] = []
+    longest = most = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= tokens_per_batch:
+        rows = len(batches[-1]) + 1 if batches else 0
+        widest = max(most, computed[index]) if in_cache else 0
+        if rows and rows * longest <= tokens_per_batch and (not in_cache or rows * widest <= in_cache):
             batches[-1].append(index)
+            most = widest
         else:
             batches.append([index])
+            longest, most = lengths[index], computed[index] if in_cache else 0
     return batches
 
 
@@ -139,11 +150,16 @@ class BatchRunner:
 
     A batch that runs out of device memory is halved and done again, and the budget stays at what fitted; every other
     error is raised.
+
+    Args:
+        tokens_per_batch: null is the device's default.
+        in_cache: tokens that a pass of a CPU computes at most, where `tokens_per_batch` is null; null is no such limit.
     """
 
-    def __init__(self, tokens_per_batch: int | None, device: torch.device) -> None:
+    def __init__(self, tokens_per_batch: int | None, device: torch.device, *, in_cache: int | None = None) -> None:
         default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
         self.tokens_per_batch = tokens_per_batch or default
+        self.in_cache = in_cache if tokens_per_batch is None and device.type == "cpu" else None
         self.stats = BatchStats()
 
     def run(
@@ -156,9 +172,11 @@ class BatchRunner:
         """
         outputs: list = [None] * len(lengths)
         waiting = list(range(len(lengths)))
+        computed = [length - h for length, h in zip(lengths, held or [0] * len(lengths), strict=True)]
         while waiting:
             shrunk = False
-            for batch in plan_batches([lengths[i] for i in waiting], self.tokens_per_batch):
+            left = [lengths[i] for i in waiting], self.tokens_per_batch, [computed[i] for i in waiting], self.in_cache
+            for batch in plan_batches(*left):
                 indices = [waiting[i] for i in batch]
                 try:
                     results = forward(indices)
@@ -170,9 +188,9 @@ class BatchRunner:
                     break
                 for index, result in zip(indices, results, strict=True):
                     outputs[index] = result
-                computed = [lengths[i] - (held[i] if held else 0) for i in indices]
-                self.stats.tokens += sum(computed)
-                self.stats.padded_tokens += len(computed) * padded_length(max(computed), None)
+                rows = [computed[i] for i in indices]
+                self.stats.tokens += sum(rows)
+                self.stats.padded_tokens += len(rows) * padded_length(max(rows), None)
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
 

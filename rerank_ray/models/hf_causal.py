@@ -86,9 +86,11 @@ class HFCausal:
                 f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
             )
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
+        # What is written is computed a token a row at a time, so there the more rows the better.
+        self._writer = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
-        self._prefix_runner.stats = self.runner.stats
+        self._writer.stats = self._prefix_runner.stats = self.runner.stats
         self._positions = limit
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
         self.share_prefix = settings.share_prefix
@@ -130,10 +132,10 @@ class HFCausal:
             Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
         ]
         ready = [i for i, r in enumerate(results) if r is None]
-        for generates, forward in ((False, self._score), (True, self._generate)):
+        for generates, runner, forward in ((False, self.runner, self._score), (True, self._writer, self._generate)):
             chosen = [i for i in ready if isinstance(calls[i], Generate) is generates]
             rows = [_Row(call=calls[i], prompt=prompts[i], continuation=continuations[i]) for i in chosen]
-            for i, answer in zip(chosen, self._answers(rows, forward), strict=True):
+            for i, answer in zip(chosen, self._answers(rows, runner, forward), strict=True):
                 results[i] = answer
         return results
 
@@ -145,7 +147,10 @@ class HFCausal:
         return self.tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
 
     def _answers(
-        self, rows: list[_Row], forward: Callable[[list[_Row], Prefixes | None], list[Answer]]
+        self,
+        rows: list[_Row],
+        runner: engine.BatchRunner,
+        forward: Callable[[list[_Row], Prefixes | None], list[Answer]],
     ) -> list[Answer]:
         """Answer rows in batches: those that share a prefix with others first, then the rest."""
         groups = shared_prefixes([r.prompt for r in rows]) if self.share_prefix else []
@@ -154,7 +159,7 @@ class HFCausal:
         def run(members: list[int], prefixes: Prefixes | None) -> None:
             held = [rows[i].held for i in members]
             lengths = [len(rows[i].computed) + h for i, h in zip(members, held, strict=True)]
-            results = self.runner.run(lengths, lambda batch: forward([rows[members[b]] for b in batch], prefixes), held)
+            results = runner.run(lengths, lambda batch: forward([rows[members[b]] for b in batch], prefixes), held)
             for i, answer in zip(members, results, strict=True):
                 answers[i] = answer
 

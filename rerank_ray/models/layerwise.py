@@ -83,7 +83,7 @@ class Layerwise:
         self.model = model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         queries, passages = [QUERY_PREFIX + c.query for c in calls], [DOCUMENT_PREFIX + c.text for c in calls]

@@ -49,7 +49,7 @@ class ScalarHead:
             raise ModelError(
                 f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
             )
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         encoded = self.encode(calls)

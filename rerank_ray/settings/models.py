@@ -26,7 +26,8 @@ class ModelSettings(Settings):
     max_length: PositiveInt = 512
     """Tokens per sequence, template included; only the passage is truncated to fit."""
     tokens_per_batch: PositiveInt | None = None
-    """Padded tokens in one forward pass; null is 4,096 on a CPU, whose caches hold no more, and 65,536 on a GPU."""
+    """Padded tokens in one forward pass, those of shared prefixes included; null is 65,536 on a GPU and 4,096 on a CPU,
+    of which an LLM there computes 1,024 at a time where nothing is written: its caches hold no more."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships."""
     allow_pickle: bool = False
@@ -49,7 +50,8 @@ class TorchSettings(ModelSettings):
     """`auto` is bfloat16 where the device computes it natively and float32 elsewhere. `int8` is float32 with linear
     layers in 8-bit integers (dynamic quantisation), for CPUs without bfloat16; it pays with `compile`."""
     compile: bool = False
-    """Let torch.compile make one program of the model: for long runs, as the first batches take a minute or more."""
+    """Let torch.compile make one program of an encoder, or of each norm and each feed-forward block of an LLM: for long
+    runs, as the first batches take half a minute or more."""
 
 
 class HFCausalSettings(TorchSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import Int8Linear, accelerate
@@ -140,6 +142,23 @@ def test_other_compiled_models_answer_as_they_did(tmp_path: Path, name: str):
     }.get(name, [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)])
     for expected, found in zip(plain.run(calls), compiled.run(calls), strict=True):
         np.testing.assert_allclose(found.value, expected.value, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_is_compiled(dtype: str):
+    """Of a Llama of two layers five norms, two feed-forward blocks and the 8-bit layers of its attention; of a BERT the
+    whole."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+    def compiled(model: nn.Module) -> Counter[str]:
+        accelerate(model, settings(compile=True, dtype=dtype))
+        return Counter(type(m).__name__ for m in model.modules() if m._compiled_call_impl is not None)
+
+    in_attention = {"Int8Linear": 2 * 4} if dtype == "int8" else {}
+    llama = compiled(LlamaModel(LlamaConfig(vocab_size=9, **sizes)))
+    assert llama == {"LlamaRMSNorm": 5, "LlamaMLP": 2} | in_attention
+    assert compiled(BertModel(BertConfig(vocab_size=9, **sizes))) == {"BertModel": 1}
 
 
 @needs_compiler

@@ -41,6 +41,43 @@ def test_plan_by_hand():
     assert plan_batches([3, 6, 1, 4, 5, 3], 12) == [[1, 4], [3, 0, 5], [2]]
 
 
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=40),
+    budget=st.integers(1, 2000),
+    in_cache=st.integers(1, 1000),
+)
+def test_what_a_batch_computes_stays_in_the_cache(lengths: list[tuple[int, int]], budget: int, in_cache: int):
+    """Beside the budget, which counts the tokens that are held as well, and no batch could have taken one more."""
+    computed = [own for _, own in lengths]
+    total = [held + own for held, own in lengths]
+    batches = plan_batches(total, budget, computed, in_cache)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+
+    def fits(batch: list[int]) -> bool:
+        of_total, of_computed = (len(batch) * max(n[i] for i in batch) for n in (total, computed))
+        return of_total <= budget and of_computed <= in_cache
+
+    for number, batch in enumerate(batches):
+        assert len(batch) == 1 or fits(batch)
+        assert number == len(batches) - 1 or not fits([*batch, batches[number + 1][0]])
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_batch", "device", "expected"),
+    [(None, CPU, [10, 10, 10]), (4096, CPU, [30]), (None, torch.device("meta"), [30])],
+)
+def test_the_cache_counts_on_a_cpu_without_a_budget_of_the_users(tokens_per_batch, device, expected: list[int]):
+    """Thirty rows that hold 50 tokens and compute 20 each: 200 tokens are ten rows."""
+    runner, seen = BatchRunner(tokens_per_batch, device, in_cache=200), []
+
+    def forward(batch: list[int]) -> list[int]:
+        seen.append(len(batch))
+        return batch
+
+    runner.run([70] * 30, forward, [50] * 30)
+    assert seen == expected
+
+
 class Device:
     """A forward function that doubles indices and runs out of memory above `capacity` padded tokens."""
 
