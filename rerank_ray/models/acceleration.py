@@ -82,12 +82,17 @@ def _compile(model: nn.Module, device: torch.device) -> None:
         except exc.InvalidCxxCompiler as error:
             reason = "compile: true needs a C++ compiler here, g++ or clang++: install one, or leave it out"
             raise ModelError(reason) from error
-    is_llm = any(_is_norm(module) for module in model.modules())
-    parts = list(_parts(model)) if is_llm else [model]
+    in_parts = compiles_in_parts(model)
+    parts = list(_parts(model)) if in_parts else [model]
     # For the whole process: as an option of the call it would not be known where the model is traced.
-    config.freezing = not is_llm
+    config.freezing = not in_parts
     for part in parts:
         part.compile(dynamic=True)
+
+
+def compiles_in_parts(model: nn.Module) -> bool:
+    """Whether a model is of Llama's kind: what lies between its norms and feed-forward blocks is not compiled."""
+    return any(_is_norm(module) for module in model.modules())
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
-from rerank_ray.models.acceleration import accelerate
+from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.loading import load
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
@@ -97,7 +97,7 @@ class HFCausal:
         if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= _CACHED_LAYERS:
             # States of recurrent layers can't be cut into rows and columns as keys and values can.
             self.answers, self.share_prefix = self.answers - {Generate}, False
-        if settings.compile:
+        if settings.compile and not compiles_in_parts(self.model):
             # Attention is read by putting other functions into the model.
             self.answers -= {Attention}
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
