@@ -103,19 +103,22 @@ def plan_batches(
     between neighbours. A sequence longer than the budget gets a batch of its own.
 
     Args:
-        computed: how many of each sequence's tokens a pass computes; those of a batch, padded, stay within `in_cache`.
+        computed: how many of each sequence's tokens a pass computes, where others are held; those are what is padded,
+            so they set the order, and those of a batch stay within `in_cache`.
     """
+    computed = computed or lengths
     batches: list[list[int]] = []
-    longest = most = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-computed[i], -lengths[i])):
         rows = len(batches[-1]) + 1 if batches else 0
-        widest = max(most, computed[index]) if in_cache else 0
-        if rows and rows * longest <= tokens_per_batch and (not in_cache or rows * widest <= in_cache):
+        longest_with = max(longest, lengths[index])
+        fits_cache = in_cache is None or (rows and rows * computed[batches[-1][0]] <= in_cache)
+        if rows and rows * longest_with <= tokens_per_batch and fits_cache:
             batches[-1].append(index)
-            most = widest
+            longest = longest_with
         else:
             batches.append([index])
-            longest, most = lengths[index], computed[index] if in_cache else 0
+            longest = lengths[index]
     return batches
 
 
