@@ -54,9 +54,9 @@ class SimilarityStudent(Student):
         self.log_scale = nn.Parameter(torch.tensor(scale).expand(count).log())
         self.interaction = nn.Parameter(torch.tensor(interaction).expand(count).clone())
         self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
-        layers, own = layers_of(backbone), description.branch_layers
+        own = description.branch_layers
         early = description.layers[:-1] if own else ()
-        self.branches = nn.ModuleList(copy.deepcopy(layers[n - own : n]) for n in early)
+        self.branches = nn.ModuleList(copy.deepcopy(layers_of(backbone)[n - own : n]) for n in early)
         self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
         # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
         positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
