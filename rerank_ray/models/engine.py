@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,15 +108,14 @@ def plan_batches(
             so they set the order, and those of a batch stay within `in_cache`.
     """
     computed = computed or lengths
+    in_cache = in_cache or math.inf
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-computed[i], -lengths[i])):
+        longest = max(longest, lengths[index])
         rows = len(batches[-1]) + 1 if batches else 0
-        longest_with = max(longest, lengths[index])
-        fits_cache = in_cache is None or (rows and rows * computed[batches[-1][0]] <= in_cache)
-        if rows and rows * longest_with <= tokens_per_batch and fits_cache:
+        if rows and rows * longest <= tokens_per_batch and rows * computed[batches[-1][0]] <= in_cache:
             batches[-1].append(index)
-            longest = longest_with
         else:
             batches.append([index])
             longest = lengths[index]
@@ -178,8 +178,8 @@ class BatchRunner:
         computed = [length - h for length, h in zip(lengths, held or [0] * len(lengths), strict=True)]
         while waiting:
             shrunk = False
-            left = [lengths[i] for i in waiting], self.tokens_per_batch, [computed[i] for i in waiting], self.in_cache
-            for batch in plan_batches(*left):
+            totals, own = [lengths[i] for i in waiting], [computed[i] for i in waiting]
+            for batch in plan_batches(totals, self.tokens_per_batch, own, self.in_cache):
                 indices = [waiting[i] for i in batch]
                 try:
                     results = forward(indices)

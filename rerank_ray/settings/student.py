@@ -147,10 +147,9 @@ class StudentSettings(Settings):
             given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != count:
                 raise ValueError(f"{name} has {len(given)} entries for {count} layer(s) with a head (layers)")
-        if self.exit_warm_up is not None and (self.head != "similarity" or count == 1):
-            raise ValueError("exit_warm_up is for head: similarity with several layers: leave it out")
-        if self.branch_layers and (self.head != "similarity" or count == 1):
-            raise ValueError("branch_layers is for head: similarity with several layers: leave it out")
+        for name in ("exit_warm_up", "branch_layers"):
+            if getattr(self, name) and (self.head != "similarity" or count == 1):
+                raise ValueError(f"{name} is for head: similarity with several layers: leave it out")
         if self.branch_layers and self.branch_layers >= self.layers[0]:
             raise ValueError(
                 f"branch_layers ({self.branch_layers}) must be below the first of layers ({self.layers[0]}), or its "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import HEADS, tiny_bert_tokenizer
+from fixtures.tiny_models import tiny_encoder_folder
 from pydantic import ValidationError
 from transformers import (
     AutoModel,
@@ -22,15 +22,6 @@ from transformers import (
 from rerank_ray.models.student import Student
 from rerank_ray.settings.student import StudentSettings
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 64,
-    "max_position_embeddings": 70,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 KINDS = {
     "bert": (BertModel, BertConfig),
     "roberta": (RobertaModel, RobertaConfig),
@@ -42,12 +33,7 @@ LAYERS = (3, 4, 5)
 @pytest.fixture(scope="module", params=KINDS)
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers, with the tiny BERT's tokenizer."""
-    model, config = KINDS[request.param]
-    folder, tokenizer = tmp_path_factory.mktemp(request.param), tiny_bert_tokenizer()
-    torch.manual_seed(0)
-    model(config(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_encoder_folder(tmp_path_factory.mktemp(request.param), *KINDS[request.param], layers=5)
 
 
 def branched(encoder: Path, branch_layers: int = 1) -> Student:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import HEADS, tiny_bert_tokenizer, tiny_cross_encoder_folder
+from fixtures.tiny_models import HEADS, tiny_bert_tokenizer, tiny_cross_encoder_folder, tiny_encoder_folder
 from torch import nn
 from transformers import (
     AutoModel,
@@ -50,32 +50,12 @@ def test_the_default_gate_is_nearly_the_bi_encoder(tiny_bert: Path):
     assert (default - shut).abs().max() < 0.05 * (opened - shut).abs().max()
 
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 64,
-    "max_position_embeddings": 70,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-
-
-def other_encoder(folder: Path, model: type, config: type) -> Path:
-    """Save an encoder of another architecture, with the tiny BERT's tokenizer."""
-    tokenizer = tiny_bert_tokenizer()
-    torch.manual_seed(0)
-    model(config(vocab_size=len(tokenizer), **SIZES)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("model", "config"), [(RobertaModel, RobertaConfig), (ElectraModel, ElectraConfig), (BertModel, BertConfig)]
 )
 def test_a_shut_gate_is_the_bi_encoder_whatever_the_architecture(tmp_path: Path, model: type, config: type):
     """RoBERTa counts positions from its padding id + 1: a segment that starts at 0 would be another text to it."""
-    folder = other_encoder(tmp_path / "m", model, config)
+    folder = tiny_encoder_folder(tmp_path / "m", model, config, layers=2)
     student = start(folder, "similarity", gate=-30.0)
     backend = BiEncoder(BiEncoderSettings(path=str(folder), dtype="float32", max_length=48, pooling="mean"))
     query, document = (
@@ -87,7 +67,7 @@ def test_a_shut_gate_is_the_bi_encoder_whatever_the_architecture(tmp_path: Path,
 def test_an_architecture_that_can_not_be_gated_is_refused(tmp_path: Path):
     """MPNet's attention is its own code, which would take the gate and ignore it."""
     with pytest.raises(ModelError, match="MPNetModel does not use transformers' attention interface"):
-        start(other_encoder(tmp_path / "m", MPNetModel, MPNetConfig), "similarity")
+        start(tiny_encoder_folder(tmp_path / "m", MPNetModel, MPNetConfig, layers=2), "similarity")
 
 
 def reference_similarity(folder: Path, gate: float, interaction: float, query: str, document: str) -> float:

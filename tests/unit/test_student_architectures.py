@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import HEADS, tiny_bert_tokenizer, tiny_llama_folder, tiny_t5_folder
+from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder, tiny_t5_folder
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -205,8 +205,6 @@ def test_a_prompt_keeps_its_end(tiny_llama: Path):
 
 # Encoders
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": HEADS, "intermediate_size": 64}
-SIZES |= {"max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0}
 ENCODERS = {
     "electra": (ElectraModel, ElectraConfig, {"embedding_size": 16}),
     "deberta-v2": (
@@ -226,12 +224,12 @@ ENCODERS = {
 def encoder(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder of each architecture, with the tiny BERT's tokenizer; ModernBERT knows no segments."""
     model, config, more = ENCODERS[request.param]
-    folder, tokenizer = tmp_path_factory.mktemp(request.param) / request.param, tiny_bert_tokenizer()
-    torch.manual_seed(0)
-    model(config(vocab_size=len(tokenizer), **(SIZES | more))).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    tiny_encoder_folder(folder, model, config, layers=3, **({"max_position_embeddings": 128} | more))
     if request.param == "modernbert":
+        tokenizer = tiny_bert_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return folder
 
 
