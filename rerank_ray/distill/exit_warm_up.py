@@ -7,7 +7,8 @@ against all. The passages are of one list, so that they are as hard to tell apar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.models.engine import attention_for_training
-from rerank_ray.models.student.similarity import SimilarityStudent
+from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
 from rerank_ray.records import Labels
 from rerank_ray.settings.student import ExitWarmUpSettings
 
@@ -32,9 +33,10 @@ def warm_up(
     autocast: Callable[[], torch.autocast],
     seed: int,
 ) -> dict[str, float]:
-    """Train the student in place; returns each exit's KL over the first and over the last tenth of the steps.
+    """Train the student in place; returns each taught exit's KL and distance over the first and the last tenth.
 
-    The last layer is held to what it was, which moving the layers below it would change.
+    Exits with layers of their own train those alone, and the last layer, which stays as it is, teaches them. Without,
+    all layers move, and what the last one was teaches every exit, the last one too.
 
     Args:
         read: the training list of a number below `count`.
@@ -42,36 +44,85 @@ def warm_up(
     """
     device = next(student.parameters()).device
     random = np.random.default_rng([seed, settings.steps])
-    # Of the start only the last layer teaches.
-    start = student.truncated(student.layers[-1], alone=True).to(device).requires_grad_(False)
-    optimizer = make_optimizer(student, settings.optimizer)
+    teacher, taught = student, student.layers[:-1]
+    held = [*student.backbone.parameters(), student.gate] if student.branches else []
+    if not student.branches:
+        teacher, taught = student.truncated(student.layers[-1], alone=True).to(device), student.layers
     student.train()
     seen: list[torch.Tensor] = []
-    for step in range(settings.steps):
-        set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
-        queries, passages = draw(read(int(random.integers(count))), settings, random)
-        asked = student.batch(student.encode_alone(queries, student.description.max_query_length))
-        listed = sorted(student.encode_alone(passages, settings.max_passage_length), key=lambda e: len(e["input_ids"]))
-        batches = [student.batch(listed[i : i + _PASSAGES]) for i in range(0, len(listed), _PASSAGES)]
-        with autocast(), torch.no_grad():
-            target = (start.score_all(asked, batches)[-1] / settings.temperature).log_softmax(-1)
-        # Around the backward pass too: with checkpoints it computes layers again.
-        with attention_for_training(device, max(asked["input_ids"].shape[1], batches[-1]["input_ids"].shape[1])):
-            with autocast():
-                scores = (student.score_all(asked, batches) / settings.temperature).log_softmax(-1)
-            divergence = (target.exp() * (target - scores)).sum(-1).mean(-1)  # [layers]
-            divergence.sum().backward()
-        nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen.append(divergence.detach())
+    with _held(held):
+        optimizer = make_optimizer(student, settings.optimizer)
+        for step in range(settings.steps):
+            set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
+            texts = draw(read(int(random.integers(count))), settings, random)
+            asked, *batches = _batches(student, *texts, settings.max_passage_length)
+            # Around the backward pass too: with checkpoints it computes layers again.
+            with attention_for_training(device, max(asked["input_ids"].shape[1], batches[-1]["input_ids"].shape[1])):
+                with autocast():
+                    encoded = [student.encoded(batch) for batch in (asked, *batches)]
+                if teacher is student:
+                    shown = encoded
+                else:
+                    with autocast(), torch.no_grad():
+                        shown = [teacher.encoded(batch) for batch in (asked, *batches)]
+                measured = _distances(student, encoded, teacher, shown, settings.temperature)[:, : len(taught)]
+                (measured[0] + settings.state_weight * measured[1]).sum().backward()
+            nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen.append(measured.detach())
     tenth = math.ceil(settings.steps / 10)
-    first, last = torch.stack(seen[:tenth]).mean(0).tolist(), torch.stack(seen[-tenth:]).mean(0).tolist()
     return {
-        f"exit_warm_up/layer_{layer}/{when}_kl": value
-        for when, values in (("first", first), ("last", last))
-        for layer, value in zip(student.layers, values, strict=True)
+        f"exit_warm_up/layer_{layer}/{when}_{name}": value
+        for when, steps in (("first", seen[:tenth]), ("last", seen[-tenth:]))
+        for name, values in zip(("kl", "distance"), torch.stack(steps).mean(0).tolist(), strict=True)
+        for layer, value in zip(taught, values, strict=True)
     }
+
+
+@contextmanager
+def _held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that stay as they are; afterwards those of them that were trained are trained again."""
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _batches(
+    student: SimilarityStudent, queries: Sequence[str], passages: Sequence[str], max_passage_length: int
+) -> list[dict[str, torch.Tensor]]:
+    """The queries' batch and then the passages', from short to long."""
+    asked = student.batch(student.encode_alone(queries, student.description.max_query_length))
+    listed = sorted(student.encode_alone(passages, max_passage_length), key=lambda e: len(e["input_ids"]))
+    return [asked, *(student.batch(listed[i : i + _PASSAGES]) for i in range(0, len(listed), _PASSAGES))]
+
+
+def _distances(
+    student: SimilarityStudent,
+    encoded: Sequence[EncodedTexts],
+    teacher: SimilarityStudent,
+    shown: Sequence[EncodedTexts],
+    temperature: float,
+) -> torch.Tensor:
+    """From each exit to the teacher's last layer: KL of a query's scores, and 1 − cosine of a token's states [2,
+    layers], both means."""
+    target = (teacher.score_all(shown[0], shown[1:])[-1].detach() / temperature).log_softmax(-1)
+    actual = (student.score_all(encoded[0], encoded[1:]) / temperature).log_softmax(-1)
+    divergence = (target.exp() * (target - actual)).sum(-1).mean(-1)
+    tokens = sum(texts.mask.sum() for texts in encoded)
+    away = [
+        sum(
+            ((1 - nn.functional.cosine_similarity(own.states[i].float(), last, dim=-1)) * own.mask).sum()
+            for own, last in zip(encoded, (texts.states[-1].float().detach() for texts in shown), strict=True)
+        )
+        for i in range(len(student.layers))
+    ]
+    return torch.stack([divergence, torch.stack(away) / tokens])
 
 
 def draw(labels: Labels, settings: ExitWarmUpSettings, random: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -88,7 +88,7 @@ def test_texts_encoded_alone_go_along_the_branches(encoder: Path):
     room = student.description.max_length - student.description.max_query_length
     queries, documents = (student.batch(student.encode_alone(t, n)) for t, n in ((QUERIES, 16), (DOCUMENTS, room)))
     with torch.no_grad():
-        actual = student.score_all(queries, [documents])
+        actual = student.score_all(student.encoded(queries), [student.encoded(documents)])
     for number, query in enumerate(QUERIES):
         expected = scores(student, [query] * len(DOCUMENTS), DOCUMENTS)
         torch.testing.assert_close(actual[:, number], expected, atol=1e-4, rtol=1e-5)

@@ -33,18 +33,19 @@ def text_list(number: int) -> Labels:
     )
 
 
-def student_of(folder: Path) -> Student:
+def student_of(folder: Path, **changes) -> Student:
     lengths = {"max_length": 64, "max_query_length": 16}
     start = {"gate": -8.0, "scale": (0.4, 4.0), "interaction": (20.0, 2.0)}
-    settings = StudentSettings(base=str(folder), head="similarity", layers=(1, 3), **lengths, **start)
+    options = {"base": str(folder), "head": "similarity", "layers": (1, 3), **lengths, **start}
+    settings = StudentSettings(**options | changes)
     student = new_student(settings)
     adapt(student, settings)
     return student
 
 
-def warmed(folder: Path, **changes) -> tuple[Student, dict[str, float]]:
+def warmed(folder: Path, of: dict | None = None, **changes) -> tuple[Student, dict[str, float]]:
     torch.manual_seed(0)
-    student = student_of(folder)
+    student = student_of(folder, **of or {})
     options = {"steps": 150, "passages": 6, "spans": 4, "optimizer": OptimizerSettings(learning_rate=1e-3)}
     settings = ExitWarmUpSettings(**options | changes)
     return student, warm_up(student, text_list, 8, settings, nullcontext, seed=0)
@@ -70,6 +71,50 @@ def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
     early = [sum(divergence(t, scores(s, n)[0]) for n, t in enumerate(targets)) for s in (before, student)]
     assert early[1] < 0.8 * early[0]
     assert sum(divergence(t, scores(student, n)[-1]) for n, t in enumerate(targets)) < early[1]
+
+
+def test_exits_with_layers_of_their_own_train_those_alone(tiny_bert: Path):
+    """The backbone and the gate stay to the bit, and what was frozen by the settings stays frozen after it."""
+    branched = {"layers": (2, 3), "branch_layers": 1, "freeze": {"embeddings": True}}
+    before = student_of(tiny_bert, **branched)
+    student, metrics = warmed(tiny_bert, branched)
+    assert metrics["exit_warm_up/layer_2/last_kl"] < 0.75 * metrics["exit_warm_up/layer_2/first_kl"]
+    assert metrics["exit_warm_up/layer_2/last_distance"] < 0.75 * metrics["exit_warm_up/layer_2/first_distance"]
+    assert not any("layer_3" in name for name in metrics)
+    moved = {
+        name.split(".")[0]
+        for (name, old), new in zip(before.named_parameters(), student.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+    assert moved == {"branches", "log_scale", "interaction"}
+    assert student.log_scale[-1] == before.log_scale[-1]
+    for old, new in zip(before.parameters(), student.parameters(), strict=True):
+        assert old.requires_grad == new.requires_grad
+
+
+def test_the_distance_is_of_real_tokens_and_the_kl_of_whole_lists(tiny_bert: Path):
+    """Of one step's texts, encoded one by one, without padding; the seed draws the same texts."""
+    student = student_of(tiny_bert)
+    options = {"passages": 5, "spans": 3, "temperature": 0.5}
+    _, metrics = warmed(tiny_bert, steps=1, **options)
+    random = np.random.default_rng([0, 1])
+    labels = text_list(int(random.integers(8)))
+    queries, passages = draw(labels, ExitWarmUpSettings(**options), random)
+    with torch.no_grad():
+        asked, listed = (
+            [student.encoded(student.batch([text])) for text in student.encode_alone(texts, length)]
+            for texts, length in ((queries, 16), (passages, 128))
+        )
+        early, last = torch.stack([student.score_all(q, listed)[:, 0] for q in asked], 1) / 0.5
+        cosines = [
+            torch.cosine_similarity(text.states[0], text.states[-1], dim=-1)[text.mask == 1]
+            for text in (*asked, *listed)
+        ]
+    divergence = torch.nn.functional.kl_div(early.log_softmax(-1), last.softmax(-1), reduction="batchmean")
+    assert metrics["exit_warm_up/layer_1/first_kl"] == pytest.approx(divergence.item(), rel=1e-4)
+    assert metrics["exit_warm_up/layer_1/first_distance"] == pytest.approx(
+        1 - torch.cat(cosines).mean().item(), rel=1e-4
+    )
 
 
 def test_it_is_a_function_of_the_seed(tiny_bert: Path):

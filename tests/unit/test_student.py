@@ -104,7 +104,7 @@ def test_texts_encoded_alone_score_as_pairs_with_the_gate_shut(tiny_bert: Path):
         for texts, length in ((QUERIES, 16), (DOCUMENTS[:3], room), (DOCUMENTS[3:], room))
     )
     with torch.no_grad():
-        actual = student.score_all(queries, documents)
+        actual = student.score_all(student.encoded(queries), [student.encoded(d) for d in documents])
     for number, query in enumerate(QUERIES):
         expected = scores(student, [query] * len(DOCUMENTS), DOCUMENTS)
         torch.testing.assert_close(actual[:, number], expected, atol=1e-4, rtol=0)

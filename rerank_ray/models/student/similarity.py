@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from rerank_ray.models.student.base import Student, StudentDescription, check_la
 from rerank_ray.models.student.source import keep_layers, layers_of
 
 _BRANCHES = "branches."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTexts:
+    """Texts encoded by themselves: hidden states [B, L, H] at each exit, masks [B, L] of real tokens and of words."""
+
+    states: list[torch.Tensor]
+    mask: torch.Tensor
+    words: torch.Tensor
 
 
 class SimilarityStudent(Student):
@@ -168,36 +178,29 @@ class SimilarityStudent(Student):
         words = real * self._are_words(input_ids)
         return torch.stack([self._score(i, h, segments, words) for i, h in enumerate(states)])
 
-    def score_all(self, queries: dict[str, torch.Tensor], documents: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def encoded(self, batch: dict[str, torch.Tensor]) -> EncodedTexts:
+        """A batch [B, L] of `encode_alone` at each exit."""
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        return EncodedTexts(states=self.states(**batch), mask=mask, words=mask * self._are_words(batch["input_ids"]))
+
+    def score_all(self, queries: EncodedTexts, documents: Sequence[EncodedTexts]) -> torch.Tensor:
         """Scores [layers, Q, D] of every query with every document, each encoded alone: what the pairs' scores are with
         the gate shut and without the linear term.
 
         Args:
-            queries: a batch [Q, L] of `encode_alone`.
-            documents: batches [D', L'] of `encode_alone`, of D documents together; those of one length take least.
+            documents: D of them together; batches of one length take least.
         """
-        query_states, query_mask, query_words = self._side(queries)
-        scores = []
-        for batch in documents:
-            states, mask, words = self._side(batch)
-            with torch.autocast(mask.device.type, enabled=False):
-                of_layers = [
-                    self._score_all(i, q.float(), query_mask, query_words, d.float(), mask, words)
-                    for i, (q, d) in enumerate(zip(query_states, states, strict=True))
-                ]
-            scores.append(torch.stack(of_layers))
-        return torch.cat(scores, dim=-1)
+        with torch.autocast(queries.mask.device.type, enabled=False):
+            return torch.stack(
+                [torch.cat([self._score_all(i, queries, d) for d in documents], -1) for i in range(len(queries.states))]
+            )
 
-    def _side(self, batch: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """States of each layer that has a head, and the masks [B, L] of real tokens and of words."""
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        return self.states(**batch), mask, mask * self._are_words(batch["input_ids"])
-
-    def _score_all(self, i: int, query, query_mask, query_words, document, document_mask, document_words):
-        """Scores [Q, D] of the i-th head on hidden states [Q, L, H] and [D, L', H]."""
-        pooled = _mean(query, query_mask)[:, None], _mean(document, document_mask)[None]
+    def _score_all(self, i: int, queries: EncodedTexts, documents: EncodedTexts) -> torch.Tensor:
+        """Scores [Q, D] of the i-th head, in float32."""
+        query, document = queries.states[i].float(), documents.states[i].float()
+        pooled = _mean(query, queries.mask)[:, None], _mean(document, documents.mask)[None]
         cosine = nn.functional.cosine_similarity(*pooled, dim=-1)
-        maxsim = _maxsim_all(query, query_words, document, document_words)
+        maxsim = _maxsim_all(query, queries.words, document, documents.words)
         return self.log_scale[i].exp() * (cosine + self.interaction[i] * maxsim)
 
     def _are_words(self, input_ids: torch.Tensor) -> torch.Tensor:
