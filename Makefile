@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# Two files at a time, each process with a Ray of its own: the integration tests wait more than they compute.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: install quickstart test test-all lint chaos bench clean
@@ -20,10 +22,10 @@ quickstart: install
 	$(BIN)/rerank-ray quickstart
 
 test: install lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: install lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 lint: install
 	$(BIN)/ruff check .
