@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.distill.parallel import World
 from rerank_ray.models.engine import attention_for_training
+from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
 from rerank_ray.records import Labels
 from rerank_ray.settings.student import ExitWarmUpSettings
@@ -32,11 +36,13 @@ def warm_up(
     settings: ExitWarmUpSettings,
     autocast: Callable[[], torch.autocast],
     seed: int,
+    world: World,
 ) -> dict[str, float]:
     """Train the student in place; returns each taught exit's KL and distance over the first and the last tenth.
 
     Exits with layers of their own train those alone, and the last layer, which stays as it is, teaches them. Without,
-    all layers move, and what the last one was teaches every exit, the last one too.
+    all layers move, and what the last one was teaches every exit, the last one too. Workers divide a step's passages
+    among them and take the steps of one.
 
     Args:
         read: the training list of a number below `count`.
@@ -44,40 +50,120 @@ def warm_up(
     """
     device = next(student.parameters()).device
     random = np.random.default_rng([seed, settings.steps])
-    teacher, taught = student, student.layers[:-1]
-    held = [*student.backbone.parameters(), student.gate] if student.branches else []
+    teacher, taught, held = student, student.layers[:-1], [*student.backbone.parameters(), student.gate]
     if not student.branches:
-        teacher, taught = student.truncated(student.layers[-1], alone=True).to(device), student.layers
+        teacher, taught, held = student.truncated(student.layers[-1], alone=True).to(device), student.layers, []
     student.train()
     seen: list[torch.Tensor] = []
     with _held(held):
-        optimizer = make_optimizer(student, settings.optimizer)
+        optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
         for step in range(settings.steps):
             set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
             texts = draw(read(int(random.integers(count))), settings, random)
-            asked, *batches = _batches(student, *texts, settings.max_passage_length)
+            data = _StepData.of(student, *texts, settings.max_passage_length, world)
             # Around the backward pass too: with checkpoints it computes layers again.
-            with attention_for_training(device, max(asked["input_ids"].shape[1], batches[-1]["input_ids"].shape[1])):
+            with attention_for_training(device, data.longest):
                 with autocast():
-                    encoded = [student.encoded(batch) for batch in (asked, *batches)]
-                if teacher is student:
-                    shown = encoded
-                else:
+                    encoded = [student.encoded(batch) for batch in data.batches]
+                shown = encoded
+                if teacher is not student:
                     with autocast(), torch.no_grad():
-                        shown = [teacher.encoded(batch) for batch in (asked, *batches)]
-                measured = _distances(student, encoded, teacher, shown, settings.temperature)[:, : len(taught)]
-                (measured[0] + settings.state_weight * measured[1]).sum().backward()
-            nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)
+                        shown = [teacher.encoded(batch) for batch in data.batches]
+                target = data.all_scores(teacher, shown)[-1].detach()
+                divergence = _divergence(data.all_scores(student, encoded), target, settings.temperature)
+                distance = data.mean_distance(encoded, shown)
+                (divergence + settings.state_weight * distance)[: len(taught)].sum().backward()
+            data.sum_over_workers(trained)
+            nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen.append(measured.detach())
+            seen.append(torch.stack([divergence / world.size, distance]).detach())
+    measured = torch.stack(seen)  # [steps, 2, layers]
+    if world.size > 1:
+        torch.distributed.all_reduce(measured)
     tenth = math.ceil(settings.steps / 10)
     return {
         f"exit_warm_up/layer_{layer}/{when}_{name}": value
-        for when, steps in (("first", seen[:tenth]), ("last", seen[-tenth:]))
-        for name, values in zip(("kl", "distance"), torch.stack(steps).mean(0).tolist(), strict=True)
-        for layer, value in zip(taught, values, strict=True)
+        for when, steps in (("first", measured[:tenth]), ("last", measured[-tenth:]))
+        for name, values in zip(("kl", "distance"), steps.mean(0).tolist(), strict=True)
+        for layer, value in zip(taught, values, strict=False)
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepData:
+    """A step's texts as one worker encodes them: all queries, and its share of the passages."""
+
+    batches: list[dict[str, torch.Tensor]]
+    """The queries, and then passages from short to long."""
+    places: torch.Tensor
+    """Of the worker's passages among all. A worker with none encodes one all the same, as one more that is not among
+    them."""
+    passages: int
+    """Of all workers."""
+    tokens: int
+    """Of the queries and all passages."""
+    world: World
+
+    @classmethod
+    def of(
+        cls, student: SimilarityStudent, queries: Sequence[str], passages: Sequence[str], longest: int, world: World
+    ) -> _StepData:
+        asked = student.encode_alone(queries, student.description.max_query_length)
+        listed = sorted(student.encode_alone(passages, longest), key=lambda e: len(e["input_ids"]))
+        own = listed[world.rank :: world.size]
+        shown = own or listed[:1]
+        batches = [asked, *(shown[i : i + _PASSAGES] for i in range(0, len(shown), _PASSAGES))]
+        return cls(
+            batches=[student.batch(batch) for batch in batches],
+            places=torch.arange(len(listed))[world.rank :: world.size],
+            passages=len(listed),
+            tokens=sum(len(e["input_ids"]) for e in (*asked, *listed)),
+            world=world,
+        )
+
+    @property
+    def longest(self) -> int:
+        return max(batch["input_ids"].shape[1] for batch in self.batches)
+
+    def all_scores(self, student: SimilarityStudent, encoded: Sequence[EncodedTexts]) -> torch.Tensor:
+        """Scores [layers, Q, D] of the queries with the passages of all workers; only this worker's have a gradient."""
+        scores = student.score_all(encoded[0], encoded[1:])[..., : len(self.places)]
+        if self.world.size == 1:
+            return scores
+        places = self.places.to(scores.device)
+        whole = scores.new_zeros(*scores.shape[:-1], self.passages).index_copy(-1, places, scores.detach())
+        torch.distributed.all_reduce(whole)
+        return whole.index_copy(-1, places, scores)
+
+    def mean_distance(self, encoded: Sequence[EncodedTexts], shown: Sequence[EncodedTexts]) -> torch.Tensor:
+        """This worker's part [layers] of the mean of 1 − cosine between a token's states and its last ones in `shown`.
+
+        All workers have the queries, which count as one worker's.
+        """
+        # Of the texts of a batch: the whole for passages, a worker's part for queries, nothing for a stand-in.
+        shares = [1 / self.world.size] + [float(len(self.places) > 0)] * (len(encoded) - 1)
+        parts = []
+        for texts, last, share in zip(encoded, shown, shares, strict=True):
+            target = last.states[-1].float().detach()
+            away = [1 - nn.functional.cosine_similarity(h.float(), target, dim=-1) for h in texts.states]
+            parts.append(share * torch.stack([(a * texts.mask).sum() for a in away]))
+        return torch.stack(parts).sum(0) / self.tokens
+
+    def sum_over_workers(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the workers' gradients in place, each of which is of its own passages."""
+        if self.world.size == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        torch.distributed.all_reduce(flat := torch.cat([g.flatten() for g in gradients]))
+        for parameter, gradient in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+
+def _divergence(actual: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean KL [layers] over the queries, from scores [layers, Q, D] to the target's [Q, D]."""
+    goal, scores = ((s / temperature).log_softmax(-1) for s in (target, actual))
+    return (goal.exp() * (goal - scores)).sum(-1).mean(-1)
 
 
 @contextmanager
@@ -91,38 +177,6 @@ def _held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _batches(
-    student: SimilarityStudent, queries: Sequence[str], passages: Sequence[str], max_passage_length: int
-) -> list[dict[str, torch.Tensor]]:
-    """The queries' batch and then the passages', from short to long."""
-    asked = student.batch(student.encode_alone(queries, student.description.max_query_length))
-    listed = sorted(student.encode_alone(passages, max_passage_length), key=lambda e: len(e["input_ids"]))
-    return [asked, *(student.batch(listed[i : i + _PASSAGES]) for i in range(0, len(listed), _PASSAGES))]
-
-
-def _distances(
-    student: SimilarityStudent,
-    encoded: Sequence[EncodedTexts],
-    teacher: SimilarityStudent,
-    shown: Sequence[EncodedTexts],
-    temperature: float,
-) -> torch.Tensor:
-    """From each exit to the teacher's last layer: KL of a query's scores, and 1 − cosine of a token's states [2,
-    layers], both means."""
-    target = (teacher.score_all(shown[0], shown[1:])[-1].detach() / temperature).log_softmax(-1)
-    actual = (student.score_all(encoded[0], encoded[1:]) / temperature).log_softmax(-1)
-    divergence = (target.exp() * (target - actual)).sum(-1).mean(-1)
-    tokens = sum(texts.mask.sum() for texts in encoded)
-    away = [
-        sum(
-            ((1 - nn.functional.cosine_similarity(own.states[i].float(), last, dim=-1)) * own.mask).sum()
-            for own, last in zip(encoded, (texts.states[-1].float().detach() for texts in shown), strict=True)
-        )
-        for i in range(len(student.layers))
-    ]
-    return torch.stack([divergence, torch.stack(away) / tokens])
 
 
 def draw(labels: Labels, settings: ExitWarmUpSettings, random: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -118,23 +118,18 @@ class Trainer:
         self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(term_names(settings.objective), 0)
 
     def _warm_up(self) -> dict[str, float]:
-        """Let the first worker warm up the early exits, where the settings say so, and the others take its weights."""
+        """Warm up the early exits, where the settings say so."""
         settings = self.settings.student.exit_warm_up
         if settings is None:
             return {}
-        metrics: dict[str, float] = {}
-        if self.world.rank == 0:
-            started = time.perf_counter()
+        started = time.perf_counter()
 
-            def read(number: int) -> Labels:
-                return next(self.reader.read(self.data.train[number : number + 1]))
+        def read(number: int) -> Labels:
+            return next(self.reader.read(self.data.train[number : number + 1]))
 
-            metrics = warm_up(self.student, read, len(self.data.train), settings, self._autocast, self.settings.seed)
-            metrics["exit_warm_up/seconds"] = time.perf_counter() - started
-        if self.world.size > 1:
-            for parameter in self.student.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
-        return metrics
+        count, seed = len(self.data.train), self.settings.seed
+        metrics = warm_up(self.student, read, count, settings, self._autocast, seed, self.world)
+        return metrics | {"exit_warm_up/seconds": time.perf_counter() - started}
 
     def _copy_of_trained(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.trained]

@@ -48,7 +48,7 @@ def warmed(folder: Path, of: dict | None = None, **changes) -> tuple[Student, di
     student = student_of(folder, **of or {})
     options = {"steps": 150, "passages": 6, "spans": 4, "optimizer": OptimizerSettings(learning_rate=1e-3)}
     settings = ExitWarmUpSettings(**options | changes)
-    return student, warm_up(student, text_list, 8, settings, nullcontext, seed=0)
+    return student, warm_up(student, text_list, 8, settings, nullcontext, 0, World())
 
 
 def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
