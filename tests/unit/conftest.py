@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from fixtures.stub_server import Behaviour, Stub
 
 # A busy machine is no fault of an example: how long one takes is not tested.
 settings.register_profile("unit", deadline=None)
@@ -46,3 +51,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fixtures.tiny_models import tiny_llama_folder
 
     return tiny_llama_folder(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Behaviour], Stub]]:
+    """Starts HTTP servers on loopback that behave as told, and ends them."""
+    from fixtures.stub_server import serving
+
+    with ExitStack() as stack:
+        yield lambda behaviour: stack.enter_context(serving(behaviour))

@@ -9,57 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures.rows import label_row, write_labels
-from fixtures.tiny_models import WORDS
+from fixtures.rows import write_labels
+from fixtures.teachable import CANDIDATES, settings, teachable
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from rerank_ray.distill.checkpoints import STUDENT
-from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import summary_line
-from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.train import StepData, Trainer, World, check_student, train
-from rerank_ray.errors import ConfigError, InputError, ModelError
-from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
-from rerank_ray.settings.student import StudentSettings
-
-CANDIDATES = 6
-
-
-def teachable(query_id: int) -> dict:
-    """A labelled list whose teacher counts `cat` in the document: something a tiny student can learn."""
-    random = np.random.default_rng(query_id)
-    texts = [" ".join(["cat"] * n + list(random.choice(WORDS[:10], 6 - n))) for n in random.permutation(CANDIDATES)]
-    candidates = tuple(
-        Candidate(doc_id=f"d{i}", text=text, label=float("cat cat cat" in text)) for i, text in enumerate(texts)
-    )
-    query = Query(query_id=f"q{query_id}", text=str(random.choice(WORDS[:10])))
-    return label_row(CandidateList(query=query, candidates=candidates), [float(t.count("cat")) for t in texts])
+from rerank_ray.distill.train import StepData, Trainer, World, train
+from rerank_ray.errors import InputError
+from rerank_ray.settings.distill import DistillSettings
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 labelled queries."""
     return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
-
-
-def settings(labels: str, base: Path, **changes) -> DistillSettings:
-    """A short run; `changes` are merged one level deep."""
-    content = {
-        "input": [labels],
-        "student": {"base": str(base), "max_length": 32, "max_query_length": 8, "head": "linear"},
-        "optimizer": {"learning_rate": 1e-3, "head_learning_rate": 1e-2},
-        "sampling": {"group_size": 4},
-        "validation": {"fraction": 0.25, "every_steps": 4, "patience": 100},
-        "queries_per_step": 4,
-        "epochs": 3,
-        "dtype": "float32",
-        "tokens_per_micro_batch": 64,
-    }
-    for key, value in changes.items():
-        content[key] = content[key] | value if isinstance(value, dict) and key in content else value
-    return DistillSettings.model_validate(content)
 
 
 class Stopped(Exception):
@@ -318,71 +282,6 @@ def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def gradients(trainer: Trainer) -> list[torch.Tensor]:
-    """The gradient of the first step, from the same random state each time."""
-    trainer.student.train()
-    torch.manual_seed(7)
-    trainer.forward_backward(trainer.step_data(0))
-    return [p.grad for p in trainer.student.parameters() if p.grad is not None]
-
-
-CACHED = {
-    "linear": {"head": "linear", "dropout": 0.0},
-    "linear, dropout": {"head": "linear", "dropout": 0.3},
-    "layer-wise, dropout": {"head": "linear", "layers": [1, 3], "dropout": 0.3},
-    "similarity, dropout": {"head": "similarity", "layers": [2, 3], "gate": -1.0, "dropout": 0.3},
-}
-
-
-@pytest.mark.parametrize("variant", CACHED)
-def test_the_cached_backward_has_the_plain_gradient(labels: str, tiny_bert: Path, variant: str):
-    """With dropout too, whose draws are repeated, and the random stream goes on from the same place.
-
-    A loss over whole lists: no micro-batch alone could give its gradient.
-    """
-    results = []
-    for backward in ("plain", "cached"):
-        chosen = settings(labels, tiny_bert, student=CACHED[variant], sampling={"group_size": 6}, backward=backward)
-        trainer = Trainer(chosen, World(), None)
-        results.append((gradients(trainer), torch.rand(1).item()))
-    (plain, plain_next), (cached, cached_next) = results
-    assert len(plain) > 40
-    assert sum(g.abs().sum() for g in plain) > 1
-    for a, b in zip(plain, cached, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert plain_next == cached_next
-
-
-def test_a_cached_forward_pass_keeps_scores_only(labels: str, tiny_bert: Path):
-    """What autograd holds for the backward pass of a list of six: the activations of all, or next to nothing."""
-
-    def held(cached: bool) -> int:
-        trainer = Trainer(settings(labels, tiny_bert), World(), None)
-        row, _ = trainer.step_data(0).groups[0]
-        elements = []
-        count = torch.autograd.graph.saved_tensors_hooks(lambda t: elements.append(t.numel()) or t, lambda t: t)
-        with count:
-            trainer._objective([(row, range(6))], trainer._encode(row, range(6)), cached)
-        return sum(elements)
-
-    assert held(cached=True) < held(cached=False) / 50
-
-
-@pytest.mark.parametrize(
-    ("backward", "limit", "cached"),
-    [("plain", 8, False), ("auto", 8, True), ("auto", 8192, False), ("cached", 8192, True)],
-)
-def test_what_is_cached(labels: str, tiny_bert: Path, monkeypatch, backward: str, limit: int, cached: bool):
-    """`auto` caches groups above tokens_per_backward; the others do so never and always."""
-    calls = []
-    monkeypatch.setattr(
-        "rerank_ray.distill.train.checkpoint", lambda *a, **k: calls.append(1) or torch_checkpoint(*a, **k)
-    )
-    trainer = Trainer(settings(labels, tiny_bert, backward=backward, tokens_per_backward=limit), World(), None)
-    gradients(trainer)
-    assert bool(calls) is cached
-
-
 @pytest.fixture(scope="module")
 def partly_taught(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 queries: every third has no gain, and every third no preference of the teacher's."""
@@ -504,96 +403,3 @@ def test_validation_on_gains_without_any_says_so(labels: str, tiny_bert: Path, t
     with pytest.raises(ValueError, match="no held-out query has a gain"):
         trainer.validate()
     assert Trainer(settings(labels, tiny_bert, validation={"gains": "labels"}), World(), None).validate()[0] > 0
-
-
-def test_labels_that_were_opened_are_not_opened_again(labels: str, tiny_bert: Path, monkeypatch):
-    """The driver digests the files once, for all workers; what a worker reads of them is the same."""
-    chosen = settings(labels, tiny_bert)
-    opened = LabelSet.open([labels], chosen.validation.fraction, chosen.seed)
-    rows = [row for row, _ in Trainer(chosen, World(), None).step_data(0).groups]
-    monkeypatch.setattr(LabelSet, "open", None)
-    assert [row for row, _ in Trainer(chosen, World(), None, opened).step_data(0).groups] == rows
-
-
-def without_weights(model: Path, tmp_path: Path) -> Path:
-    """A copy of a model's folder that can't be loaded: its weights are an empty file."""
-    base = shutil.copytree(model, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    (base / "model.safetensors").touch()
-    return base
-
-
-WRONG_STUDENTS = {
-    "head": ({"head": "yes_no"}, "no language model that goes on with a text"),
-    "layers": ({"layers": [1, 5]}, "give ascending layers of 1..3 that end with 3"),
-    "take_layers": ({"take_layers": [2, 4]}, "give ascending layers of 1..3"),
-    "LoRA target": ({"lora": {"target_modules": ["q_proj"]}}, "no linear layer is called 'q_proj'"),
-    "freeze": ({"freeze": {"layers": 4}}, "the model has 3 layers"),
-    "max_length": ({"max_length": 1000}, "the model ends at 128 tokens"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_STUDENTS)
-def test_a_student_that_can_not_be_is_found_out_without_its_weights(tiny_bert: Path, tmp_path: Path, wrong: str):
-    base = without_weights(tiny_bert, tmp_path)
-    changes, message = WRONG_STUDENTS[wrong]
-    with pytest.raises(ModelError, match=message):
-        check_student(StudentSettings(base=str(base), **({"max_length": 32, "max_query_length": 8} | changes)))
-
-
-RIGHT_STUDENTS = {
-    "linear, layer-wise": {"layers": [1, 3], "gradient_checkpointing": True},
-    "similarity": {"head": "similarity", "layers": [2, 3]},
-    "bi-encoder": {"head": "bi_encoder", "take_layers": 2},
-    "DoRA": {"lora": {"rank": 2, "dora": True}},
-    "frozen": {"freeze": {"embeddings": True, "layers": 1}},
-    "decoder": {"head": "linear"},
-    "decoder, yes_no": {"head": "yes_no", "max_length": 128, "lora": {}},
-}
-
-
-@pytest.mark.parametrize("right", RIGHT_STUDENTS)
-def test_a_student_that_can_be_passes_without_its_weights(
-    tiny_bert: Path, tiny_llama: Path, tmp_path: Path, right: str
-):
-    base = without_weights(tiny_llama if right.startswith("decoder") else tiny_bert, tmp_path)
-    settings = {"max_length": 32, "max_query_length": 8} | RIGHT_STUDENTS[right]
-    check_student(StudentSettings(base=str(base), **settings))
-
-
-def test_zero_without_deepspeed_names_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_installed(DistillExecutionSettings())
-    with pytest.raises(ConfigError, match=r'zero2 needs the extra `deepspeed`: pip install "rerank_ray\[deepspeed\]"'):
-        check_installed(DistillExecutionSettings(strategy="zero2"))
-
-
-WRONG_STRATEGIES = {
-    "offload": ({"execution": {"offload": True}}, "offload moves what ZeRO divides"),
-    "elastic": (
-        {"execution": {"strategy": "zero2", "workers": 2, "min_workers": 1}},
-        "zero2's checkpoints are divided among 2 workers",
-    ),
-    "min_workers": ({"execution": {"workers": 2, "min_workers": 3}}, r"min_workers \(3\) is above workers \(2\)"),
-    "averaging": (
-        {"execution": {"strategy": "zero3"}, "optimizer": {"averaging": 0.9}},
-        "optimizer.averaging keeps a second copy of all weights on every worker",
-    ),
-    "interpolation": (
-        {"execution": {"strategy": "zero3"}, "validation": {"interpolation": [0.5]}},
-        "validation.interpolation keeps a second copy of all weights on every worker",
-    ),
-    "interpolated adapters": (
-        {"student": {"lora": {"rank": 2}}, "validation": {"interpolation": [0.5]}},
-        "validation.interpolation is between weights, and student.lora trains adapters",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_STRATEGIES)
-def test_what_does_not_go_together_is_refused(labels: str, tiny_bert: Path, wrong: str):
-    changes, message = WRONG_STRATEGIES[wrong]
-    content = settings(labels, tiny_bert).model_dump() | {"execution": {}}
-    for section, values in changes.items():
-        content[section] = content[section] | values
-    with pytest.raises(ValueError, match=message):
-        DistillSettings.model_validate(content)

@@ -1,0 +1,249 @@
+"""Parsers of scores and labels: nothing makes them fail, and nothing that is no answer becomes one."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from fixtures.answers import NUMBERS, identifier_lists, kinds, texts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rerank_ray.prompts.parse import (
+    parse_label,
+    parse_score,
+    parse_score_rows,
+    parse_scores,
+)
+
+# Scores by identifier
+
+
+@given(text=texts, identifiers=identifier_lists, cut_off=st.booleans())
+def test_any_text_gives_scores_within_the_bounds(text: str, identifiers: list[str], cut_off: bool):
+    parsed = parse_scores(text, identifiers, low=0, high=10, cut_off=cut_off)
+    assert len(parsed.scores) == len(identifiers)
+    assert all(math.isnan(s) or 0 <= s <= 10 for s in parsed.scores)
+    if any(math.isnan(s) for s in parsed.scores):
+        assert parsed.defects
+
+
+@given(
+    scores=st.dictionaries(st.sampled_from(NUMBERS), st.floats(0, 10, allow_nan=False).map(lambda x: round(x, 3))),
+    pretty=st.booleans(),
+)
+def test_json_is_read_exactly(scores: dict[str, float], pretty: bool):
+    """A member that is not there is NaN and `missing`; nothing else is a defect."""
+    parsed = parse_scores(json.dumps(scores, indent=2 if pretty else None), NUMBERS, low=0, high=10)
+    for name, score in zip(NUMBERS, parsed.scores, strict=True):
+        assert score == scores[name] if name in scores else math.isnan(score)
+    assert kinds(parsed) == ([] if len(scores) == 20 else ["missing"] if scores else ["unparsed"])
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("text", "scores", "defects"),
+    [
+        ('{"1": 8.5, "2": 0, "3": 10}', (8.5, 0, 10), []),
+        ('```json\n{"1": 8.5, "2": 0, "3": 10}\n```', (8.5, 0, 10), []),
+        ('<think>{"1": 1, "2": 1, "3": 1}</think>{"1": 8, "2": 0, "3": 10}', (8, 0, 10), []),
+        ('{"[1]": "8", "Passage 2": "7/10", "3": "6.5"}', (8, 7, 6.5), []),
+        ('{"scores": {"1": 8, "2": 0, "3": 10}}', (8, 0, 10), []),
+        ('{"1": 1, "2": 2, "3": 3} or {"1": 8, "2": 0, "3": 10}', (8, 0, 10), []),
+        ('{"1": 8, "2": 0, "3": 10} as {"1": 2} has none', (8, 0, 10), []),
+        ("[1]: 8.5\n[2]: 0\n[3]: 10", (8.5, 0, 10), []),
+        ("1: 8, 2: 0, 3: 10", (8, 0, 10), []),
+        ("- Passage 1: 8/10\n- Passage 2: 0/10\n- Passage 3: 10/10", (8, 0, 10), []),
+        ('{"1": 8, "1": 3, "2": 0, "3": 10}', (8, 0, 10), ["repeated"]),
+        ('{"1": 8, "2": 0}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 11}', (8, 0, NAN), ["out_of_range"]),
+        ('{"1": 8, "2": 0, "3": -1}', (8, 0, NAN), ["out_of_range"]),
+        ('{"1": 8, "2": 0, "3": 10, "4": 5}', (8, 0, 10), ["out_of_range"]),
+        ('{"1": 8, "2": 0, "3": null}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": true}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": NaN}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 1' + "0" * 400 + "}", (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 1' + "0" * 5000 + "}", (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": "3/5"}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 1', (8, 0, 1), []),
+        ("Score: 7", (NAN,) * 3, ["unparsed"]),
+        ("", (NAN,) * 3, ["empty"]),
+        ("I can't score passage 1: it is hateful", (NAN,) * 3, ["refusal"]),
+        ('I can\'t say much: {"1": 8, "2": 0, "3": 10}', (8, 0, 10), []),
+    ],
+)
+def test_scores_by_identifier(text: str, scores: tuple[float, ...], defects: list[str]):
+    parsed = parse_scores(text, NUMBERS[:3], low=0, high=10)
+    assert parsed.scores == pytest.approx(scores, nan_ok=True)
+    assert kinds(parsed) == defects
+
+
+def test_scores_that_were_cut_off():
+    """The last number may lack digits, so it is not a score."""
+    parsed = parse_scores('{"1": 8, "2": 0, "3": 1', NUMBERS[:3], low=0, high=10, cut_off=True)
+    assert parsed.scores == pytest.approx((8, 0, NAN), nan_ok=True)
+    assert kinds(parsed) == ["cut_off", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "defects"),
+    [
+        ('{"1": [8.5, 4, 2.5], "2": [0, 0, 0]}', ((8.5, 4, 2.5), (0, 0, 0)), []),
+        ("[1]: 8.5, 4, 2.5\n[2]: 0, 0, 0", ((8.5, 4, 2.5), (0, 0, 0)), []),
+        ('{"1": [8.5, 4], "2": [0, 0, 0]}', (None, (0, 0, 0)), ["out_of_range"]),
+        ('{"1": [8.5, 4, 6], "2": [0, 0, 0]}', (None, (0, 0, 0)), ["out_of_range"]),
+        ('{"1": [8.5, 4, "x"], "2": [0, 0, 0]}', (None, (0, 0, 0)), ["missing"]),
+    ],
+)
+def test_rows_of_scores(text: str, rows: tuple, defects: list[str]):
+    parsed = parse_score_rows(text, NUMBERS[:2], [(0, 10), (0, 5), (0, 5)])
+    assert parsed.rows == rows
+    assert kinds(parsed) == defects
+
+
+# One score
+
+
+@given(text=texts, cut_off=st.booleans())
+def test_any_text_gives_a_score_within_the_bounds_or_none(text: str, cut_off: bool):
+    parsed = parse_score(text, low=0, high=10, cut_off=cut_off)
+    assert 0 <= parsed.score <= 10 if parsed.score is not None else parsed.defects
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("7", 7),
+        ("8.5", 8.5),
+        ("8,5", 8.5),
+        (".5", 0.5),
+        ("7/10", 7),
+        ("7 out of 10", 7),
+        ("**Score:** 7", 7),
+        ("Score: 8.5. The passage has 3 parts and 12 words.", 8.5),
+        ("7 - it names 2 of the films", 7),
+        ("I'd rate it a 7.", 7),
+        ("On a scale of 0 to 10, it deserves 7", 7),
+        ("On a scale from 0-10 I would give 6.5", 6.5),
+        ("The relevance score is 7 (0-10)", 7),
+        ('{"score": 7}', 7),
+        ("<think>perhaps 3</think><answer>7</answer>", 7),
+        ("Score: 3? No. Score: 7", 7),
+        ("Score: 0. I can't find anything on it.", 0),
+        ("-0", 0),
+        ("3 of the 5 facts are there, so the score is 6", 6),
+    ],
+)
+def test_one_score(text: str, score: float):
+    parsed = parse_score(text, low=0, high=10)
+    assert (repr(parsed.score), parsed.defects) == (repr(float(score)), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "empty"),
+        ("relevant", "unparsed"),
+        ("11", "out_of_range"),
+        ("-1", "out_of_range"),
+        ("4/5", "out_of_range"),
+        ("I cannot rate passage 3", "refusal"),
+        ("It has 3 parts and 12 words", "unparsed"),
+        ("1,000", "unparsed"),
+        ("9" * 5000, "out_of_range"),
+        ("<think>7", "empty"),
+    ],
+)
+def test_no_score(text: str, kind: str):
+    parsed = parse_score(text, low=0, high=10)
+    assert (parsed.score, kinds(parsed)) == (None, [kind])
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "defects"),
+    [
+        ("Score: 7. It", 7, ["cut_off"]),
+        ("7\nThe passage", 7, ["cut_off"]),
+        ("Score: 1", None, ["cut_off", "unparsed"]),
+        ("The passage names 3 films and", None, ["cut_off", "unparsed"]),
+    ],
+)
+def test_a_score_that_was_cut_off(text: str, score: float | None, defects: list[str]):
+    """The fourth says 3, but not as its answer; the third may have been about to say 10."""
+    parsed = parse_score(text, low=0, high=10, cut_off=True)
+    assert (parsed.score, kinds(parsed)) == (score, defects)
+
+
+# Labels
+
+
+@given(text=texts, labels=identifier_lists, cut_off=st.booleans())
+def test_any_text_gives_a_label_or_a_defect(text: str, labels: list[str], cut_off: bool):
+    parsed = parse_label(text, labels, cut_off=cut_off)
+    assert (parsed.index is None) == bool(parsed.defects)
+    assert parsed.index is None or 0 <= parsed.index < len(labels)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B",
+        "b",
+        "[B]",
+        "B.",
+        "(B)",
+        "**B**",
+        "Passage B",
+        "The answer is B",
+        "Answer: Passage B.",
+        "B\nbecause A is short",
+        "[B] > [A] > [C]",
+        "The most relevant is Passage B.",
+        "I think [B]",
+        "<think>A?</think>B",
+        "B. I can't say more",
+        "B, B",
+    ],
+)
+def test_one_label(text: str):
+    parsed = parse_label(text, list("ABC"))
+    assert (parsed.index, parsed.defects) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "empty"),
+        ("I'm sorry, I can't choose", "refusal"),
+        ("A good question", "unparsed"),
+        ("A and B are alike", "unparsed"),
+        ("A, B", "unparsed"),
+        ("A or B", "unparsed"),
+        ("[A], [B]", "unparsed"),
+        ("Passage A and Passage B", "unparsed"),
+        ("both", "unparsed"),
+        ("D", "out_of_range"),
+        ("Passage [9]", "out_of_range"),
+    ],
+)
+def test_no_label(text: str, kind: str):
+    parsed = parse_label(text, list("ABC"))
+    assert (parsed.index, kinds(parsed)) == (None, [kind])
+
+
+def test_numbers_as_labels():
+    assert parse_label("12", NUMBERS).index == 11
+    assert parse_label("[12]", NUMBERS).index == 11
+    assert parse_label("Passage 12 is", NUMBERS).index == 11
+    assert parse_label("1.5", NUMBERS).index is None
+    assert parse_label("21", NUMBERS).index is None
+
+
+def test_a_label_that_was_cut_off():
+    """A label that was given is one, whatever was to follow; reasoning that was cut off gives none."""
+    assert parse_label("B. The passage", list("ABC"), cut_off=True).defects == ()
+    assert kinds(parse_label("The better passage", list("ABC"), cut_off=True)) == ["cut_off"]
+    assert kinds(parse_label("<think>[B] is", list("ABC"), cut_off=True)) == ["cut_off"]

@@ -1,0 +1,116 @@
+"""What can not be trained is found out before anything expensive."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fixtures.rows import write_labels
+from fixtures.teachable import settings, teachable
+
+from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.parallel import check_installed
+from rerank_ray.distill.train import Trainer, World, check_student
+from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
+from rerank_ray.settings.student import StudentSettings
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 labelled queries."""
+    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
+
+
+def test_labels_that_were_opened_are_not_opened_again(labels: str, tiny_bert: Path, monkeypatch):
+    """The driver digests the files once, for all workers; what a worker reads of them is the same."""
+    chosen = settings(labels, tiny_bert)
+    opened = LabelSet.open([labels], chosen.validation.fraction, chosen.seed)
+    rows = [row for row, _ in Trainer(chosen, World(), None).step_data(0).groups]
+    monkeypatch.setattr(LabelSet, "open", None)
+    assert [row for row, _ in Trainer(chosen, World(), None, opened).step_data(0).groups] == rows
+
+
+def without_weights(model: Path, tmp_path: Path) -> Path:
+    """A copy of a model's folder that can't be loaded: its weights are an empty file."""
+    base = shutil.copytree(model, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (base / "model.safetensors").touch()
+    return base
+
+
+WRONG_STUDENTS = {
+    "head": ({"head": "yes_no"}, "no language model that goes on with a text"),
+    "layers": ({"layers": [1, 5]}, "give ascending layers of 1..3 that end with 3"),
+    "take_layers": ({"take_layers": [2, 4]}, "give ascending layers of 1..3"),
+    "LoRA target": ({"lora": {"target_modules": ["q_proj"]}}, "no linear layer is called 'q_proj'"),
+    "freeze": ({"freeze": {"layers": 4}}, "the model has 3 layers"),
+    "max_length": ({"max_length": 1000}, "the model ends at 128 tokens"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STUDENTS)
+def test_a_student_that_can_not_be_is_found_out_without_its_weights(tiny_bert: Path, tmp_path: Path, wrong: str):
+    base = without_weights(tiny_bert, tmp_path)
+    changes, message = WRONG_STUDENTS[wrong]
+    with pytest.raises(ModelError, match=message):
+        check_student(StudentSettings(base=str(base), **({"max_length": 32, "max_query_length": 8} | changes)))
+
+
+RIGHT_STUDENTS = {
+    "linear, layer-wise": {"layers": [1, 3], "gradient_checkpointing": True},
+    "similarity": {"head": "similarity", "layers": [2, 3]},
+    "bi-encoder": {"head": "bi_encoder", "take_layers": 2},
+    "DoRA": {"lora": {"rank": 2, "dora": True}},
+    "frozen": {"freeze": {"embeddings": True, "layers": 1}},
+    "decoder": {"head": "linear"},
+    "decoder, yes_no": {"head": "yes_no", "max_length": 128, "lora": {}},
+}
+
+
+@pytest.mark.parametrize("right", RIGHT_STUDENTS)
+def test_a_student_that_can_be_passes_without_its_weights(
+    tiny_bert: Path, tiny_llama: Path, tmp_path: Path, right: str
+):
+    base = without_weights(tiny_llama if right.startswith("decoder") else tiny_bert, tmp_path)
+    settings = {"max_length": 32, "max_query_length": 8} | RIGHT_STUDENTS[right]
+    check_student(StudentSettings(base=str(base), **settings))
+
+
+def test_zero_without_deepspeed_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_installed(DistillExecutionSettings())
+    with pytest.raises(ConfigError, match=r'zero2 needs the extra `deepspeed`: pip install "rerank_ray\[deepspeed\]"'):
+        check_installed(DistillExecutionSettings(strategy="zero2"))
+
+
+WRONG_STRATEGIES = {
+    "offload": ({"execution": {"offload": True}}, "offload moves what ZeRO divides"),
+    "elastic": (
+        {"execution": {"strategy": "zero2", "workers": 2, "min_workers": 1}},
+        "zero2's checkpoints are divided among 2 workers",
+    ),
+    "min_workers": ({"execution": {"workers": 2, "min_workers": 3}}, r"min_workers \(3\) is above workers \(2\)"),
+    "averaging": (
+        {"execution": {"strategy": "zero3"}, "optimizer": {"averaging": 0.9}},
+        "optimizer.averaging keeps a second copy of all weights on every worker",
+    ),
+    "interpolation": (
+        {"execution": {"strategy": "zero3"}, "validation": {"interpolation": [0.5]}},
+        "validation.interpolation keeps a second copy of all weights on every worker",
+    ),
+    "interpolated adapters": (
+        {"student": {"lora": {"rank": 2}}, "validation": {"interpolation": [0.5]}},
+        "validation.interpolation is between weights, and student.lora trains adapters",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STRATEGIES)
+def test_what_does_not_go_together_is_refused(labels: str, tiny_bert: Path, wrong: str):
+    changes, message = WRONG_STRATEGIES[wrong]
+    content = settings(labels, tiny_bert).model_dump() | {"execution": {}}
+    for section, values in changes.items():
+        content[section] = content[section] | values
+    with pytest.raises(ValueError, match=message):
+        DistillSettings.model_validate(content)
