@@ -51,7 +51,7 @@ def main() -> None:
         "cached_backward",
         title="A step on one long list: plain and cached backward",
         about="One query a step, every candidate 256 tokens, MiniLM in float32, one thread; memory beyond what a step "
-        "on one candidate holds, and CPU seconds. Gradients are equal to 1e-5 (tests/unit/test_train.py).",
+        "on one candidate holds, and CPU seconds. Gradients are equal to 1e-5 (tests/unit/test_cached_backward.py).",
         rows=lines,
     )
 

@@ -1,4 +1,4 @@
-"""Listwise rankers: windows, RankGPT and variants, FIRST, self-consistency, E²Rank, on oracles and adversaries."""
+"""Listwise rankers: windows, RankGPT and variants, FIRST and self-consistency, on oracles and adversaries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each loss against values by hand, an independent implementation and finite differences; and what all losses share."""
+"""Each loss against an independent implementation and finite differences; and what all losses share."""
 
 from __future__ import annotations
 
