@@ -1,4 +1,4 @@
-"""Early exits of a similarity student learn to score as its untrained last layer does, from unlabelled text.
+"""Early exits of a similarity student learn to be as its untrained last layer is, from unlabelled text.
 
 Texts are encoded alone, as a bi-encoder has them, so a step's queries and passages are encoded once each and scored all
 against all. The passages are of one list, so that they are as hard to tell apart as those of a reranking task.
@@ -54,6 +54,8 @@ def warm_up(
     if not student.branches:
         teacher, taught, held = student.truncated(student.layers[-1], alone=True).to(device), student.layers, []
     student.train()
+    # A teacher drops nothing out.
+    teacher.pretrained.eval()
     seen: list[torch.Tensor] = []
     with _held(held):
         optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)

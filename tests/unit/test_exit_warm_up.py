@@ -74,8 +74,11 @@ def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
 
 
 def test_exits_with_layers_of_their_own_train_those_alone(tiny_bert: Path):
-    """The backbone and the gate stay to the bit, and what was frozen by the settings stays frozen after it."""
-    branched = {"layers": (2, 3), "branch_layers": 1, "freeze": {"embeddings": True}}
+    """The backbone and the gate stay to the bit, and what was frozen by the settings stays frozen after it.
+
+    Dropout is on in the branch, and not in the backbone, which teaches.
+    """
+    branched = {"layers": (2, 3), "branch_layers": 1, "freeze": {"embeddings": True}, "dropout": 0.1}
     before = student_of(tiny_bert, **branched)
     student, metrics = warmed(tiny_bert, branched)
     assert metrics["exit_warm_up/layer_2/last_kl"] < 0.75 * metrics["exit_warm_up/layer_2/first_kl"]
@@ -88,6 +91,8 @@ def test_exits_with_layers_of_their_own_train_those_alone(tiny_bert: Path):
     }
     assert moved == {"branches", "log_scale", "interaction"}
     assert student.log_scale[-1] == before.log_scale[-1]
+    assert student.branches.training
+    assert not student.backbone.training
     for old, new in zip(before.parameters(), student.parameters(), strict=True):
         assert old.requires_grad == new.requires_grad
 
