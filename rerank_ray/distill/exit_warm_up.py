@@ -1,4 +1,4 @@
-"""Early exits of a similarity student learn to be as its untrained last layer is, from unlabelled text.
+"""Early exits of a similarity student learn to score as its untrained last layer does, from unlabelled text.
 
 Texts are encoded alone, as a bi-encoder has them, so a step's queries and passages are encoded once each and scored all
 against all. The passages are of one list, so that they are as hard to tell apart as those of a reranking task.
@@ -38,7 +38,7 @@ def warm_up(
     seed: int,
     world: World,
 ) -> dict[str, float]:
-    """Train the student in place; returns each taught exit's KL and distance over the first and the last tenth.
+    """Train the student in place; returns each taught exit's KL over the first and the last tenth of the steps.
 
     Exits with layers of their own train those alone, and the last layer, which stays as it is, teaches them. Without,
     all layers move, and what the last one was teaches every exit, the last one too. Workers divide a step's passages
@@ -72,23 +72,19 @@ def warm_up(
                     with autocast(), torch.no_grad():
                         shown = [teacher.encoded(batch) for batch in data.batches]
                 target = data.all_scores(teacher, shown)[-1].detach()
-                divergence = _divergence(data.all_scores(student, encoded), target, settings.temperature)
-                distance = data.mean_distance(encoded, shown)
-                (divergence + settings.state_weight * distance)[: len(taught)].sum().backward()
+                scores = data.all_scores(student, encoded)[: len(taught)]
+                divergence = _divergence(scores, target, settings.temperature)
+                divergence.sum().backward()
             data.sum_over_workers(trained)
             nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen.append(torch.stack([divergence / world.size, distance]).detach())
-    measured = torch.stack(seen)  # [steps, 2, layers]
-    if world.size > 1:
-        torch.distributed.all_reduce(measured)
+            seen.append(divergence.detach())
     tenth = math.ceil(settings.steps / 10)
     return {
-        f"exit_warm_up/layer_{layer}/{when}_{name}": value
-        for when, steps in (("first", measured[:tenth]), ("last", measured[-tenth:]))
-        for name, values in zip(("kl", "distance"), steps.mean(0).tolist(), strict=True)
-        for layer, value in zip(taught, values, strict=False)
+        f"exit_warm_up/layer_{layer}/{when}_kl": value
+        for when, steps in (("first", seen[:tenth]), ("last", seen[-tenth:]))
+        for layer, value in zip(taught, torch.stack(steps).mean(0).tolist(), strict=True)
     }
 
 
@@ -103,8 +99,6 @@ class _StepData:
     them."""
     passages: int
     """Of all workers."""
-    tokens: int
-    """Of the queries and all passages."""
     world: World
 
     @classmethod
@@ -120,7 +114,6 @@ class _StepData:
             batches=[student.batch(batch) for batch in batches],
             places=torch.arange(len(listed))[world.rank :: world.size],
             passages=len(listed),
-            tokens=sum(len(e["input_ids"]) for e in (*asked, *listed)),
             world=world,
         )
 
@@ -137,20 +130,6 @@ class _StepData:
         whole = scores.new_zeros(*scores.shape[:-1], self.passages).index_copy(-1, places, scores.detach())
         torch.distributed.all_reduce(whole)
         return whole.index_copy(-1, places, scores)
-
-    def mean_distance(self, encoded: Sequence[EncodedTexts], shown: Sequence[EncodedTexts]) -> torch.Tensor:
-        """This worker's part [layers] of the mean of 1 − cosine between a token's states and its last ones in `shown`.
-
-        All workers have the queries, which count as one worker's.
-        """
-        # Of the texts of a batch: the whole for passages, a worker's part for queries, nothing for a stand-in.
-        shares = [1 / self.world.size] + [float(len(self.places) > 0)] * (len(encoded) - 1)
-        parts = []
-        for texts, last, share in zip(encoded, shown, shares, strict=True):
-            target = last.states[-1].float().detach()
-            away = [1 - nn.functional.cosine_similarity(h.float(), target, dim=-1) for h in texts.states]
-            parts.append(share * torch.stack([(a * texts.mask).sum() for a in away]))
-        return torch.stack(parts).sum(0) / self.tokens
 
     def sum_over_workers(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the workers' gradients in place, each of which is of its own passages."""

@@ -17,13 +17,12 @@ _PREFIXED: tuple[StudentHead, ...] = ("linear", "bi_encoder")
 
 
 class ExitWarmUpSettings(Settings):
-    """What early exits of a similarity student learn before the labels: to be as its untrained last layer is.
+    """What early exits of a similarity student learn before the labels: to score as its untrained last layer does.
 
     An early layer's states were never trained to be compared. In each step one training list's query and spans of its
     passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit, and the KL to the
-    untrained last layer's distribution is taken, and the cosine between a token's states here and there (DistilBERT's
-    loss, Sanh et al. 2019). No label is looked at. With `branch_layers` only those train, at a fraction of a step's
-    time.
+    untrained last layer's distribution is taken. No label is looked at. With `branch_layers` only those train, at a
+    fraction of a step's time.
     """
 
     steps: PositiveInt = 300
@@ -36,8 +35,6 @@ class ExitWarmUpSettings(Settings):
     """Tokens of a passage; longer ones are cut."""
     temperature: PositiveFloat = 0.2
     """Divides the scores of both sides."""
-    state_weight: Annotated[float, Field(ge=0.0)] = 5.0
-    """Of 1 − the cosine of a token's states, beside the KL."""
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-4)
     """`averaging` has no part in it."""
 

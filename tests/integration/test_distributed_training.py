@@ -164,7 +164,7 @@ def test_workers_divide_the_passages_of_an_exit_warm_up(labels: str, base: Path,
     alone, weights = trained_alone(training.settings)
     together = training.metrics()[0]
     compared = {name: value for name, value in alone[0].items() if name.startswith("exit_warm_up/layer")}
-    assert len(compared) == 8
+    assert len(compared) == 4
     assert {name: together[name] for name in compared} == pytest.approx(compared, rel=1e-2, abs=TOLERANCE)
     assert compared["exit_warm_up/layer_1/last_kl"] < 0.9 * compared["exit_warm_up/layer_1/first_kl"]
     apart = [(weights[0][n] - w).abs().flatten() for n, w in student_weights(training.checkpoint(0)).items()]
