@@ -7,8 +7,7 @@ against all. The passages are of one list, so that they are as hard to tell apar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +37,10 @@ def warm_up(
     seed: int,
     world: World,
 ) -> dict[str, float]:
-    """Train the student in place; returns each taught exit's KL over the first and the last tenth of the steps.
+    """Train the student in place; returns each exit's KL over the first and the last tenth of the steps.
 
-    Exits with layers of their own train those alone, and the last layer, which stays as it is, teaches them. Without,
-    all layers move, and what the last one was teaches every exit, the last one too. Workers divide a step's passages
-    among them and take the steps of one.
+    The last layer is held to what it was, which moving the layers below it would change. Workers divide a step's
+    passages among them and take the steps of one.
 
     Args:
         read: the training list of a number below `count`.
@@ -50,41 +48,33 @@ def warm_up(
     """
     device = next(student.parameters()).device
     random = np.random.default_rng([seed, settings.steps])
-    teacher, taught, held = student, student.layers[:-1], [*student.backbone.parameters(), student.gate]
-    if not student.branches:
-        teacher, taught, held = student.truncated(student.layers[-1], alone=True).to(device), student.layers, []
+    # Of the start only the last layer teaches.
+    start = student.truncated(student.layers[-1], alone=True).to(device).requires_grad_(False)
+    optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
     student.train()
-    # A teacher drops nothing out.
-    teacher.pretrained.eval()
     seen: list[torch.Tensor] = []
-    with _held(held):
-        optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
-        for step in range(settings.steps):
-            set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
-            texts = draw(read(int(random.integers(count))), settings, random)
-            data = _StepData.of(student, *texts, settings.max_passage_length, world)
-            # Around the backward pass too: with checkpoints it computes layers again.
-            with attention_for_training(device, data.longest):
-                with autocast():
-                    encoded = [student.encoded(batch) for batch in data.batches]
-                shown = encoded
-                if teacher is not student:
-                    with autocast(), torch.no_grad():
-                        shown = [teacher.encoded(batch) for batch in data.batches]
-                target = data.all_scores(teacher, shown)[-1].detach()
-                scores = data.all_scores(student, encoded)[: len(taught)]
-                divergence = _divergence(scores, target, settings.temperature)
-                divergence.sum().backward()
-            data.sum_over_workers(trained)
-            nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seen.append(divergence.detach())
+    for step in range(settings.steps):
+        set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
+        texts = draw(read(int(random.integers(count))), settings, random)
+        data = _StepData.of(student, *texts, settings.max_passage_length, world)
+        with autocast(), torch.no_grad():
+            target = data.all_scores(start, [start.encoded(batch) for batch in data.batches])[-1]
+        # Around the backward pass too: with checkpoints it computes layers again.
+        with attention_for_training(device, data.longest):
+            with autocast():
+                encoded = [student.encoded(batch) for batch in data.batches]
+            divergence = _divergence(data.all_scores(student, encoded), target, settings.temperature)
+            divergence.sum().backward()
+        data.sum_over_workers(trained)
+        nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen.append(divergence.detach())
     tenth = math.ceil(settings.steps / 10)
     return {
         f"exit_warm_up/layer_{layer}/{when}_kl": value
         for when, steps in (("first", seen[:tenth]), ("last", seen[-tenth:]))
-        for layer, value in zip(taught, torch.stack(steps).mean(0).tolist(), strict=True)
+        for layer, value in zip(student.layers, torch.stack(steps).mean(0).tolist(), strict=True)
     }
 
 
@@ -145,19 +135,6 @@ def _divergence(actual: torch.Tensor, target: torch.Tensor, temperature: float) 
     """Mean KL [layers] over the queries, from scores [layers, Q, D] to the target's [Q, D]."""
     goal, scores = ((s / temperature).log_softmax(-1) for s in (target, actual))
     return (goal.exp() * (goal - scores)).sum(-1).mean(-1)
-
-
-@contextmanager
-def _held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Parameters that stay as they are; afterwards those of them that were trained are trained again."""
-    trained = [p for p in parameters if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def draw(labels: Labels, settings: ExitWarmUpSettings, random: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -21,8 +21,8 @@ class ExitWarmUpSettings(Settings):
 
     An early layer's states were never trained to be compared. In each step one training list's query and spans of its
     passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit, and the KL to the
-    untrained last layer's distribution is taken. No label is looked at. With `branch_layers` only those train, at a
-    fraction of a step's time.
+    untrained last layer's distribution is taken. No label is looked at. All layers train: with `branch_layers` alone
+    to train, the exits learnt the training passages by heart.
     """
 
     steps: PositiveInt = 300
