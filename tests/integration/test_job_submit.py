@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import psutil
@@ -62,9 +64,14 @@ class Workspace:
         )
 
     def job(self, submission_id: str) -> dict:
-        """What the cluster knows of a job, by its REST interface."""
-        with urllib.request.urlopen(f"{self.address}/api/jobs/{submission_id}", timeout=30) as response:
-            return json.load(response)
+        """What the cluster knows of a job, by its REST interface; nothing of one that it did not take."""
+        try:
+            with urllib.request.urlopen(f"{self.address}/api/jobs/{submission_id}", timeout=30) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code == HTTPStatus.NOT_FOUND:
+                return {}
+            raise
 
     def config(self, name: str, content: dict) -> str:
         """Write a config into the working directory; returns its path there."""
