@@ -16,7 +16,7 @@ import torch.distributed
 from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
-from rerank_ray.distill.parallel import World
+from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.models.engine import attention_for_training
 from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
@@ -65,7 +65,8 @@ def warm_up(
                 encoded = [student.encoded(batch) for batch in data.batches]
             divergence = _divergence(data.all_scores(student, encoded), target, settings.temperature)
             divergence.sum().backward()
-        data.sum_over_workers(trained)
+        # Each worker's is of its own passages.
+        sum_gradients(trained, world)
         nn.utils.clip_grad_norm_(trained, settings.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -120,15 +121,6 @@ class _StepData:
         whole = scores.new_zeros(*scores.shape[:-1], self.passages).index_copy(-1, places, scores.detach())
         torch.distributed.all_reduce(whole)
         return whole.index_copy(-1, places, scores)
-
-    def sum_over_workers(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the workers' gradients in place, each of which is of its own passages."""
-        if self.world.size == 1:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        torch.distributed.all_reduce(flat := torch.cat([g.flatten() for g in gradients]))
-        for parameter, gradient in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
 
 
 def _divergence(actual: torch.Tensor, target: torch.Tensor, temperature: float) -> torch.Tensor:

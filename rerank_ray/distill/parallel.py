@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,14 @@ class World:
 
     rank: int = 0
     size: int = 1
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Add up the workers' gradients in place; of each parameter all workers have one, or none has."""
+    if world.size > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
 
 
 def check_installed(settings: DistillExecutionSettings) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.optimizer import make_optimizer
+from rerank_ray.distill.parallel import sum_gradients
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.train import Report, World
 from rerank_ray.settings.rationale import RationaleSettings
@@ -59,8 +60,7 @@ class PolicyTrainer:
         for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.world.size > 1:
-                torch.distributed.all_reduce(parameter.grad)
+        sum_gradients(self.trained, self.world)
         norm = nn.utils.clip_grad_norm_(self.trained, self.settings.optimizer.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -60,3 +60,12 @@ def serve() -> Iterator[Callable[[Behaviour], Stub]]:
 
     with ExitStack() as stack:
         yield lambda behaviour: stack.enter_context(serving(behaviour))
+
+
+@pytest.fixture(scope="session")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 labelled queries that a tiny student can learn."""
+    from fixtures.rows import write_labels
+    from fixtures.teachable import teachable
+
+    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.rows import write_labels
-from fixtures.teachable import settings, teachable
+from fixtures.teachable import settings
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from rerank_ray.distill.train import Trainer, World
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 labelled queries."""
-    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
 
 
 def gradients(trainer: Trainer) -> list[torch.Tensor]:

@@ -10,12 +10,12 @@ import pytest
 from fixtures.oracles import (
     USAGE,
     Recorder,
+    outcome_of,
 )
 from fixtures.rows import make_list
 from fixtures.tiny_models import tiny_bert_folder
 
 from rerank_ray.models.protocol import Answer, Embed, Failure
-from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.e2rank import E2Rank
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList
@@ -25,11 +25,6 @@ from rerank_ray.settings.rankers import (
 )
 
 FAKE = FakeSettings()
-
-
-def outcome_of(method, backend, request: CandidateList) -> scheduler.Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
 
 
 class Embedder(Recorder):

@@ -21,6 +21,7 @@ from fixtures.oracles import (
     Reply,
     best_first,
     known_list,
+    outcome_of,
     permutation,
     rounds_of,
 )
@@ -191,11 +192,6 @@ def make(name: str, heads_file: str) -> Callable:
     given = {"method": name, "model": {"kind": "fake"}, **more, **CASES[name].settings}
     settings = TypeAdapter(RankerSettings).validate_python(given)
     return lambda backend: method_class(name)(settings, backend)
-
-
-def outcome_of(method, backend, request: CandidateList) -> scheduler.Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
 
 
 def test_no_method_is_left_out():

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fixtures.oracles import ADVERSARIES, USAGE, Adversary, Oracle, Recorder, Reply, known_list, rounds_of
+from fixtures.oracles import ADVERSARIES, USAGE, Adversary, Oracle, Recorder, Reply, known_list, outcome_of, rounds_of
 from fixtures.rows import make_list
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,11 +34,6 @@ def group_rank(backend, **options) -> GroupRank:
 
 def rebel(backend, **options) -> Rebel:
     return Rebel(RebelSettings(model=FAKE, **options), backend)
-
-
-def outcome_of(method, backend, request: CandidateList) -> scheduler.Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
 
 
 def grades(gains: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from fixtures.oracles import (
     Reply,
     best_first,
     known_list,
+    outcome_of,
     permutation,
     rounds_of,
 )
@@ -60,11 +61,6 @@ def first(backend, **options) -> First:
 
 def self_consistency(backend, **options) -> PermutationSelfConsistency:
     return PermutationSelfConsistency(PermutationSelfConsistencySettings(model=FAKE, **options), backend)
-
-
-def outcome_of(method, backend, request: CandidateList) -> scheduler.Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
 
 
 def oracle(gains: dict[str, float]) -> Oracle:

@@ -20,12 +20,6 @@ from rerank_ray.errors import InputError
 from rerank_ray.settings.distill import DistillSettings
 
 
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 labelled queries."""
-    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
-
-
 class Stopped(Exception):
     """The run was interrupted."""
 

@@ -7,8 +7,8 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fixtures.training_data import read, shown, stored, write_lines
-from hypothesis import HealthCheck, given, settings
+from fixtures.training_data import in_tmp_path, read, shown, stored, write_lines
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rerank_ray.distill.labels import LabelSet
@@ -18,8 +18,6 @@ from rerank_ray.formats.training_data import text_id
 from rerank_ray.formats.triples import read_triples
 from rerank_ray.ingest_labels import ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.records import Query
-
-in_tmp_path = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_flagembeddings_scores_are_the_teachers_and_its_prompt_the_instruction(tmp_path):

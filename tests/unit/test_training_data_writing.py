@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from fixtures.rows import label_row, write_labels
-from fixtures.training_data import read, shown, stored
-from hypothesis import HealthCheck, given, settings
+from fixtures.training_data import in_tmp_path, read, shown, stored
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rerank_ray import cli
@@ -20,8 +20,6 @@ from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.ingest_labels import ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.records import Candidate, CandidateList, Labels, Query
 from rerank_ray.schema import write_candidates
-
-in_tmp_path = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def candidate(doc_id: str, text: str, label: float | None = None, title: str | None = None) -> Candidate:

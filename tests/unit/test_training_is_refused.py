@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fixtures.rows import write_labels
-from fixtures.teachable import settings, teachable
+from fixtures.teachable import settings
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import check_installed
@@ -15,12 +14,6 @@ from rerank_ray.distill.train import Trainer, World, check_student
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
 from rerank_ray.settings.student import StudentSettings
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 labelled queries."""
-    return write_labels(tmp_path_factory.mktemp("labels"), [teachable(i) for i in range(24)])
 
 
 def test_labels_that_were_opened_are_not_opened_again(labels: str, tiny_bert: Path, monkeypatch):
