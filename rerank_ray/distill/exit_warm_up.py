@@ -20,7 +20,7 @@ from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.models.engine import attention_for_training
 from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
-from rerank_ray.records import Labels
+from rerank_ray.records import CandidateList
 from rerank_ray.settings.student import ExitWarmUpSettings
 
 _WORDS_OF_A_SPAN = (3, 9)
@@ -30,7 +30,7 @@ _PASSAGES = 14
 
 def warm_up(
     student: SimilarityStudent,
-    read: Callable[[int], Labels],
+    read: Callable[[int], CandidateList],
     count: int,
     settings: ExitWarmUpSettings,
     autocast: Callable[[], torch.autocast],
@@ -43,7 +43,7 @@ def warm_up(
     passages among them and take the steps of one.
 
     Args:
-        read: the training list of a number below `count`.
+        read: the candidate list of a number below `count`.
         autocast: makes the context of a forward pass.
     """
     device = next(student.parameters()).device
@@ -129,11 +129,13 @@ def _divergence(actual: torch.Tensor, target: torch.Tensor, temperature: float) 
     return (goal.exp() * (goal - scores)).sum(-1).mean(-1)
 
 
-def draw(labels: Labels, settings: ExitWarmUpSettings, random: np.random.Generator) -> tuple[list[str], list[str]]:
+def draw(
+    listed: CandidateList, settings: ExitWarmUpSettings, random: np.random.Generator
+) -> tuple[list[str], list[str]]:
     """Queries and passages of one step: the list's query and spans of passages; passages of the list."""
-    texts = [c.contents for c in labels.candidate_list.candidates]
+    texts = [c.contents for c in listed.candidates]
     passages = [texts[i] for i in random.permutation(len(texts))[: settings.passages]]
-    queries = [labels.candidate_list.query.text]
+    queries = [listed.query.text]
     for number in range(settings.spans):
         words = passages[number % len(passages)].split()
         length = int(random.integers(_WORDS_OF_A_SPAN[0], _WORDS_OF_A_SPAN[1] + 1))

@@ -8,18 +8,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError
-from rerank_ray.records import Labels
-from rerank_ray.schema import LABELS, doc_id_path, inspect_input, labels_from_row
+from rerank_ray.records import CandidateList, Labels
+from rerank_ray.schema import (
+    CANDIDATES,
+    LABELS,
+    candidate_list_from_row,
+    doc_id_path,
+    inspect_input,
+    labels_from_row,
+)
 
 _GROUPS_PER_WINDOW = 16
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +114,12 @@ class LabelSet:
             windows.append(random.permutation(self.train[np.isin(numbers, window)]))
         return np.concatenate(windows)
 
-    def reader(self) -> LabelReader:
-        return LabelReader(self.groups)
+    def reader(self) -> RowReader[Labels]:
+        return RowReader(self.groups, LABELS, labels_from_row)
+
+    def text_lists(self) -> TextLists:
+        """Queries and passages of the training rows."""
+        return TextLists(groups=self.groups, positions=self.train, fingerprint=self.fingerprint)
 
 
 class Steps:
@@ -126,27 +140,80 @@ class Steps:
         return order[number * self._size : (number + 1) * self._size], epoch
 
 
-class LabelReader:
-    """Reads labels by position, keeping the row groups of two windows."""
+class RowReader(Generic[Row]):
+    """Reads rows by position, keeping the row groups of two windows."""
 
-    def __init__(self, groups: Sequence[tuple[str, int]]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Sequence[tuple[str, int]], schema: pa.Schema, from_row: Callable[[dict], Row]) -> None:
+        self._groups, self._columns, self._from_row = groups, schema.names, from_row
         self._rows = functools.lru_cache(maxsize=2 * _GROUPS_PER_WINDOW)(self._read_group)
 
-    def read(self, positions: np.ndarray) -> Iterator[Labels]:
-        """Labels at positions [rows, 2].
+    def read(self, positions: np.ndarray) -> Iterator[Row]:
+        """Rows at positions [rows, 2].
 
         Raises:
             RowError: a row breaks the contract.
         """
         for group, row in positions:
-            yield labels_from_row(self._rows(int(group))[int(row)])
+            yield self._from_row(self._rows(int(group))[int(row)])
 
     def _read_group(self, number: int) -> list[dict]:
         uri, group = self._groups[number]
         fs, path = storage.open_filesystem(uri)
         with pq.ParquetFile(path, filesystem=fs) as file:
-            return file.read_row_group(group, columns=LABELS.names).to_pylist()
+            return file.read_row_group(group, columns=self._columns).to_pylist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLists:
+    """Candidate lists whose texts alone are read, by number: of labels, of candidates, or of both."""
+
+    groups: tuple[tuple[str, int], ...]
+    """(URI, row group) of each group number."""
+    positions: np.ndarray
+    """[lists, 2] of (row-group number, row in the group)."""
+    fingerprint: str
+
+    @classmethod
+    def open(cls, uris: Sequence[str], held_out: float, seed: int) -> TextLists:
+        """Check candidate Parquet and find its rows, but those of queries that `LabelSet.open` would hold out.
+
+        Raises:
+            InputError: unreadable files, another schema, or no row that is not held out.
+        """
+        groups: list[tuple[str, int]] = []
+        positions = [np.empty((0, 2), dtype=np.int32)]
+        digest = hashlib.sha256()
+        for uri in uris:
+            summary = inspect_input(uri, CANDIDATES)
+            digest.update(summary.fingerprint.encode())
+            for file in summary.files:
+                fs, _ = storage.open_filesystem(uri)
+                with pq.ParquetFile(file, filesystem=fs) as parquet:
+                    for group in range(parquet.num_row_groups):
+                        ids = parquet.read_row_group(group, columns=["query_id"])["query_id"].to_pylist()
+                        free = np.array([_fraction(i, seed) >= held_out for i in ids], dtype=bool)
+                        positions.append(_positions(len(groups), free))
+                        groups.append((storage.rejoin(uri, file), group))
+        found = cls(groups=tuple(groups), positions=np.concatenate(positions), fingerprint=digest.hexdigest()[:16])
+        if not len(found.positions):
+            raise InputError(f"{', '.join(uris)}: holds no list to read texts from whose query is not held out")
+        return found
+
+    def __add__(self, other: TextLists) -> TextLists:
+        moved = other.positions + np.array([len(self.groups), 0], dtype=np.int32)
+        return TextLists(
+            groups=self.groups + other.groups,
+            positions=np.concatenate([self.positions, moved]),
+            fingerprint=f"{self.fingerprint}+{other.fingerprint}",
+        )
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def reader(self) -> Callable[[int], CandidateList]:
+        """Reads the list of a number."""
+        rows = RowReader(self.groups, CANDIDATES, candidate_list_from_row)
+        return lambda number: next(rows.read(self.positions[number : number + 1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

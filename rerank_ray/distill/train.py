@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import warm_up
-from rerank_ray.distill.labels import LabelSet, Steps
+from rerank_ray.distill.labels import LabelSet, Steps, TextLists
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
@@ -123,12 +123,10 @@ class Trainer:
         if settings is None:
             return {}
         started = time.perf_counter()
-
-        def read(number: int) -> Labels:
-            return next(self.reader.read(self.data.train[number : number + 1]))
-
-        count, seed = len(self.data.train), self.settings.seed
-        metrics = warm_up(self.student, read, count, settings, self._autocast, seed, self.world)
+        lists, seed = self.data.text_lists(), self.settings.seed
+        if settings.texts:
+            lists += TextLists.open(settings.texts, self.settings.validation.fraction, seed)
+        metrics = warm_up(self.student, lists.reader(), len(lists), settings, self._autocast, seed, self.world)
         return metrics | {"exit_warm_up/seconds": time.perf_counter() - started}
 
     def _copy_of_trained(self) -> list[torch.Tensor]:
@@ -421,6 +419,15 @@ class _Scorer(nn.Module):
 
 def _sum_and_count(term: Term) -> torch.Tensor:
     return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
+
+
+def with_texts(settings: DistillSettings, change: Callable[[str], str]) -> DistillSettings:
+    """The settings with the URIs of an exit warm-up's texts changed."""
+    warming = settings.student.exit_warm_up
+    if warming is None:
+        return settings
+    warming = warming.model_copy(update={"texts": tuple(change(uri) for uri in warming.texts)})
+    return settings.model_copy(update={"student": settings.student.model_copy(update={"exit_warm_up": warming})})
 
 
 def check_student(settings: StudentSettings) -> None:

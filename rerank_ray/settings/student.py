@@ -27,6 +27,9 @@ class ExitWarmUpSettings(Settings):
 
     steps: PositiveInt = 300
     """Optimizer steps."""
+    texts: tuple[str, ...] = ()
+    """Candidate Parquet whose lists are drawn from beside the training lists, but for those of held-out queries: a few
+    training lists are soon learnt by heart."""
     passages: Annotated[int, Field(ge=2)] = 28
     """Passages of a list that a step draws."""
     spans: NonNegativeInt = 20

@@ -17,9 +17,10 @@ from fixtures.tiny_models import tiny_bert_folder
 from safetensors.torch import load_file
 
 from rerank_ray import config
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import jobs
 from rerank_ray.models.student import load_student
+from rerank_ray.schema import write_candidates
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import ModelSettings
 
@@ -77,6 +78,28 @@ def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path
     assert (run / "student" / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(RunError, match="epochs: 2 -> 3"):
         jobs.distill(settings(labels, base, epochs=3), str(run), console)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_texts_of_an_exit_warm_up_are_an_input_of_the_run(labels, base, tmp_path, console, monkeypatch):
+    """By a relative path too; other texts are another input."""
+    monkeypatch.chdir(tmp_path)
+    write_candidates((make_list(f"t{n}", 4) for n in range(6)), "texts")
+    warming = {"steps": 2, "passages": 4, "spans": 2, "texts": ["texts"]}
+    student = settings(labels, base).student.model_dump() | {"layers": (2, 3), "exit_warm_up": warming}
+    run = tmp_path / "run"
+    jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
+    state = json.loads((run / "run.json").read_text())
+    assert state["state"] == "done"
+    assert set(state["inputs"]) == {"labels", "texts"}
+    assert load_student(ModelSettings(path=str(run / "student"), max_length=48)).layers == (2, 3)
+    write_candidates((make_list(f"u{n}", 4) for n in range(6)), "texts")
+    with pytest.raises(RunError, match="texts"):
+        jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
+    student["exit_warm_up"]["texts"] = ["nowhere"]
+    with pytest.raises(InputError, match="nowhere: the input does not exist"):
+        jobs.distill(settings(labels, base, student=student, max_steps=2), str(tmp_path / "other"), console)
+    assert not (tmp_path / "other" / "run.json").exists()
 
 
 @pytest.mark.usefixtures("ray_session")

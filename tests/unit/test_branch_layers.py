@@ -1,4 +1,4 @@
-"""Early exits with layers of their own: they start as the backbone's, and are trained, cut off and saved apart."""
+"""Early exits with layers of their own: they start as the backbone's last, and are trained, cut off and saved apart."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from transformers import (
     BertModel,
     ElectraConfig,
     ElectraModel,
+    ModernBertConfig,
+    ModernBertModel,
     RobertaConfig,
     RobertaModel,
 )
 
+from rerank_ray.errors import ModelError
 from rerank_ray.models.student import Student
 from rerank_ray.settings.student import StudentSettings
 
@@ -41,8 +44,22 @@ def branched(encoder: Path, branch_layers: int = 1) -> Student:
 
 
 @pytest.mark.parametrize("branch_layers", [1, 2])
-def test_branches_start_as_the_backbones_layers(encoder: Path, branch_layers: int):
-    torch.testing.assert_close(scores(branched(encoder, branch_layers)), scores(branched(encoder, 0)))
+def test_branches_start_as_the_backbones_last_layers(encoder: Path, branch_layers: int):
+    """An exit scores as an encoder of so many layers that has the backbone's last ones at its end."""
+    last = range(6 - branch_layers, 6)
+    for number, exit_layer in enumerate(LAYERS):
+        taken = (*range(1, exit_layer - branch_layers + 1), *last)
+        alone = start(encoder, "similarity", take_layers=taken, gate=-1.0, interaction=1.0)
+        torch.testing.assert_close(scores(branched(encoder, branch_layers))[number], scores(alone)[0])
+
+
+def test_a_branch_that_attends_otherwise_than_the_layers_below_it(tmp_path: Path):
+    """ModernBERT's layers are not all of one kind."""
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    folder = tiny_encoder_folder(tmp_path / "m", ModernBertModel, ModernBertConfig, layers=4, layer_types=kinds)
+    with pytest.raises(ModelError, match="branch_layers: 1: layers 3 to 3 have other attention than the last 1"):
+        start(folder, "similarity", layers=(3, 4), branch_layers=1)
+    assert len(start(folder, "similarity", layers=(2, 4), branch_layers=1).branches) == 1
 
 
 @pytest.mark.parametrize("alone", [False, True])

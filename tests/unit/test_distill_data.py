@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.labels import LabelSet, TextLists
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.errors import InputError
-from rerank_ray.schema import LABELS
+from rerank_ray.schema import LABELS, write_candidates
 from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
 
 # Rows
@@ -38,6 +38,35 @@ def write_set(folder: Path, count: int, prefix: str = "q", rows_per_file: int = 
 
 def query_ids(data: LabelSet, positions: np.ndarray) -> list[str]:
     return [labels.candidate_list.query.query_id for labels in data.reader().read(positions)]
+
+
+def test_text_lists_are_the_training_rows_and_the_other_files_rows_that_are_not_held_out(tmp_path: Path):
+    """Candidates of the labels' queries and of others: none of a held-out query's is read, all others are, once."""
+    labels = write_set(tmp_path / "labels", 60)
+    names = [f"q{i}" for i in range(40, 100)]
+    for part in (names[:7], names[7:]):
+        write_candidates((make_list(name, 4) for name in part), str(tmp_path / f"texts{len(part)}"))
+    data = LabelSet.open([labels], 0.3, 5)
+    more = TextLists.open([str(tmp_path / "texts7"), str(tmp_path / "texts53")], 0.3, 5)
+    lists = data.text_lists() + more
+    read = lists.reader()
+    found = [read(number).query.query_id for number in range(len(lists))]
+    trained, held_out = query_ids(data, data.train), query_ids(data, data.validation)
+    assert found[: len(trained)] == trained
+    others = found[len(trained) :]
+    assert len(set(others)) == len(others)
+    assert set(others) < set(names)
+    assert not set(others) & set(held_out)
+    assert {n for n in names[:20] if n in trained} <= set(others)
+    assert 30 < len(others) < 60
+
+
+def test_text_lists_without_a_row(tmp_path: Path):
+    write_candidates([make_list("q1", 4)], str(tmp_path / "texts"))
+    with pytest.raises(InputError, match="holds no list to read texts from whose query is not held out"):
+        TextLists.open([str(tmp_path / "texts")], 1.0, 0)
+    with pytest.raises(InputError, match="does not exist"):
+        TextLists.open([str(tmp_path / "none")], 0.2, 0)
 
 
 def test_every_labelled_row_is_in_one_of_the_two_halves(tmp_path: Path):

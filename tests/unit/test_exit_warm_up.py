@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,21 +15,20 @@ from pydantic import ValidationError
 from rerank_ray.distill.exit_warm_up import draw, warm_up
 from rerank_ray.distill.train import Trainer, World
 from rerank_ray.models.student import Student, adapt, new_student
-from rerank_ray.records import Candidate, CandidateList, Labels, Query
+from rerank_ray.records import Candidate, CandidateList, Query
+from rerank_ray.schema import write_candidates
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.optimizer import OptimizerSettings
 from rerank_ray.settings.student import ExitWarmUpSettings, StudentSettings
 
 
-def text_list(number: int) -> Labels:
-    """A query with ten passages of random words; its teacher scores are NaN, and nobody may look at them."""
+def text_list(number: int) -> CandidateList:
+    """A query with ten passages of random words."""
     random = np.random.default_rng(number)
     passages = [" ".join(random.choice(WORDS, 12)) for _ in range(10)]
     query = Query(query_id=f"q{number}", text=" ".join(random.choice(WORDS, 3)))
     candidates = tuple(Candidate(doc_id=f"d{i}", text=text) for i, text in enumerate(passages))
-    return Labels(
-        candidate_list=CandidateList(query=query, candidates=candidates), teacher="test", scores=(math.nan,) * 10
-    )
+    return CandidateList(query=query, candidates=candidates)
 
 
 def student_of(folder: Path) -> Student:
@@ -58,7 +56,7 @@ def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
 
     @torch.no_grad()
     def scores(student: Student, number: int) -> torch.Tensor:
-        labels = text_list(number).candidate_list
+        labels = text_list(number)
         texts = [c.text for c in labels.candidates]
         pairs = student.encode([labels.query.text] * len(texts), texts)
         return 5 * student.eval()(**student.collate(pairs))
@@ -99,17 +97,17 @@ def test_it_is_a_function_of_the_seed(tiny_bert: Path):
 
 def test_what_a_step_draws():
     """The list's query and spans of the drawn passages, word for word; a short list gives what it has."""
-    labels = text_list(0)
-    texts = [c.text for c in labels.candidate_list.candidates]
-    queries, passages = draw(labels, ExitWarmUpSettings(passages=4, spans=6), np.random.default_rng(0))
-    assert queries[0] == labels.candidate_list.query.text
+    listed = text_list(0)
+    texts = [c.text for c in listed.candidates]
+    queries, passages = draw(listed, ExitWarmUpSettings(passages=4, spans=6), np.random.default_rng(0))
+    assert queries[0] == listed.query.text
     assert len(set(passages)) == 4
     assert set(passages) < set(texts)
     for number, span in enumerate(queries[1:]):
         assert span in passages[number % 4]
         assert 3 <= len(span.split()) <= 9
     assert len(queries) == 7
-    _, all_of_them = draw(labels, ExitWarmUpSettings(passages=50), np.random.default_rng(0))
+    _, all_of_them = draw(listed, ExitWarmUpSettings(passages=50), np.random.default_rng(0))
     assert sorted(all_of_them) == sorted(texts)
 
 
@@ -143,6 +141,24 @@ def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_b
     assert seen[0]["exit_warm_up/seconds"] > 0
     start = student_of(tiny_bert).backbone.state_dict()
     assert any(not torch.equal(start[k], v) for k, v in trainer.student.backbone.state_dict().items())
+
+
+def test_the_trainer_reads_the_texts_beside_its_lists(tiny_bert: Path, tmp_path: Path):
+    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
+    write_candidates((text_list(n) for n in range(10, 14)), str(tmp_path / "texts"))
+    warming = {"steps": 2, "passages": 4, "spans": 2}
+    student = {"base": str(tiny_bert), "head": "similarity", "layers": [1, 3], "max_length": 32, "max_query_length": 8}
+
+    def metrics(**more) -> dict[str, float]:
+        settings = {
+            "input": [write_labels(tmp_path / "labels", rows)],
+            "student": student | {"exit_warm_up": warming | more},
+            "dtype": "float32",
+        }
+        warmed = Trainer(DistillSettings.model_validate(settings), World(), None).warm_up_metrics
+        return {name: value for name, value in warmed.items() if "kl" in name}
+
+    assert metrics(texts=[str(tmp_path / "texts")]) != metrics()
 
 
 @pytest.mark.parametrize(

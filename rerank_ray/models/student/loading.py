@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from safetensors.torch import load_file
 from transformers import (
@@ -128,6 +130,7 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
     if source.is_seq2seq or source.is_decoder:
         raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: use head: yes_no or linear")
     model = source.start(AutoModel, settings.take_layers, attn_implementation=GATED)
+    _check_branches(settings, getattr(model.config, "layer_types", None))
     student = SimilarityStudent(
         _describe(settings, model.config.num_hidden_layers),
         source.tokenizer,
@@ -142,6 +145,17 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
             "can't be gated (BERT, RoBERTa, ELECTRA and ModernBERT kinds can); use head: linear"
         )
     return student
+
+
+def _check_branches(settings: StudentSettings, types: Sequence[str] | None) -> None:
+    """A branch's layers are called as those whose place they take, so must attend as those do."""
+    own = settings.branch_layers
+    for exit_layer in settings.layers[:-1] if own and types else ():
+        if types[exit_layer - own : exit_layer] != types[-own:]:
+            raise ModelError(
+                f"{settings.base}: branch_layers: {own}: layers {exit_layer - own + 1} to {exit_layer} have other "
+                f"attention than the last {own} ({types}), which can't take their place: leave branch_layers out"
+            )
 
 
 def _read_similarity(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:

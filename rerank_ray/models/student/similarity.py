@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
-from rerank_ray.models.student.source import keep_layers, layers_of
+from rerank_ray.models.student.source import keep_layers, layers_of, renumber
 
 _BRANCHES = "branches."
 
@@ -40,9 +40,9 @@ class SimilarityStudent(Student):
     start anew: at β = −8 and interaction 0 the untrained student is the bi-encoder, at β = 0 attention is
     unrestricted.
 
-    With `branch_layers` b each early exit has its last b layers to itself, copies of the backbone's to start with: the
-    side branches of BranchyNet (Teerapittayanon et al. 2016). What an early layer must do to be scored is not what the
-    layers above need of it.
+    With `branch_layers` b each early exit has its last b layers to itself: the side branches of BranchyNet
+    (Teerapittayanon et al. 2016). What an early layer must do to be scored is not what the layers above need of it.
+    They start as copies of the backbone's last b, whose states are the ones that were trained to be compared.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SimilarityStudent(Student):
         self.linear = nn.Parameter(torch.zeros(count, config.hidden_size))
         own = description.branch_layers
         early = description.layers[:-1] if own else ()
-        self.branches = nn.ModuleList(copy.deepcopy(layers_of(backbone)[n - own : n]) for n in early)
+        self.branches = nn.ModuleList(_branch(backbone, own, n) for n in early)
         self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
         # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
         positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
@@ -252,6 +252,13 @@ class SimilarityStudent(Student):
         """What the head adds to the backbone: gate [layers, heads], log_scale and interaction [exits], linear [exits,
         hidden]."""
         return {name: getattr(self, name) for name in ("gate", "log_scale", "interaction", "linear")}
+
+
+def _branch(backbone: PreTrainedModel, own: int, exit_layer: int) -> nn.ModuleList:
+    """Copies of the backbone's last `own` layers, in the place of those that end with `exit_layer`."""
+    branch = copy.deepcopy(layers_of(backbone)[-own:])
+    renumber(branch, first=exit_layer - own)
+    return branch
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

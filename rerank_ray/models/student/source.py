@@ -151,16 +151,21 @@ def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Leave only these layers, counted from 1 and ascending, in a transformers model and its config."""
     owner, name = _stack(model)
     taken = nn.ModuleList(getattr(owner, name)[n - 1] for n in layers)
-    for index, layer in enumerate(taken):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+    renumber(taken, first=0)
     setattr(owner, name, taken)
     for config in {id(c): c for c in (model.config, model.base_model.config)}.values():
         types = getattr(config, "layer_types", None)
         config.num_hidden_layers = len(taken)
         if types is not None:
             config.layer_types = [types[n - 1] for n in layers]
+
+
+def renumber(layers: nn.ModuleList, first: int) -> None:
+    """Tell layers which numbers, counted from 0, they have in their model."""
+    for index, layer in enumerate(layers, start=first):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
 
 
 def _stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
