@@ -20,6 +20,7 @@ from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.models.engine import attention_for_training
 from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
+from rerank_ray.models.student.source import embeddings_of
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.student import ExitWarmUpSettings
 
@@ -39,8 +40,9 @@ def warm_up(
 ) -> dict[str, float]:
     """Train the student in place; returns each exit's KL over the first and the last tenth of the steps.
 
-    The last layer is held to what it was, which moving the layers below it would change. Workers divide a step's
-    passages among them and take the steps of one.
+    The last layer is held to what it was, which moving the layers below it would change. Embeddings stay: those of the
+    words that are read would move away from all others. Workers divide a step's passages among them and take the steps
+    of one.
 
     Args:
         read: the candidate list of a number below `count`.
@@ -50,6 +52,8 @@ def warm_up(
     random = np.random.default_rng([seed, settings.steps])
     # Of the start only the last layer teaches.
     start = student.truncated(student.layers[-1], alone=True).to(device).requires_grad_(False)
+    embeddings = [p for p in embeddings_of(student.pretrained).parameters() if p.requires_grad]
+    _set_trained(embeddings, False)
     optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
     student.train()
     seen: list[torch.Tensor] = []
@@ -71,6 +75,7 @@ def warm_up(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen.append(divergence.detach())
+    _set_trained(embeddings, True)
     tenth = math.ceil(settings.steps / 10)
     return {
         f"exit_warm_up/layer_{layer}/{when}_kl": value
@@ -135,6 +140,8 @@ def draw(
     """Queries and passages of one step: the list's query and spans of passages; passages of the list."""
     texts = [c.contents for c in listed.candidates]
     passages = [texts[i] for i in random.permutation(len(texts))[: settings.passages]]
+    if settings.replaced_words:
+        passages = vary(passages, settings.replaced_words, random)
     queries = [listed.query.text]
     for number in range(settings.spans):
         words = passages[number % len(passages)].split()
@@ -142,3 +149,24 @@ def draw(
         begin = int(random.integers(max(1, len(words) - length + 1)))
         queries.append(" ".join(words[begin : begin + length]))
     return queries, passages
+
+
+def vary(passages: Sequence[str], share: float, random: np.random.Generator) -> list[str]:
+    """Passages that were not read before, as the last layer has a score for any text: every other one loses up to a
+    third of its words at either end, and a share of the words of all are exchanged for some of any passage's."""
+    pool = [word for passage in passages for word in passage.split()]
+    varied = []
+    for number, passage in enumerate(passages):
+        words = passage.split()
+        if number % 2:
+            third = len(words) // 3
+            words = words[int(random.integers(third + 1)) : len(words) - int(random.integers(third + 1))]
+        for place in np.flatnonzero(random.random(len(words)) < share):
+            words[place] = pool[int(random.integers(len(pool)))]
+        varied.append(" ".join(words))
+    return varied
+
+
+def _set_trained(parameters: Sequence[nn.Parameter], trained: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(trained)

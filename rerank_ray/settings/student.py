@@ -21,8 +21,7 @@ class ExitWarmUpSettings(Settings):
 
     An early layer's states were never trained to be compared. In each step one training list's query and spans of its
     passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit, and the KL to the
-    untrained last layer's distribution is taken. No label is looked at. All layers train: with `branch_layers` alone
-    to train, the exits learnt the training passages by heart.
+    untrained last layer's distribution is taken. No label is looked at. All layers train, and embeddings do not.
     """
 
     steps: PositiveInt = 300
@@ -34,6 +33,9 @@ class ExitWarmUpSettings(Settings):
     """Passages of a list that a step draws."""
     spans: NonNegativeInt = 20
     """Spans of 3 to 9 words that a step draws from those passages, to be queries beside the list's own."""
+    replaced_words: Fraction = 0.1
+    """Share of the passages' words that are exchanged for other passages', after every other passage was cut at its
+    ends, so that none is read twice; 0 takes the passages as they are."""
     max_passage_length: PositiveInt = 128
     """Tokens of a passage; longer ones are cut."""
     temperature: PositiveFloat = 0.2
@@ -117,7 +119,7 @@ class StudentSettings(Settings):
     little (MiniLM's fourth: 0.18), its MaxSim more (0.39)."""
     branch_layers: NonNegativeInt = 0
     """similarity, with several `layers`: how many of its layers each early exit has to itself, copies of the
-    backbone's to start with; the layers below are shared (BranchyNet's side branches, Teerapittayanon et al. 2016). A
+    backbone's last to start with; the layers below are shared (BranchyNet's side branches, Teerapittayanon et al. 2016). A
     fixed exit costs what it does without; every early exit that adaptive exits try costs so many layers more."""
     exit_warm_up: ExitWarmUpSettings | None = None
     """similarity, with several `layers`: train the early exits on unlabelled text first."""

@@ -12,7 +12,7 @@ from fixtures.rows import label_row, make_list, write_labels
 from fixtures.tiny_models import WORDS
 from pydantic import ValidationError
 
-from rerank_ray.distill.exit_warm_up import draw, warm_up
+from rerank_ray.distill.exit_warm_up import draw, vary, warm_up
 from rerank_ray.distill.train import Trainer, World
 from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Query
@@ -99,7 +99,8 @@ def test_what_a_step_draws():
     """The list's query and spans of the drawn passages, word for word; a short list gives what it has."""
     listed = text_list(0)
     texts = [c.text for c in listed.candidates]
-    queries, passages = draw(listed, ExitWarmUpSettings(passages=4, spans=6), np.random.default_rng(0))
+    as_they_are = {"replaced_words": 0.0}
+    queries, passages = draw(listed, ExitWarmUpSettings(passages=4, spans=6, **as_they_are), np.random.default_rng(0))
     assert queries[0] == listed.query.text
     assert len(set(passages)) == 4
     assert set(passages) < set(texts)
@@ -107,8 +108,40 @@ def test_what_a_step_draws():
         assert span in passages[number % 4]
         assert 3 <= len(span.split()) <= 9
     assert len(queries) == 7
-    _, all_of_them = draw(listed, ExitWarmUpSettings(passages=50), np.random.default_rng(0))
+    _, all_of_them = draw(listed, ExitWarmUpSettings(passages=50, **as_they_are), np.random.default_rng(0))
     assert sorted(all_of_them) == sorted(texts)
+
+
+def test_passages_vary():
+    """Every other one loses up to a third at either end; of the words that stay a tenth are another passage's, and
+    nothing else is in them."""
+    passages = [" ".join(f"{name}{i}" for i in range(60)) for name in "abcdefgh"]
+    kept, lengths = [], []
+    for seed in range(20):
+        varied = vary(passages, 0.1, np.random.default_rng(seed))
+        assert len(varied) == len(passages)
+        for number, (before, after) in enumerate(zip(passages, varied, strict=True)):
+            words = after.split()
+            assert set(words) <= {word for passage in passages for word in passage.split()}
+            if number % 2:
+                lengths.append(len(words))
+            else:
+                assert len(words) == 60
+                kept.append(np.mean([w == b for w, b in zip(words, before.split(), strict=True)]))
+    assert min(lengths) >= 20
+    assert min(lengths) < 30 < 50 < max(lengths)
+    assert np.mean(kept) == pytest.approx(0.9, abs=0.02)
+    assert vary(["", "word"], 1.0, np.random.default_rng(0)) == ["", "word"]
+
+
+def test_embeddings_stay_and_are_trained_afterwards(tiny_bert: Path):
+    student, _ = warmed(tiny_bert, steps=2)
+    before = student_of(tiny_bert).backbone
+    for name, tensor in before.embeddings.state_dict().items():
+        assert torch.equal(tensor, student.backbone.embeddings.state_dict()[name])
+    layers = zip(before.encoder.layer, student.backbone.encoder.layer, strict=True)
+    assert not any(torch.equal(*(layer.output.dense.weight for layer in pair)) for pair in layers)
+    assert all(p.requires_grad for p in student.backbone.embeddings.parameters())
 
 
 def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_bert: Path, tmp_path: Path):
