@@ -119,8 +119,9 @@ class StudentSettings(Settings):
     little (MiniLM's fourth: 0.18), its MaxSim more (0.39)."""
     branch_layers: NonNegativeInt = 0
     """similarity, with several `layers`: how many of its layers each early exit has to itself, copies of the
-    backbone's last to start with; the layers below are shared (BranchyNet's side branches, Teerapittayanon et al. 2016). A
-    fixed exit costs what it does without; every early exit that adaptive exits try costs so many layers more."""
+    backbone's last to start with; the layers below are shared (BranchyNet's side branches, Teerapittayanon et al.
+    2016). A fixed exit costs what it does without; every early exit that adaptive exits try costs so many layers
+    more."""
     exit_warm_up: ExitWarmUpSettings | None = None
     """similarity, with several `layers`: train the early exits on unlabelled text first."""
     dropout: Fraction | None = 0.0
