@@ -51,10 +51,15 @@ class LabelSet:
     without_uncertainty: int
     """Training rows without uncertainty."""
     fingerprint: str
+    texts: TextLists | None
+    """Other lists, to read texts from."""
 
     @classmethod
-    def open(cls, uris: Sequence[str], validation_fraction: float, seed: int) -> LabelSet:
+    def open(cls, uris: Sequence[str], validation_fraction: float, seed: int, texts: Sequence[str] = ()) -> LabelSet:
         """Check the files and split their labelled rows by query id.
+
+        Args:
+            texts: candidate Parquet beside the labels.
 
         Raises:
             InputError: unreadable files, another schema, a query id used twice, or too few labelled rows to split.
@@ -73,10 +78,11 @@ class LabelSet:
             earlier.append((uri, summary.id_hashes))
             digest.update(summary.fingerprint.encode())
             for file in summary.files:
-                for group, facts in _row_groups(uri, file):
+                for group, rows in _row_groups(uri, file, _columns_of_facts):
+                    facts = [_facts(row) for row in rows]
                     labelled = np.array([f.labelled for f in facts], dtype=bool)
                     scored = np.array([f.scored for f in facts], dtype=bool)
-                    held_out = np.array([_fraction(f.query_id, seed) < validation_fraction for f in facts], dtype=bool)
+                    held_out = _held_out([f.query_id for f in facts], validation_fraction, seed)
                     train.append(_positions(len(groups), scored & ~held_out))
                     validation.append(_positions(len(groups), scored & held_out))
                     counts["unlabelled"] += int((~labelled).sum())
@@ -90,6 +96,7 @@ class LabelSet:
             validation=np.concatenate(validation),
             **counts,
             fingerprint=digest.hexdigest()[:16],
+            texts=TextLists.open(texts, validation_fraction, seed) if texts else None,
         )
         label_set._check_split(uris)
         return label_set
@@ -118,8 +125,9 @@ class LabelSet:
         return RowReader(self.groups, LABELS, labels_from_row)
 
     def text_lists(self) -> TextLists:
-        """Queries and passages of the training rows."""
-        return TextLists(groups=self.groups, positions=self.train, fingerprint=self.fingerprint)
+        """Queries and passages of the training rows, and of the lists beside them."""
+        own = TextLists(groups=self.groups, positions=self.train, fingerprint=self.fingerprint)
+        return own if self.texts is None else own + self.texts
 
 
 class Steps:
@@ -187,13 +195,10 @@ class TextLists:
             summary = inspect_input(uri, CANDIDATES)
             digest.update(summary.fingerprint.encode())
             for file in summary.files:
-                fs, _ = storage.open_filesystem(uri)
-                with pq.ParquetFile(file, filesystem=fs) as parquet:
-                    for group in range(parquet.num_row_groups):
-                        ids = parquet.read_row_group(group, columns=["query_id"])["query_id"].to_pylist()
-                        free = np.array([_fraction(i, seed) >= held_out for i in ids], dtype=bool)
-                        positions.append(_positions(len(groups), free))
-                        groups.append((storage.rejoin(uri, file), group))
+                for group, rows in _row_groups(uri, file, lambda *_: ["query_id"]):
+                    held = _held_out([row["query_id"] for row in rows], held_out, seed)
+                    positions.append(_positions(len(groups), ~held))
+                    groups.append((storage.rejoin(uri, file), group))
         found = cls(groups=tuple(groups), positions=np.concatenate(positions), fingerprint=digest.hexdigest()[:16])
         if not len(found.positions):
             raise InputError(f"{', '.join(uris)}: holds no list to read texts from whose query is not held out")
@@ -228,14 +233,20 @@ class _RowFacts:
     without_uncertainty: bool
 
 
-def _row_groups(uri: str, path: str) -> Iterator[tuple[int, list[_RowFacts]]]:
-    """Number of each row group of a file, and the facts of its rows."""
+def _row_groups(
+    uri: str, path: str, columns: Callable[[pq.ParquetFile, str], list[str]]
+) -> Iterator[tuple[int, list[dict]]]:
+    """Number of each row group of a file, and the columns of its rows that are wanted of that file."""
     fs, _ = storage.open_filesystem(uri)
     with pq.ParquetFile(path, filesystem=fs) as file:
-        gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
+        names = columns(file, path)
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["query_id", "scores", "uncertainty", "error", gains])
-            yield group, [_facts(row) for row in table.to_pylist()]
+            yield group, file.read_row_group(group, columns=names).to_pylist()
+
+
+def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
+    gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
+    return ["query_id", "scores", "uncertainty", "error", gains]
 
 
 def _facts(row: dict) -> _RowFacts:
@@ -254,6 +265,11 @@ def _facts(row: dict) -> _RowFacts:
 def _positions(group: int, chosen: np.ndarray) -> np.ndarray:
     rows = np.flatnonzero(chosen).astype(np.int32)
     return np.stack([np.full_like(rows, group), rows], axis=1)
+
+
+def _held_out(query_ids: Sequence[str], share: float, seed: int) -> np.ndarray:
+    """Of each query, whether it is held out: a function of its id and the seed alone."""
+    return np.array([_fraction(query_id, seed) < share for query_id in query_ids], dtype=bool)
 
 
 def _fraction(query_id: str, seed: int) -> float:

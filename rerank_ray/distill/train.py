@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import warm_up
-from rerank_ray.distill.labels import LabelSet, Steps, TextLists
+from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
@@ -93,7 +93,7 @@ class Trainer:
     ) -> None:
         """`data` is the labels, opened already; None opens them here, which reads all of the files."""
         self.settings, self.world = settings, world
-        self.data = data or LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+        self.data = data or open_label_set(settings)
         check_objective(self.data, settings.objective)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
         self.steps = Steps(self.data, settings.seed, settings.queries_per_step)
@@ -124,8 +124,6 @@ class Trainer:
             return {}
         started = time.perf_counter()
         lists, seed = self.data.text_lists(), self.settings.seed
-        if settings.texts:
-            lists += TextLists.open(settings.texts, self.settings.validation.fraction, seed)
         metrics = warm_up(self.student, lists.reader(), len(lists), settings, self._autocast, seed, self.world)
         return metrics | {"exit_warm_up/seconds": time.perf_counter() - started}
 
@@ -421,13 +419,20 @@ def _sum_and_count(term: Term) -> torch.Tensor:
     return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
 
 
-def with_texts(settings: DistillSettings, change: Callable[[str], str]) -> DistillSettings:
-    """The settings with the URIs of an exit warm-up's texts changed."""
+def open_label_set(settings: DistillSettings) -> LabelSet:
+    """The labels and the texts beside them; reads all of the files."""
     warming = settings.student.exit_warm_up
-    if warming is None:
-        return settings
-    warming = warming.model_copy(update={"texts": tuple(change(uri) for uri in warming.texts)})
-    return settings.model_copy(update={"student": settings.student.model_copy(update={"exit_warm_up": warming})})
+    texts = warming.texts if warming else ()
+    return LabelSet.open(settings.input, settings.validation.fraction, settings.seed, texts)
+
+
+def with_inputs(settings: DistillSettings, change: Callable[[str], str]) -> DistillSettings:
+    """The settings with the URIs of their labels and texts changed."""
+    student = settings.student
+    if student.exit_warm_up is not None:
+        texts = tuple(change(uri) for uri in student.exit_warm_up.texts)
+        student = student.model_copy(update={"exit_warm_up": student.exit_warm_up.model_copy(update={"texts": texts})})
+    return settings.model_copy(update={"input": [change(uri) for uri in settings.input], "student": student})
 
 
 def check_student(settings: StudentSettings) -> None:

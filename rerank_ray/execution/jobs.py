@@ -13,10 +13,9 @@ from rich.table import Table
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
-from rerank_ray.distill.labels import LabelSet, TextLists
 from rerank_ray.distill.parallel import check_installed
 from rerank_ray.distill.targets import check_objective
-from rerank_ray.distill.train import check_student, with_texts
+from rerank_ray.distill.train import check_student, open_label_set, with_inputs
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.formats.trec import write_run
 from rerank_ray.label_store import prepare
@@ -297,14 +296,12 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     """Train a student: the run's `student/` holds the best step's."""
     from rerank_ray.execution.train import train_student, with_absolute_paths
 
-    settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
-    settings = with_texts(settings, resolve_input)
+    settings = with_inputs(settings, resolve_input)
     absolute = with_absolute_paths(settings)
-    labels = LabelSet.open(absolute.input, settings.validation.fraction, settings.seed)
+    labels = open_label_set(absolute)
     inputs = {"labels": labels.fingerprint}
-    if absolute.student.exit_warm_up and absolute.student.exit_warm_up.texts:
-        texts = TextLists.open(absolute.student.exit_warm_up.texts, settings.validation.fraction, settings.seed)
-        inputs["texts"] = texts.fingerprint
+    if labels.texts:
+        inputs["texts"] = labels.texts.fingerprint
     check_objective(labels, settings.objective)
     check_installed(settings.execution)
     check_student(absolute.student)

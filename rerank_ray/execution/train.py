@@ -24,7 +24,7 @@ from rerank_ray import storage
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import MetricsLog, summary_line
-from rerank_ray.distill.train import World, train, with_texts
+from rerank_ray.distill.train import World, train, with_inputs
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.models import engine
@@ -104,8 +104,7 @@ def fit(
 def with_absolute_paths(settings: DistillSettings) -> DistillSettings:
     """Ray Train's workers run in a folder of their own."""
     student = settings.student.model_copy(update={"base": absolute_if_there(settings.student.base)})
-    inputs = [storage.absolute(uri) for uri in settings.input]
-    return with_texts(settings.model_copy(update={"input": inputs, "student": student}), storage.absolute)
+    return with_inputs(settings.model_copy(update={"student": student}), storage.absolute)
 
 
 def absolute_if_there(path: str) -> str:

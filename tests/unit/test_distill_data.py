@@ -46,9 +46,8 @@ def test_text_lists_are_the_training_rows_and_the_other_files_rows_that_are_not_
     names = [f"q{i}" for i in range(40, 100)]
     for part in (names[:7], names[7:]):
         write_candidates((make_list(name, 4) for name in part), str(tmp_path / f"texts{len(part)}"))
-    data = LabelSet.open([labels], 0.3, 5)
-    more = TextLists.open([str(tmp_path / "texts7"), str(tmp_path / "texts53")], 0.3, 5)
-    lists = data.text_lists() + more
+    data = LabelSet.open([labels], 0.3, 5, [str(tmp_path / "texts7"), str(tmp_path / "texts53")])
+    lists = data.text_lists()
     read = lists.reader()
     found = [read(number).query.query_id for number in range(len(lists))]
     trained, held_out = query_ids(data, data.train), query_ids(data, data.validation)
