@@ -107,7 +107,7 @@ class _StepData:
         shown = own or listed[:1]
         batches = [asked, *(shown[i : i + _PASSAGES] for i in range(0, len(shown), _PASSAGES))]
         return cls(
-            batches=[student.batch(batch) for batch in batches],
+            batches=[student.batch(batch, packed=True) for batch in batches],
             places=torch.arange(len(listed))[world.rank :: world.size],
             passages=len(listed),
             world=world,

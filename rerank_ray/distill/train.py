@@ -248,8 +248,8 @@ class Trainer:
         lengths = [len(e["input_ids"]) for e in encoded]
         batches = []
         for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
-            inputs = self.student.batch([encoded[i] for i in indices])
-            self._since_validation["padded_tokens"] += inputs["input_ids"].numel()
+            inputs = self.student.batch([encoded[i] for i in indices], packed=True)
+            self._since_validation["padded_tokens"] += inputs.get("places", inputs["input_ids"]).numel()
             batches.append((torch.tensor(indices), inputs))
         self._since_validation["tokens"] += sum(lengths)
         return batches
@@ -453,6 +453,9 @@ def _student(settings: StudentSettings, resume: Path | None) -> Student:
     else:
         student = new_student(settings, _prompt(settings))
     adapt(student, settings)
+    # Read from a file, weights begin anywhere in memory, and a product's last bit can hang on where.
+    for parameter in student.parameters():
+        parameter.data = parameter.data.clone()
     return student
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+
+from rerank_ray.models.packing import register_packed
 
 GATED = "rerank_ray_gated"
 
@@ -54,5 +54,4 @@ def gated_attention(
     return output[..., :head_dim].transpose(1, 2), None
 
 
-AttentionInterface.register(GATED, gated_attention)
-AttentionMaskInterface.register(GATED, sdpa_mask)
+register_packed(GATED, gated_attention)

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.packing import make_packable
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import Student
 from rerank_ray.models.student.source import embeddings_of, layers_of
@@ -13,7 +14,7 @@ from rerank_ray.settings.student import FreezeSettings, StudentSettings
 
 
 def adapt(student: Student, settings: StudentSettings) -> None:
-    """Set dropout, freeze what is not trained, add adapters, and switch gradient checkpointing on.
+    """Set dropout, freeze what is not trained, add adapters, and switch packing and gradient checkpointing on.
 
     Raises:
         ModelError: more layers to freeze than there are, adapters that fit no layer, or nothing left to train.
@@ -22,6 +23,7 @@ def adapt(student: Student, settings: StudentSettings) -> None:
         for module in student.modules():
             if isinstance(module, nn.Dropout):
                 module.p = settings.dropout
+    make_packable(student.pretrained)
     _freeze(student.pretrained, settings.freeze)
     if settings.lora is not None:
         new = student.new_parameters()

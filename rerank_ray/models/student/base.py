@@ -67,6 +67,8 @@ class StudentDescription(Settings):
 class Student(nn.Module):
     """Scores of (query, document) pairs at each of its `layers`; subclasses add the head."""
 
+    packs = False
+    """Whether batches can be packed."""
     saves_adapter = False
     """Whether the saved folder holds LoRA adapters alone, without the model that they are for."""
 
@@ -107,10 +109,18 @@ class Student(nn.Module):
             )
         return batch
 
-    def batch(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """What `collate` makes, on the student's device."""
+    def batch(self, encoded: Sequence[Encoded], *, packed: bool = False) -> dict[str, torch.Tensor]:
+        """What `collate` makes, on the student's device.
+
+        Args:
+            packed: with `places` of the real tokens, which alone are then computed, where the student `packs`.
+        """
         device = next(self.parameters()).device
-        return {name: tensor.to(device) for name, tensor in self.collate(encoded).items()}
+        batch = self.collate(encoded)
+        if packed and self.packs and "attention_mask" in batch:
+            # On the CPU: how many they are is the shape of what follows.
+            batch["places"] = batch["attention_mask"].flatten().nonzero()[:, 0]
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def truncated(self, layer: int, *, alone: bool = False) -> Student:
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.

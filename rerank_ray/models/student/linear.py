@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.packing import Packing, is_packable
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
-from rerank_ray.models.student.source import keep_layers
+from rerank_ray.models.student.source import first_position, keep_layers
 
 
 class LinearStudent(Student):
@@ -34,7 +35,13 @@ class LinearStudent(Student):
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         return encode_pairs(self.texts, self.description, queries, documents)
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+    @property
+    def packs(self) -> bool:
+        return is_packable(self.model)
+
+    def forward(self, *, places: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        if places is not None:
+            return self._packed(Packing(places=places, mask=inputs.pop("attention_mask")), inputs)
         early = len(self.early_heads) > 0
         output = self.model(**inputs, output_hidden_states=early)
         scores = [output.logits[:, 0]]
@@ -42,6 +49,16 @@ class LinearStudent(Student):
             # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
             scores = [self.early_heads[str(n)](output.hidden_states[n])[:, 0] for n in self.layers[:-1]] + scores
         return torch.stack(scores)
+
+    def _packed(self, packing: Packing, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Scores [layers, B]: heads read unpacked hidden states, which the model's own forward has none of."""
+        ids = tokens["input_ids"]
+        start = first_position(self.model)
+        tokens["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        output = self.model.base_model(**packing.inputs(tokens), output_hidden_states=len(self.early_heads) > 0)
+        heads = [*self.early_heads.values(), classification_head(self.model)]
+        states = [*(output.hidden_states[n] for n in self.layers[:-1]), output.last_hidden_state]
+        return torch.stack([head(packing.unpack(h))[:, 0] for head, h in zip(heads, states, strict=True)])
 
     def truncated(self, layer: int, *, alone: bool = False) -> LinearStudent:
         check_layer(layer, self.layers)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rerank_ray.models.packing import Packing, is_packable
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
-from rerank_ray.models.student.source import keep_layers, layers_of, renumber
+from rerank_ray.models.student.source import first_position, keep_layers, layers_of, renumber
 
 _BRANCHES = "branches."
 
@@ -68,10 +69,7 @@ class SimilarityStudent(Student):
         early = description.layers[:-1] if own else ()
         self.branches = nn.ModuleList(_branch(backbone, own, n) for n in early)
         self.register_buffer("special_ids", torch.tensor(tokenizer.all_special_ids), persistent=False)
-        # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
-        positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-        padding_position = getattr(positions, "padding_idx", None)
-        self.first_position = 0 if padding_position is None else padding_position + 1
+        self.first_position = first_position(backbone)
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -125,22 +123,28 @@ class SimilarityStudent(Student):
         room = max_length - frame.length
         return [frame.fill(ids[:room])["input_ids"] for ids in self.texts.ids(texts)]
 
-    def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> list[torch.Tensor]:
+    @property
+    def packs(self) -> bool:
+        return is_packable(self.backbone)
+
+    def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None, places=None) -> list[torch.Tensor]:
         """Hidden states [B, L, H] after each layer that has a head."""
         early = self.layers[:-1]
+        tokens = {"input_ids": input_ids, "position_ids": position_ids}
+        packing = None if places is None else Packing(places=places, mask=attention_mask)
         with self._layer_inputs() as inputs:
             output = self.backbone(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
+                **({**tokens, "attention_mask": attention_mask} if packing is None else packing.inputs(tokens)),
                 gate=self.gate,
                 segment_sign=segment_sign,
                 output_hidden_states=bool(early) and not self.branches,
             )
         if self.branches:
-            branched = [self._along(branch, n, inputs) for branch, n in zip(self.branches, early, strict=True)]
-            return [*branched, output.last_hidden_state]
-        return [*(output.hidden_states[n] for n in early), output.last_hidden_state]
+            states = [self._along(branch, n, inputs) for branch, n in zip(self.branches, early, strict=True)]
+        else:
+            states = [output.hidden_states[n] for n in early]
+        states.append(output.last_hidden_state)
+        return states if packing is None else [packing.unpack(hidden) for hidden in states]
 
     @contextmanager
     def _layer_inputs(self) -> Iterator[dict[int, tuple[tuple, dict[str, Any]]]]:
@@ -169,9 +173,13 @@ class SimilarityStudent(Student):
             hidden = layer(hidden, *positional, **named)
         return hidden
 
-    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None) -> torch.Tensor:
+    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None, places=None) -> torch.Tensor:
         states = self.states(
-            input_ids=input_ids, position_ids=position_ids, segment_sign=segment_sign, attention_mask=attention_mask
+            input_ids=input_ids,
+            position_ids=position_ids,
+            segment_sign=segment_sign,
+            attention_mask=attention_mask,
+            places=places,
         )
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         segments = real * (segment_sign > 0), real * (segment_sign < 0)

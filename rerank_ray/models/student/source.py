@@ -142,6 +142,14 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The number that an encoder gives a sequence's first token."""
+    # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding_position = getattr(positions, "padding_idx", None)
+    return 0 if padding_position is None else padding_position + 1
+
+
 def keep_layers(model: PreTrainedModel, count: int) -> None:
     """Remove every layer above the first `count` from a transformers model and its config."""
     take_layers(model, range(1, count + 1))

@@ -1,0 +1,127 @@
+"""Sequences end to end without padding: only attention sees them apart.
+
+A layer's products, norms and activations are of each token alone, so they are computed over the real tokens of a batch
+in one row. Attention puts the tokens back into their padded places for as long as it needs them there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED = "rerank_ray_packed"
+PACKABLE = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+"""Model types whose layers attend to the whole sequence and take a token's position from `position_ids` alone."""
+_PACKED_ATTENTION: set[str] = set()
+_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """Where the real tokens of a padded batch [B, L] stand."""
+
+    places: torch.Tensor
+    """[T] indices into the batch's B·L places, ascending."""
+    mask: torch.Tensor
+    """[B, L] of real tokens, 1 or 0."""
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, L, ...] to [1, T', ...]: T real tokens, and zeros up to a multiple of 64, as kernels keep a compiled plan
+        for each shape."""
+        rows = math.ceil(len(self.places) / _ROW_MULTIPLE) * _ROW_MULTIPLE
+        return _Pack.apply(padded.flatten(0, 1), self.places, rows)[None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, T', ...] to [B, L, ...] with zeros where padding was."""
+        return _Unpack.apply(packed[0], self.places, self.mask.numel()).unflatten(0, self.mask.shape)
+
+    def inputs(self, tokens: dict[str, torch.Tensor]) -> dict[str, object]:
+        """A model's arguments for packed tokens, from padded [B, L] ones."""
+        return {name: self.pack(tensor) for name, tensor in tokens.items()} | {"packing": self}
+
+
+def is_packable(model: PreTrainedModel) -> bool:
+    """Whether the model takes `packing`."""
+    return model.config.model_type in PACKABLE and model.config._attn_implementation in _PACKED_ATTENTION
+
+
+def make_packable(model: PreTrainedModel) -> None:
+    """Let the model take `packing`, if its architecture can and its attention is PyTorch's."""
+    if model.config.model_type in PACKABLE and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(PACKED)
+
+
+class _Pack(torch.autograd.Function):
+    """Rows of `places`; its gradient is the other one. Indexing has one that adds, which takes longer on a CPU than a
+    layer's products."""
+
+    @staticmethod
+    def forward(ctx, padded: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.padded_rows = len(padded)
+        return _gather(padded, places, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        (places,) = ctx.saved_tensors
+        return _scatter(gradient, places, ctx.padded_rows), None, None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.packed_rows = len(packed)
+        return _scatter(packed, places, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        (places,) = ctx.saved_tensors
+        return _gather(gradient, places, ctx.packed_rows), None, None
+
+
+def _gather(padded: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    packed = padded.new_empty(rows, *padded.shape[1:])
+    torch.index_select(padded, 0, places, out=packed[: len(places)])
+    packed[len(places) :] = 0
+    return packed
+
+
+def _scatter(packed: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    return packed.new_zeros(rows, *packed.shape[1:]).index_copy_(0, places, packed[: len(places)])
+
+
+def register_packed(name: str, attention: Callable) -> None:
+    """Register an attention function with transformers so that it also takes packed tokens, where the model is called
+    with `packing`."""
+
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packing: Packing | None = None,
+        **options,
+    ) -> tuple[torch.Tensor, None]:
+        if packing is None:
+            return attention(module, query, key, value, attention_mask, **options)
+        padded = (packing.unpack(side.transpose(1, 2)).transpose(1, 2) for side in (query, key, value))
+        seen = packing.mask.bool()[:, None, None, :]
+        output, weights = attention(module, *padded, seen, **options)
+        return packing.pack(output), weights
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    _PACKED_ATTENTION.add(name)
+
+
+register_packed(PACKED, sdpa_attention_forward)
