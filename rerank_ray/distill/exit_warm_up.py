@@ -24,7 +24,9 @@ from rerank_ray.models.student.source import embeddings_of
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.student import ExitWarmUpSettings
 
-_WORDS_OF_A_SPAN = (3, 9)
+_WORDS_OF_A_SPAN, _WORDS_OF_AN_INSERT = (3, 9), (1, 3)
+_SHARE_OF_A_VARIANT = 0.6
+"""Of a query's words."""
 _PASSAGES = 14
 """A batch holds so many passages of about one length."""
 
@@ -137,18 +139,36 @@ def _divergence(actual: torch.Tensor, target: torch.Tensor, temperature: float) 
 def draw(
     listed: CandidateList, settings: ExitWarmUpSettings, random: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """Queries and passages of one step: the list's query and spans of passages; passages of the list."""
+    """Queries and passages of one step: the list's query, variants of it and spans of the list's other passages, or of
+    these where there are no others; passages of the list."""
     texts = [c.contents for c in listed.candidates]
-    passages = [texts[i] for i in random.permutation(len(texts))[: settings.passages]]
+    order = random.permutation(len(texts))
+    passages, others = ([texts[i] for i in part] for part in np.split(order, [settings.passages]))
     if settings.replaced_words:
         passages = vary(passages, settings.replaced_words, random)
-    queries = [listed.query.text]
-    for number in range(settings.spans):
-        words = passages[number % len(passages)].split()
-        length = int(random.integers(_WORDS_OF_A_SPAN[0], _WORDS_OF_A_SPAN[1] + 1))
-        begin = int(random.integers(max(1, len(words) - length + 1)))
-        queries.append(" ".join(words[begin : begin + length]))
-    return queries, passages
+    others = others or passages
+    query = listed.query.text
+    variants = [_variant(query, others if n % 2 else (), random) for n in range(settings.variants)]
+    spans = [_span(others[n % len(others)], _WORDS_OF_A_SPAN, random) for n in range(settings.spans)]
+    return [query, *variants, *spans], passages
+
+
+def _variant(query: str, others: Sequence[str], random: np.random.Generator) -> str:
+    """A query that lacks some of its words, all of them never, and has some of another text's, where there are any."""
+    words = query.split()
+    kept = [word for word in words if random.random() < _SHARE_OF_A_VARIANT] or words
+    if others:
+        place = int(random.integers(len(kept) + 1))
+        kept.insert(place, _span(others[int(random.integers(len(others)))], _WORDS_OF_AN_INSERT, random))
+    return " ".join(kept)
+
+
+def _span(text: str, lengths: tuple[int, int], random: np.random.Generator) -> str:
+    """So many words of a text, in a row."""
+    words = text.split()
+    length = int(random.integers(lengths[0], lengths[1] + 1))
+    begin = int(random.integers(max(1, len(words) - length + 1)))
+    return " ".join(words[begin : begin + length])
 
 
 def vary(passages: Sequence[str], share: float, random: np.random.Generator) -> list[str]:

@@ -19,9 +19,10 @@ _PREFIXED: tuple[StudentHead, ...] = ("linear", "bi_encoder")
 class ExitWarmUpSettings(Settings):
     """What early exits of a similarity student learn before the labels: to score as its untrained last layer does.
 
-    An early layer's states were never trained to be compared. In each step one training list's query and spans of its
-    passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit, and the KL to the
-    untrained last layer's distribution is taken. No label is looked at. All layers train, and embeddings do not.
+    An early layer's states were never trained to be compared. In each step one training list's query, variants of it
+    and spans of its passages (the inverse cloze task, Lee et al. 2019) are scored against its passages at every exit,
+    and the KL to the untrained last layer's distribution is taken. No label is looked at. All layers train, and
+    embeddings do not.
     """
 
     steps: PositiveInt = 300
@@ -31,8 +32,12 @@ class ExitWarmUpSettings(Settings):
     training lists are soon learnt by heart."""
     passages: Annotated[int, Field(ge=2)] = 28
     """Passages of a list that a step draws."""
-    spans: NonNegativeInt = 20
-    """Spans of 3 to 9 words that a step draws from those passages, to be queries beside the list's own."""
+    spans: NonNegativeInt = 40
+    """Spans of 3 to 9 words that a step draws from the list's other passages, to be queries beside the list's own. A
+    span of one of those passages would tell it from all others by its words alone."""
+    variants: NonNegativeInt = 20
+    """Variants of the list's query, to be queries too: each keeps some 0.6 of the words, and every other one has one to
+    three of another passage's among them."""
     replaced_words: Fraction = 0.1
     """Share of the passages' words that are exchanged for other passages', after every other passage was cut at its
     ends, so that none is read twice; 0 takes the passages as they are."""

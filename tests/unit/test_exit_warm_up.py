@@ -43,7 +43,13 @@ def student_of(folder: Path) -> Student:
 def warmed(folder: Path, **changes) -> tuple[Student, dict[str, float]]:
     torch.manual_seed(0)
     student = student_of(folder)
-    options = {"steps": 150, "passages": 6, "spans": 4, "optimizer": OptimizerSettings(learning_rate=1e-3)}
+    options = {
+        "steps": 150,
+        "passages": 6,
+        "spans": 4,
+        "variants": 2,
+        "optimizer": OptimizerSettings(learning_rate=1e-3),
+    }
     settings = ExitWarmUpSettings(**options | changes)
     return student, warm_up(student, text_list, 8, settings, nullcontext, 0, World())
 
@@ -73,7 +79,7 @@ def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
 def test_the_kl_is_that_of_texts_without_padding(tiny_bert: Path):
     """Of one step's texts, encoded one by one; the seed draws the same texts."""
     student = student_of(tiny_bert)
-    options = {"passages": 5, "spans": 3, "temperature": 0.5}
+    options = {"passages": 5, "spans": 3, "variants": 2, "temperature": 0.5}
     _, metrics = warmed(tiny_bert, steps=1, **options)
     random = np.random.default_rng([0, 1])
     labels = text_list(int(random.integers(8)))
@@ -96,20 +102,54 @@ def test_it_is_a_function_of_the_seed(tiny_bert: Path):
 
 
 def test_what_a_step_draws():
-    """The list's query and spans of the drawn passages, word for word; a short list gives what it has."""
+    """The list's query, variants of it, and spans of the passages that are not drawn, word for word."""
     listed = text_list(0)
     texts = [c.text for c in listed.candidates]
-    as_they_are = {"replaced_words": 0.0}
-    queries, passages = draw(listed, ExitWarmUpSettings(passages=4, spans=6, **as_they_are), np.random.default_rng(0))
+    settings = ExitWarmUpSettings(passages=4, spans=12, variants=6, replaced_words=0.0)
+    queries, passages = draw(listed, settings, np.random.default_rng(0))
+    assert len(queries) == 1 + 6 + 12
     assert queries[0] == listed.query.text
     assert len(set(passages)) == 4
-    assert set(passages) < set(texts)
-    for number, span in enumerate(queries[1:]):
-        assert span in passages[number % 4]
-        assert 3 <= len(span.split()) <= 9
-    assert len(queries) == 7
-    _, all_of_them = draw(listed, ExitWarmUpSettings(passages=50, **as_they_are), np.random.default_rng(0))
-    assert sorted(all_of_them) == sorted(texts)
+    others = set(texts) - set(passages)
+    assert len(others) == 6
+    spans = queries[7:]
+    assert all(any(span in text for text in others) for span in spans)
+    assert all(any(span in text for span in spans) for text in others)
+    assert all(3 <= len(span.split()) <= 9 for span in spans)
+
+
+@pytest.mark.parametrize("passages", [10, 50])
+def test_where_all_passages_are_drawn_spans_are_of_them(passages: int):
+    listed = text_list(0)
+    settings = ExitWarmUpSettings(passages=passages, spans=5, variants=2, replaced_words=0.0)
+    queries, drawn = draw(listed, settings, np.random.default_rng(0))
+    assert sorted(drawn) == sorted(c.text for c in listed.candidates)
+    assert all(any(span in text for text in drawn) for span in queries[3:])
+
+
+def test_variants_of_a_query():
+    """Some 0.6 of the words stay, in their order; every other one has one to three words of another passage in a row,
+    and none is empty."""
+    words = [f"query{n}" for n in range(50)]
+    passages = [" ".join(f"{name}{n}" for n in range(20)) for name in "abcd"]
+    candidates = tuple(Candidate(doc_id=text[0], text=text) for text in passages)
+    listed = CandidateList(query=Query(query_id="q", text=" ".join(words)), candidates=candidates)
+    settings = ExitWarmUpSettings(passages=2, spans=0, variants=40, replaced_words=0.0)
+    queries, drawn = draw(listed, settings, np.random.default_rng(0))
+    others = {text for text in passages if text not in drawn}
+    shares, inserts = [], set()
+    for number, variant in enumerate(queries[1:]):
+        kept = [word for word in variant.split() if word in words]
+        assert kept == sorted(kept, key=words.index)
+        shares.append(len(kept) / len(words))
+        added = " ".join(word for word in variant.split() if word not in words)
+        inserts.add(len(added.split()))
+        assert bool(added) == bool(number % 2)
+        assert not added or (added in variant and any(added in text for text in others))
+    assert inserts == {0, 1, 2, 3}
+    assert np.mean(shares) == pytest.approx(0.6, abs=0.03)
+    short = CandidateList(query=Query(query_id="q", text="one"), candidates=candidates)
+    assert "" not in draw(short, settings, np.random.default_rng(0))[0]
 
 
 def test_passages_vary():
