@@ -3,7 +3,7 @@
     RERANK_RAY_DATA=DIR python benchmarks/adaptive_exit.py RUN [--max-loss 0.03] [--rounds 3]
 
 RUN is the distillation run of a layer-wise student, as `rerank-ray pipeline configs/pipelines/trec-dl.yaml` leaves it.
-The thresholds are found on the queries that it held out (they stay in its student's folder) and tried on BM25's lists
+The margins are found on the queries that it held out (they stay in its student's folder) and tried on BM25's lists
 of TREC-DL 2019, whose qrels measure what was lost. What is promised holds of lists like those: SPLADE's, against
 SPLADE's order. Seconds are those of the process, on one thread: all layers, each exit, and adaptive exits in
 alternation.
@@ -26,6 +26,7 @@ from rerank_ray.calibrate_exit import calibrate_exit
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.evaluation import evaluate_rankings
+from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import ranking_of
@@ -52,7 +53,9 @@ def main() -> None:
         **{f"exit at layer {n}": n for n in layers[:-1]},
         "adaptive exit": "adaptive",
     }
-    rankers = {name: Ranker(settings(student, layer)) for name, layer in chosen.items()}
+    loaded: dict[str, CrossEncoder] = {}
+    rankers = {name: Ranker(settings(student, layer), loaded) for name, layer in chosen.items()}
+    (adaptive,) = (backend.adaptive for backend in loaded.values() if backend.adaptive)
     outcomes: dict[str, list[Outcome]] = {}
 
     def rank(name: str) -> None:
@@ -65,7 +68,7 @@ def main() -> None:
         name: {
             METRIC: f"{statistics.mean(values[name]):.4f}",
             "lost": "" if name == whole else mean_and_error(np.subtract(values[whole], values[name])),
-            "mean layer": f"{statistics.mean(o.scores.exit_layer or chosen[name] for o in outcomes[name]):.2f}",
+            "layers a pair": f"{adaptive.layers_computed if name == 'adaptive exit' else chosen[name]:.2f}",
             "pairs/s": sum(map(len, requests)) / statistics.median(seconds[name]),
             "times as fast": ratio(seconds[whole], seconds[name]),
         }
@@ -81,7 +84,8 @@ def main() -> None:
         "what is promised holds of lists like those.",
         rows=rows,
         facts={
-            "thresholds": report.calibration.thresholds,
+            "margins": report.calibration.margins,
+            "layers computed on the calibration lists": report.calibration.layers_computed,
             "loss on the calibration lists": report.calibration.loss,
             "its bound": report.calibration.loss_bound,
         },

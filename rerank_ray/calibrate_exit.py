@@ -17,8 +17,7 @@ from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models import engine
-from rerank_ray.models.adaptive_exit import exit_uncertainty
-from rerank_ray.models.exit_thresholds import ExitCalibration, calibrate
+from rerank_ray.models.exit_margins import ExitCalibration, calibrate
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
 from rerank_ray.records import Labels
@@ -38,11 +37,6 @@ class Report:
     """Mean nDCG@10 at each layer."""
     calibration: ExitCalibration
 
-    @property
-    def layers_computed(self) -> float:
-        """Mean share of the layers that are computed."""
-        return float(np.dot(self.calibration.left, np.array(self.layers) / self.layers[-1]))
-
 
 def calibrate_exit(
     student: str,
@@ -51,7 +45,7 @@ def calibrate_exit(
     gains: Literal["teacher", "labels"] = "teacher",
     limit: int | None = None,
 ) -> Report:
-    """Find the thresholds and write them into the student's folder, from where `exit_layer: adaptive` reads them.
+    """Find the margins and write them into the student's folder, from where `exit_layer: adaptive` reads them.
 
     Args:
         student: its folder.
@@ -73,13 +67,20 @@ def calibrate_exit(
     if len(model.layers) == 1:
         raise ConfigError(f"{student}: it has a head on its last layer alone: distil with student.layers")
     lists = _held_out(Path(student).parent) if labels is None else _labelled(labels)
-    uncertainty, ndcg = _measure(model, islice(lists, limit), gains)
+    measured = _measure(model, islice(lists, limit), gains)
+    ndcg = np.array([by_layer for _, _, by_layer in measured]).reshape(-1, len(model.layers))
     if len(ndcg) < 2:
         raise InputError(
             f"{labels or student}: {len(ndcg)} lists have a gain ({gains}); at least two are needed to calibrate on"
         )
-    found = calibrate(uncertainty, ndcg[:, -1:] - ndcg[:, :-1], max_loss)
-    changed = json.loads(description.read_text()) | {"exit_thresholds": found.thresholds}
+
+    def loss(number: int, scores: np.ndarray) -> float:
+        labels, _, by_layer = measured[number]
+        return by_layer[-1] - validation_ndcg(labels, scores.tolist(), gains)
+
+    branch_layers = model.description.branch_layers
+    found = calibrate([scores for _, scores, _ in measured], loss, max_loss, model.layers, branch_layers)
+    changed = json.loads(description.read_text()) | {"exit_margins": found.margins}
     description.write_text(json.dumps(changed, indent=2) + "\n")
     return Report(layers=model.layers, lists=len(ndcg), ndcg=tuple(ndcg.mean(0).tolist()), calibration=found)
 
@@ -100,10 +101,10 @@ def _held_out(run: Path) -> Iterator[Labels]:
 
 
 @torch.inference_mode()
-def _measure(student: Student, lists: Iterable[Labels], gains: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of every list with a gain: its uncertainty [lists, early exits] and its nDCG@10 [lists, exits]."""
+def _measure(student: Student, lists: Iterable[Labels], gains: str) -> list[tuple[Labels, np.ndarray, list[float]]]:
+    """Every list with a gain, its scores [exits, candidates] and its nDCG@10 at each exit."""
     runner = engine.BatchRunner(None, next(student.parameters()).device)
-    uncertainty, ndcg = [], []
+    measured = []
     for labels in lists:
         texts = [c.contents for c in labels.candidate_list.candidates]
         encoded = student.encode([labels.candidate_list.query.text] * len(texts), texts)
@@ -114,7 +115,5 @@ def _measure(student: Student, lists: Iterable[Labels], gains: str) -> tuple[np.
         by_layer = np.array(runner.run([len(e["input_ids"]) for e in encoded], forward)).T
         values = [validation_ndcg(labels, scores, gains) for scores in by_layer]
         if values[0] is not None:
-            uncertainty.append([exit_uncertainty(scores) for scores in by_layer[:-1]])
-            ndcg.append(values)
-    exits = len(student.layers)
-    return np.array(uncertainty).reshape(-1, exits - 1), np.array(ndcg).reshape(-1, exits)
+            measured.append((labels, by_layer, values))
+    return measured

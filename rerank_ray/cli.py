@@ -180,7 +180,7 @@ def _add_audit(commands) -> None:
     export.add_argument("--overwrite", action="store_true", help="replace FOLDER")
     export.set_defaults(command=_export)
     exits = commands.add_parser("calibrate-exit", help="when a layer-wise student may stop early, for a stated loss")
-    exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the thresholds")
+    exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the margins")
     exits.add_argument("--labels", metavar="RUN", help="other label run (default: what its distillation run held out)")
     exits.add_argument("--max-loss", type=float, required=True, metavar="L", help="nDCG@10 that may be lost on average")
     exits.add_argument("--gains", choices=["teacher", "labels"], default="teacher", help="what nDCG@10 is against")
@@ -352,14 +352,14 @@ def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
     report = calibrate_exit(**{name: getattr(options, name) for name in names})
     found = report.calibration
     for number, layer in enumerate(report.layers):
-        threshold = f"threshold {found.thresholds[number]:.4f}" if layer != report.layers[-1] else "the last"
-        told = f"nDCG@10 {report.ndcg[number]:.4f}, {found.left[number]:.0%} of {report.lists} lists leave, {threshold}"
-        console.print(f"layer {layer}: {told}", highlight=False)
-    console.print(
-        f"{report.layers_computed:.0%} of the layers are computed; nDCG@10 lost: {found.loss:.4f}, below "
-        f"{found.loss_bound:.4f} with 90 % confidence",
-        highlight=False,
-    )
+        told = f"layer {layer}: nDCG@10 {report.ndcg[number]:.4f}, {found.left[number]:.0%} of the candidates leave"
+        if layer != report.layers[-1]:
+            margin = found.margins[number]
+            told += ": not tried" if margin is None else f", {margin:.4f} and more below their list's tenth score"
+        console.print(told, highlight=False)
+    lost = f"{found.loss:.4f}, below {found.loss_bound:.4f} with 90 % confidence ({report.lists} lists)"
+    computed = f"{found.layers_computed:.2f} of {report.layers[-1]} layers are computed"
+    console.print(f"{computed}; nDCG@10 lost: {lost}", highlight=False)
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:

@@ -1,5 +1,5 @@
-"""Layer-wise students that stop where a list's order is settled: settled lists leave the batches, and the layers above
-are computed for the others alone."""
+"""Layer-wise students that stop where a candidate's place is settled: those far below their list's tenth leave the
+batches, and the layers above are computed for the others alone."""
 
 from __future__ import annotations
 
@@ -12,40 +12,38 @@ from torch import nn
 from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.engine import BatchRunner, group_in_order
+from rerank_ray.models.exit_margins import Stage, goes_on, merged, segments_of
 from rerank_ray.models.student import Encoded, Student
 from rerank_ray.models.student.source import layers_of
 from rerank_ray.settings.models import TorchSettings
-from rerank_ray.uncertainty import uncertainty_of
 
-EXIT_DEPTH = 10
-"""Candidates whose order must be settled: the uncertainty is that of so many at the top."""
 _BATCHES_HELD = 32
 """Hidden states of at most so many batches are held at once, as long as one list has no more."""
-
-
-def exit_uncertainty(scores: Sequence[float]) -> float:
-    """What the thresholds are on: the normalised entropy of the softmax of a list's highest scores, 0 to 1."""
-    return uncertainty_of(scores, EXIT_DEPTH, "entropy")
 
 
 class AdaptiveExit:
     """Scores lists with a student that has a head on several layers."""
 
-    def __init__(self, student: Student, thresholds: Sequence[float]) -> None:
-        *early, last = student.layers
-        # The layers below its branch are what an exit shares with those after it.
-        shared = [n - student.description.branch_layers for n in early]
-        self.segments = [
-            _Segment(student, *bounds) for bounds in zip((0, *shared), (*shared, last), student.layers, strict=True)
-        ]
-        self.layers, self.thresholds = student.layers, thresholds
+    def __init__(self, student: Student, margins: Sequence[float | None]) -> None:
+        """`margins` are those of `exit_margins.calibrate`."""
+        spans = segments_of(student.layers, student.description.branch_layers, margins)
+        self.segments = [_Segment(student, *span) for span in spans]
+        self.margins = [margin for margin in margins if margin is not None]
+        self._scored = [0] * len(self.segments)
         self._check(student)
+
+    @property
+    def layers_computed(self) -> float:
+        """Mean number of layers that were computed of a pair so far."""
+        depths = [segment.last - segment.first for segment in self.segments]
+        return float(np.dot(self._scored, depths)) / max(1, self._scored[0])
 
     @torch.inference_mode()
     def _check(self, student: Student) -> None:
         """Refuse an architecture whose layers do more with each other than pass hidden states on."""
         encoded = student.encode(["query"], ["document"])
-        expected = student(**student.collate(encoded))[:, 0].float().tolist()
+        scores = student(**student.collate(encoded))[:, 0].float().tolist()
+        expected = [scores[student.layers.index(segment.last)] for segment in self.segments]
         states, found = None, []
         try:
             for segment in self.segments:
@@ -64,33 +62,36 @@ class AdaptiveExit:
             accelerate(segment.student.to(device).pretrained, settings)
         return self
 
-    def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[tuple[float, ...], int]]:
-        """Scores of each list's pairs, and the layer that they are of; a list's do not depend on the other lists."""
-        results: list[tuple[tuple[float, ...], int]] = []
+    def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
+        """Scores of each list's pairs (`exit_margins.merged`); a list's do not depend on the other lists."""
+        results: list[tuple[float, ...]] = []
         tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
         for part in group_in_order(tokens, _BATCHES_HELD * runner.tokens_per_batch):
             results += self._run([lists[i] for i in part], runner)
         return results
 
-    def _run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[tuple[float, ...], int]]:
-        results: list[tuple[tuple[float, ...], int] | None] = [None] * len(lists)
-        inside = range(len(lists))
+    def _run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
+        stages: list[list[Stage]] = [[] for _ in lists]
+        inside = [np.arange(len(pairs)) for pairs in lists]
         states: dict[tuple[int, int], torch.Tensor] = {}
-        for number, (layer, segment) in enumerate(zip(self.layers, self.segments, strict=True)):
-            pairs = [(i, j) for i in inside for j in range(len(lists[i]))]
-            scored = dict(zip(pairs, self._segment(segment, lists, pairs, states, runner), strict=True))
-            last = number == len(self.segments) - 1
-            for i in inside:
-                scores = tuple(scored[i, j] for j in range(len(lists[i])))
-                if last or exit_uncertainty(scores) <= self.thresholds[number]:
-                    results[i] = scores, layer
-            inside = [i for i in inside if results[i] is None]
-            states = {} if last else {pair: state for pair, state in states.items() if results[pair[0]] is None}
-        return results
+        for number, segment in enumerate(self.segments):
+            pairs = [(i, int(j)) for i, places in enumerate(inside) for j in places]
+            self._scored[number] += len(pairs)
+            scored, states = self._segment(segment, lists, pairs, states, runner)
+            values = np.split(np.array(scored), np.cumsum([len(places) for places in inside])[:-1])
+            for of_list, places, scores in zip(stages, inside, values, strict=True):
+                of_list.append((places, scores))
+            if number < len(self.margins):
+                margin = self.margins[number]
+                inside = [p[goes_on(scores, margin)] for p, scores in zip(inside, values, strict=True)]
+                states = {(i, int(j)): states[i, int(j)] for i, places in enumerate(inside) for j in places}
+        return [tuple(merged(of_list).tolist()) for of_list in stages]
 
     @torch.inference_mode()
-    def _segment(self, segment: _Segment, lists, pairs: list[tuple[int, int]], states, runner: BatchRunner):
-        """Scores of the pairs at the segment's end; `states` gives where it begins and takes where the next does."""
+    def _segment(
+        self, segment: _Segment, lists, pairs: list[tuple[int, int]], states, runner: BatchRunner
+    ) -> tuple[list[float], dict[tuple[int, int], torch.Tensor]]:
+        """Scores of the pairs at the segment's end, and where the next one begins; `states` is where this one does."""
         encoded = [lists[i][j] for i, j in pairs]
         lengths = [len(e["input_ids"]) for e in encoded]
 
@@ -100,8 +101,7 @@ class AdaptiveExit:
             return [(score, end[: lengths[b]]) for score, end, b in zip(scores, ends, batch, strict=True)]
 
         outputs = runner.run(lengths, forward)
-        states.update({pair: end for pair, (_, end) in zip(pairs, outputs, strict=True)})
-        return [score for score, _ in outputs]
+        return [score for score, _ in outputs], {pair: end for pair, (_, end) in zip(pairs, outputs, strict=True)}
 
 
 class _Held(nn.Module):
@@ -118,7 +118,7 @@ class _Segment:
     layer `shared`."""
 
     def __init__(self, student: Student, first: int, shared: int, last: int) -> None:
-        self.first = first
+        self.first, self.last = first, last
         self.student = student.truncated(last, alone=True)
         layers = layers_of(self.student.pretrained)
         self.held = _Held()

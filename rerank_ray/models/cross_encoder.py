@@ -74,10 +74,10 @@ class CrossEncoder:
 
 
 def _adaptive(settings: CrossEncoderSettings, student: Student) -> AdaptiveExit:
-    thresholds = student.description.exit_thresholds
-    if thresholds is None:
+    margins = student.description.exit_margins
+    if margins is None:
         raise ModelError(
-            f"{settings.path}: exit_layer: adaptive: the student has no thresholds; find them on held-out lists with "
+            f"{settings.path}: exit_layer: adaptive: the student has no margins; find them on held-out lists with "
             f"`rerank-ray calibrate-exit {settings.path} --labels RUN --max-loss 0.01`"
         )
-    return AdaptiveExit(student, thresholds)
+    return AdaptiveExit(student, margins)

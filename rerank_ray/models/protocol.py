@@ -96,8 +96,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairList:
-    """Relevance of each of a list's texts to a query, at the layer where the list's order is settled; value: a tuple of
-    floats, one a text, and that layer."""
+    """Relevance of each of a list's texts to a query, each at the layer where its place is settled; value: a tuple of
+    floats, one a text."""
 
     query: str
     texts: tuple[str, ...]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Backend, Failure, Pair, PairList
 from rerank_ray.ranking.pointwise import Steps, score_each, scores_from
@@ -12,8 +10,8 @@ from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 
 class CrossEncoderRanker:
-    """Score = the model's raw output for (query, document); of a student with adaptive exits, at one layer for all of a
-    query's documents."""
+    """Score = the model's raw output for (query, document); with adaptive exits, of a document that left early, one
+    below all that went on."""
 
     def __init__(self, settings: CrossEncoderRankerSettings, backend: Backend) -> None:
         self.adaptive = PairList in backend.answers
@@ -35,5 +33,4 @@ class CrossEncoderRanker:
         (result,) = yield [PairList(query=request.query.text, texts=texts)]
         if isinstance(result, Failure):
             raise RowError(result.reason)
-        values, layer = result.value
-        return replace(scores_from(request, values), exit_layer=layer)
+        return scores_from(request, result.value)

@@ -77,8 +77,9 @@ class CrossEncoderSettings(TorchSettings):
 
     kind: Literal["cross_encoder"] = "cross_encoder"
     exit_layer: PositiveInt | Literal["adaptive"] | None = None
-    """Layer-wise students only: the layer to stop at; null is the last. `adaptive` stops at the first layer where a
-    list's order is settled, by the thresholds that `rerank-ray calibrate-exit` wrote into the student."""
+    """Layer-wise students only: the layer to stop at; null is the last. `adaptive` computes the layers above an
+    exit for those candidates alone that may be among their list's ten best, by the margins that `rerank-ray
+    calibrate-exit` wrote into the student."""
 
     @model_validator(mode="after")
     def _compiled_layers_stay_together(self) -> CrossEncoderSettings:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import model_validator
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -59,9 +61,15 @@ class StudentDescription(Settings):
     """Of heads yes_no and token_logit."""
     branch_layers: int = 0
     """Layers that each early exit has to itself."""
-    exit_thresholds: tuple[float, ...] | None = None
-    """Of adaptive exits, one for each of `layers` but the last (`exit_thresholds.calibrate`)."""
+    exit_margins: tuple[float | None, ...] | None = None
+    """Of adaptive exits, one for each of `layers` but the last (`exit_margins.calibrate`)."""
     version: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_thresholds(cls, given: Any) -> Any:
+        """Adaptive exits had thresholds on another measure once, which mean nothing as margins."""
+        return {k: v for k, v in given.items() if k != "exit_thresholds"} if isinstance(given, dict) else given
 
 
 class Student(nn.Module):
@@ -190,7 +198,7 @@ def check_layer(layer: int, layers: Sequence[int]) -> None:
 def described_at(description: StudentDescription, layer: int, *, alone: bool) -> StudentDescription:
     kept = (layer,) if alone else tuple(n for n in description.layers if n <= layer)
     own = description.branch_layers if len(kept) > 1 else 0
-    return description.model_copy(update={"layers": kept, "branch_layers": own, "exit_thresholds": None})
+    return description.model_copy(update={"layers": kept, "branch_layers": own, "exit_margins": None})
 
 
 def encode_pairs(
