@@ -39,6 +39,7 @@ def warm_up(
     autocast: Callable[[], torch.autocast],
     seed: int,
     world: World,
+    report: Callable[[dict], None],
 ) -> dict[str, float]:
     """Train the student in place; returns each exit's KL over the first and the last tenth of the steps.
 
@@ -49,6 +50,8 @@ def warm_up(
     Args:
         read: the candidate list of a number below `count`.
         autocast: makes the context of a forward pass.
+        report: called after every tenth of the steps with its KL at each exit. `step` counts up to −1: at 0 the labels
+            begin.
     """
     device = next(student.parameters()).device
     random = np.random.default_rng([seed, settings.steps])
@@ -59,6 +62,7 @@ def warm_up(
     optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
     student.train()
     seen: list[torch.Tensor] = []
+    tenth = math.ceil(settings.steps / 10)
     for step in range(settings.steps):
         set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
         texts = draw(read(int(random.integers(count))), settings, random)
@@ -77,13 +81,17 @@ def warm_up(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seen.append(divergence.detach())
+        if (step + 1) % tenth == 0:
+            report({"step": step - settings.steps, "total_steps": settings.steps, **_means(student, seen[-tenth:])})
     _set_trained(embeddings, True)
-    tenth = math.ceil(settings.steps / 10)
-    return {
-        f"exit_warm_up/layer_{layer}/{when}_kl": value
-        for when, steps in (("first", seen[:tenth]), ("last", seen[-tenth:]))
-        for layer, value in zip(student.layers, torch.stack(steps).mean(0).tolist(), strict=True)
-    }
+    first, last = _means(student, seen[:tenth], "first_kl"), _means(student, seen[-tenth:], "last_kl")
+    return first | last
+
+
+def _means(student: SimilarityStudent, divergences: Sequence[torch.Tensor], name: str = "kl") -> dict[str, float]:
+    """Mean over steps of each exit's KL."""
+    values = torch.stack(list(divergences)).mean(0).tolist()
+    return {f"exit_warm_up/layer_{n}/{name}": value for n, value in zip(student.layers, values, strict=True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

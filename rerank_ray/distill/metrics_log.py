@@ -44,7 +44,12 @@ def policy_summary_line(metrics: dict) -> str:
 
 
 def summary_line(metrics: dict) -> str:
-    """One line for people: step, validation nDCG@10, losses and pairs per second."""
+    """One line for people: step, validation nDCG@10, losses and pairs per second; of a warm-up, step and KL."""
+    if metrics["step"] < 0:
+        kl = {n.split("/")[1].removeprefix("layer_"): v for n, v in metrics.items() if n.startswith("exit_warm_up/")}
+        done = metrics["total_steps"] + metrics["step"] + 1
+        told = ", ".join(f"{value:.4f} at layer {layer}" for layer, value in kl.items())
+        return f"exit warm-up {done}/{metrics['total_steps']}, KL {told}"
     parts = [
         f"step {metrics['step']}/{metrics['total_steps']}",
         f"validation nDCG@10 {metrics['validation_ndcg@10']:.4f} (best at step {metrics['best_step']})",

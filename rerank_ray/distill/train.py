@@ -48,7 +48,8 @@ from rerank_ray.settings.student import StudentSettings
 
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
-checkpoint is what the workers' folders hold together. None where a worker adds nothing to it."""
+checkpoint is what the workers' folders hold together. None where a worker adds nothing to it, and in a warm-up, whose
+steps are below 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ def train(
 
     Validation runs before the first step too, so that a student which training only makes worse is kept as it was.
     """
-    trainer = Trainer(settings, world, resume, data)
+    trainer = Trainer(settings, world, resume, data, report=report)
     if resume is None:
         trainer.validate_and_report(report, {})
     while not trainer.finished:
@@ -89,9 +90,20 @@ class Trainer:
     """A student, its optimizer, and its place in the data."""
 
     def __init__(
-        self, settings: DistillSettings, world: World, resume: Path | None, data: LabelSet | None = None
+        self,
+        settings: DistillSettings,
+        world: World,
+        resume: Path | None,
+        data: LabelSet | None = None,
+        *,
+        report: Report = lambda metrics, folder: None,
     ) -> None:
-        """`data` is the labels, opened already; None opens them here, which reads all of the files."""
+        """Warms early exits up, which takes long, where the settings say so.
+
+        Args:
+            data: the labels, opened already; None opens them here, which reads all of the files.
+            report: takes the warm-up's metrics.
+        """
         self.settings, self.world = settings, world
         self.data = data or open_label_set(settings)
         check_objective(self.data, settings.objective)
@@ -102,7 +114,7 @@ class Trainer:
         self.dtype = engine.pick_dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
         self.student = _student(settings.student, resume).to(self.device)
-        self.warm_up_metrics = self._warm_up() if resume is None else {}
+        self.warm_up_metrics = self._warm_up(report) if resume is None else {}
         optimizer = make_optimizer(self.student, settings.optimizer)
         self.trained = trained_parameters(self.student)
         self.average = self._copy_of_trained() if settings.optimizer.averaging else None
@@ -117,14 +129,23 @@ class Trainer:
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(term_names(settings.objective), 0)
 
-    def _warm_up(self) -> dict[str, float]:
+    def _warm_up(self, report: Report) -> dict[str, float]:
         """Warm up the early exits, where the settings say so."""
         settings = self.settings.student.exit_warm_up
         if settings is None:
             return {}
         started = time.perf_counter()
-        lists, seed = self.data.text_lists(), self.settings.seed
-        metrics = warm_up(self.student, lists.reader(), len(lists), settings, self._autocast, seed, self.world)
+        lists = self.data.text_lists()
+        metrics = warm_up(
+            self.student,
+            lists.reader(),
+            len(lists),
+            settings,
+            self._autocast,
+            self.settings.seed,
+            self.world,
+            lambda metrics: report(metrics, None),
+        )
         return metrics | {"exit_warm_up/seconds": time.perf_counter() - started}
 
     def _copy_of_trained(self) -> list[torch.Tensor]:

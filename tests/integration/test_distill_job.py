@@ -92,6 +92,8 @@ def test_texts_of_an_exit_warm_up_are_an_input_of_the_run(labels, base, tmp_path
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
     assert set(state["inputs"]) == {"labels", "texts"}
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [-2, -1, 0, 2]
     assert load_student(ModelSettings(path=str(run / "student"), max_length=48)).layers == (2, 3)
     write_candidates((make_list(f"u{n}", 4) for n in range(6)), "texts")
     with pytest.raises(RunError, match="texts"):

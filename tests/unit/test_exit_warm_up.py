@@ -13,6 +13,7 @@ from fixtures.tiny_models import WORDS
 from pydantic import ValidationError
 
 from rerank_ray.distill.exit_warm_up import draw, vary, warm_up
+from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.train import Trainer, World
 from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Query
@@ -40,8 +41,9 @@ def student_of(folder: Path) -> Student:
     return student
 
 
-def warmed(folder: Path, **changes) -> tuple[Student, dict[str, float]]:
+def warmed(folder: Path, told: list[dict] | None = None, **changes) -> tuple[Student, dict[str, float]]:
     torch.manual_seed(0)
+    told = [] if told is None else told
     student = student_of(folder)
     options = {
         "steps": 150,
@@ -51,7 +53,7 @@ def warmed(folder: Path, **changes) -> tuple[Student, dict[str, float]]:
         "optimizer": OptimizerSettings(learning_rate=1e-3),
     }
     settings = ExitWarmUpSettings(**options | changes)
-    return student, warm_up(student, text_list, 8, settings, nullcontext, 0, World())
+    return student, warm_up(student, text_list, 8, settings, nullcontext, 0, World(), told.append)
 
 
 def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
@@ -92,6 +94,16 @@ def test_the_kl_is_that_of_texts_without_padding(tiny_bert: Path):
         early, last = torch.stack([student.score_all(q, listed)[:, 0] for q in asked], 1) / 0.5
     divergence = torch.nn.functional.kl_div(early.log_softmax(-1), last.softmax(-1), reduction="batchmean")
     assert metrics["exit_warm_up/layer_1/first_kl"] == pytest.approx(divergence.item(), rel=1e-4)
+
+
+def test_it_tells_of_every_tenth_of_its_steps(tiny_bert: Path):
+    """Steps are below 0, where the labels begin, so that a log keeps them in order."""
+    told: list[dict] = []
+    _, metrics = warmed(tiny_bert, told, steps=25)
+    assert [m["step"] for m in told] == [n - 25 for n in range(2, 25, 3)]
+    assert told[0]["exit_warm_up/layer_1/kl"] == metrics["exit_warm_up/layer_1/first_kl"]
+    kl = [told[1][f"exit_warm_up/layer_{n}/kl"] for n in (1, 3)]
+    assert summary_line(told[1]) == f"exit warm-up 6/25, KL {kl[0]:.4f} at layer 1, {kl[1]:.4f} at layer 3"
 
 
 def test_it_is_a_function_of_the_seed(tiny_bert: Path):
