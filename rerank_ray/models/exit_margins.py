@@ -104,7 +104,7 @@ def calibrate(
     share of the loss, and what those before it left over, and is wrong with an equal share of the 10 %. Its margin
     falls from the widest on, at which nobody leaves, until the bound fails once: the narrowest of many that happen to
     pass would be wrong more often (fixed-sequence testing; Angelopoulos et al. 2021, "Learn then Test"). An exit is
-    taken if it saves layers.
+    taken if it saves layers; if some are not, the others are settled anew with their shares of the loss.
 
     Args:
         scores: of each list, [exits, candidates], the last layer's included.
@@ -133,21 +133,30 @@ def calibrate(
             margins=tuple(margins),
             loss=float(losses.mean()),
             loss_bound=float(losses.mean() + deviations * losses.std(ddof=1) / math.sqrt(len(losses))),
-            left=(*(-np.diff(reached)).tolist(), float(reached[-1])),
+            left=(*(reached[:-1] - reached[1:]).tolist(), float(reached[-1])),
             layers_computed=sum(share * (end - begin) for share, (begin, _, end) in zip(tried, spans, strict=True)),
         )
 
-    found = outcome([None] * exits)
-    for number in range(exits):
-        narrowest = found
-        for margin in _margins([of_list[number] for of_list in scores]):
-            tried = outcome([*found.margins[:number], margin, *found.margins[number + 1 :]])
-            if tried.loss_bound > max_loss * (number + 1) / exits:
-                break
-            narrowest = tried
-        if narrowest.layers_computed < found.layers_computed:
-            found = narrowest
-    return found
+    def settled(taken: Sequence[int]) -> ExitCalibration:
+        found = outcome([None] * exits)
+        for number, exit_number in enumerate(taken, start=1):
+            narrowest = found
+            for margin in _margins([of_list[exit_number] for of_list in scores]):
+                tried = outcome([*found.margins[:exit_number], margin, *found.margins[exit_number + 1 :]])
+                if tried.loss_bound > max_loss * number / len(taken):
+                    break
+                narrowest = tried
+            if narrowest.layers_computed < found.layers_computed:
+                found = narrowest
+        return found
+
+    taken = list(range(exits))
+    while True:
+        found = settled(taken)
+        saving = [number for number in taken if found.margins[number] is not None]
+        if saving == taken:
+            return found
+        taken = saving
 
 
 def _margins(scores: Sequence[np.ndarray]) -> list[float]:

@@ -146,6 +146,20 @@ def test_exits_share_the_confidence():
     assert calibrate(scores, loss, bound + 1e-6, (1, 2, 3)).margins == (None, 0.0)
 
 
+def test_an_exit_that_saves_nothing_leaves_its_share_to_the_others():
+    """More than five of twenty that leave cost 0.02, and half of 0.03 is less. With five gone at layer 2 there is
+    nothing in layer 5, whose branch has one layer: 2 + 0.75 · 4 + 0.5 · 2 against 2 + 0.75 · 5."""
+    scores = [np.stack([TWENTY, TWENTY, 2 * TWENTY])] * 3
+
+    def loss(_: int, final: np.ndarray) -> float:
+        return 0.02 * (len(left(final)) > 5)
+
+    assert calibrate(scores, loss, 0.019, (2, 5, 6), branch_layers=1).margins == (5.0, None)
+    found = calibrate(scores, loss, 0.03, (2, 5, 6), branch_layers=1)
+    assert found.margins == (0.0, None)
+    assert found.layers_computed == pytest.approx(2 + 0.5 * 5)
+
+
 def test_a_margin_below_one_that_fails_is_not_tried():
     """The fourth that leaves costs 0.5, and with those after it as much is won."""
     scores = [np.stack([TWENTY, 2 * TWENTY])] * 3
