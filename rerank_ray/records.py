@@ -114,7 +114,6 @@ class Scores:
     rationales: tuple[str, ...] | None = None
     """The teacher's reasoning: one a candidate, or of methods that show lists one a call."""
     defects: tuple[Defect, ...] = ()
-    exit_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +139,7 @@ class Ranking:
     scores: tuple[float, ...] | None
     model: str
     exit_layer: int | None = None
+    """Of a layer-wise student; None where its exits are adaptive, as candidates then leave at several."""
     error: str | None = None
 
 
@@ -154,7 +154,6 @@ def ranking_of(candidate_list: CandidateList, scores: Scores, model: str) -> Ran
         doc_ids=tuple(candidate_list.candidates[i].doc_id for i in order),
         scores=tuple(scores.scores[i] for i in order),
         model=model,
-        exit_layer=scores.exit_layer,
     )
 
 
