@@ -36,11 +36,11 @@ class Packing:
         """[B, L, ...] to [1, T', ...]: T real tokens, and zeros up to a multiple of 64, as kernels keep a compiled plan
         for each shape."""
         rows = math.ceil(len(self.places) / _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return _Pack.apply(padded.flatten(0, 1), self.places, rows)[None]
+        return _Move.apply(padded.flatten(0, 1), self.places, rows, True)[None]
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, T', ...] to [B, L, ...] with zeros where padding was."""
-        return _Unpack.apply(packed[0], self.places, self.mask.numel()).unflatten(0, self.mask.shape)
+        return _Move.apply(packed[0], self.places, self.mask.numel(), False).unflatten(0, self.mask.shape)
 
     def inputs(self, tokens: dict[str, torch.Tensor]) -> dict[str, object]:
         """A model's arguments for packed tokens, from padded [B, L] ones."""
@@ -58,33 +58,20 @@ def make_packable(model: PreTrainedModel) -> None:
         model.set_attn_implementation(PACKED)
 
 
-class _Pack(torch.autograd.Function):
-    """Rows of `places`, no two of them alike: its gradient puts them back, where that of indexing would add them up, in
-    2.7 times the time on a CPU."""
+class _Move(torch.autograd.Function):
+    """Rows of `places` to the front, or from there to their places; no two are alike, so that each is the other's
+    gradient, where that of indexing would add them up, in 2.7 times the time on a CPU."""
 
     @staticmethod
-    def forward(ctx, padded: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    def forward(ctx, source: torch.Tensor, places: torch.Tensor, rows: int, to_front: bool) -> torch.Tensor:
         ctx.save_for_backward(places)
-        ctx.padded_rows = len(padded)
-        return _gather(padded, places, rows)
+        ctx.rows, ctx.to_front = len(source), to_front
+        return (_gather if to_front else _scatter)(source, places, rows)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         (places,) = ctx.saved_tensors
-        return _scatter(gradient, places, ctx.padded_rows), None, None
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, packed: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.packed_rows = len(packed)
-        return _scatter(packed, places, rows)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
-        (places,) = ctx.saved_tensors
-        return _gather(gradient, places, ctx.packed_rows), None, None
+        return (_scatter if ctx.to_front else _gather)(gradient, places, ctx.rows), None, None, None
 
 
 def _gather(padded: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:

@@ -7,36 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import tiny_encoder_folder
+from fixtures.tiny_models import ENCODERS, tiny_encoder_folder
 from pydantic import ValidationError
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    ElectraConfig,
-    ElectraModel,
-    ModernBertConfig,
-    ModernBertModel,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import AutoModel, ModernBertConfig, ModernBertModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.student import Student
 from rerank_ray.settings.student import StudentSettings
 
-KINDS = {
-    "bert": (BertModel, BertConfig),
-    "roberta": (RobertaModel, RobertaConfig),
-    "electra": (ElectraModel, ElectraConfig),
-}
 LAYERS = (3, 4, 5)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["bert", "roberta", "electra"])
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers, with the tiny BERT's tokenizer."""
-    return tiny_encoder_folder(tmp_path_factory.mktemp(request.param), *KINDS[request.param], layers=5)
+    return tiny_encoder_folder(tmp_path_factory.mktemp(request.param), *ENCODERS[request.param], layers=5)
 
 
 def branched(encoder: Path, branch_layers: int = 1) -> Student:

@@ -8,35 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
-from fixtures.tiny_models import tiny_encoder_folder
+from fixtures.tiny_models import ENCODERS, tiny_encoder_folder
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import (
-    BertConfig,
-    BertModel,
-    CamembertConfig,
-    CamembertModel,
-    ElectraConfig,
-    ElectraModel,
-    ModernBertConfig,
-    ModernBertModel,
-    RobertaConfig,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from transformers import ModernBertConfig, ModernBertModel
 
 from rerank_ray.models.packing import PACKABLE, Packing
 from rerank_ray.models.student import Student, adapt
 from rerank_ray.settings.student import StudentSettings
 
-KINDS = {
-    "bert": (BertModel, BertConfig),
-    "camembert": (CamembertModel, CamembertConfig),
-    "electra": (ElectraModel, ElectraConfig),
-    "roberta": (RobertaModel, RobertaConfig),
-    "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig),
-}
 STUDENTS = {
     "linear": {"head": "linear"},
     "layer-wise linear": {"head": "linear", "layers": (1, 3)},
@@ -75,13 +55,13 @@ def check(student: Student) -> None:
 
 
 def test_every_packable_kind_is_tested():
-    assert set(KINDS) == set(PACKABLE)
+    assert set(ENCODERS) == set(PACKABLE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("form", STUDENTS)
 def test_scores_and_gradients_are_those_of_padded_batches(tmp_path: Path, kind: str, form: str):
-    folder = tiny_encoder_folder(tmp_path / "m", *KINDS[kind], layers=3)
+    folder = tiny_encoder_folder(tmp_path / "m", *ENCODERS[kind], layers=3)
     settings = dict(STUDENTS[form])
     check(student(folder, settings.pop("head"), settings))
 
@@ -89,13 +69,13 @@ def test_scores_and_gradients_are_those_of_padded_batches(tmp_path: Path, kind: 
 @pytest.mark.parametrize("adapted", [{"gradient_checkpointing": True}, {"lora": {"rank": 2}}])
 @pytest.mark.parametrize("head", ["linear", "similarity"])
 def test_with_checkpoints_and_adapters(tmp_path: Path, head: str, adapted: dict):
-    folder = tiny_encoder_folder(tmp_path / "m", *KINDS["bert"], layers=3)
+    folder = tiny_encoder_folder(tmp_path / "m", *ENCODERS["bert"], layers=3)
     check(student(folder, head, {}, **adapted).train())
 
 
 def test_padding_is_not_computed(tmp_path: Path):
     """A layer's products are over the real tokens, up to the next multiple of 64."""
-    folder = tiny_encoder_folder(tmp_path / "m", *KINDS["bert"], layers=3)
+    folder = tiny_encoder_folder(tmp_path / "m", *ENCODERS["bert"], layers=3)
     packing = student(folder, "linear", {})
     shapes = []
     layer = packing.model.base_model.encoder.layer[1]
@@ -110,7 +90,7 @@ def test_padding_is_not_computed(tmp_path: Path):
 
 
 def test_without_padding_nothing_is_packed(tmp_path: Path):
-    folder = tiny_encoder_folder(tmp_path / "m", *KINDS["bert"], layers=3)
+    folder = tiny_encoder_folder(tmp_path / "m", *ENCODERS["bert"], layers=3)
     packing = student(folder, "linear", {})
     long = packing.encode(QUERIES[:2], ["passage " * 80] * 2)
     assert {len(e["input_ids"]) for e in long} == {64}
