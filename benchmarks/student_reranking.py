@@ -1,6 +1,7 @@
 """A student's scoring against sentence-transformers' CrossEncoder and against the machine's own matrix product.
 
     RERANK_RAY_DATA=DIR python benchmarks/student_reranking.py STUDENT [--queries 43] [--depth 50] [--threads 2]
+        [--name student_reranking]
 
 STUDENT is the folder of a trained cross-encoder with the linear head, BERT's kind, which both load; `predict` runs with
 its defaults (float32, batches of 32, sorted by length). The pairs are BM25's for TREC-DL 2019. On one thread seconds
@@ -9,8 +10,8 @@ are those of the process, which other programs on the machine don't prolong; on 
 Floating-point work: a layer multiplies each token's H-vector with 4·H·H weights in attention and 2·H·F in the
 feed-forward block, and attention itself takes 2·L·H for the products with the keys and as much for the values, a
 multiply and an add each: 2·(4·H² + 2·H·F) + 4·L·H for each of a pair's L tokens and each layer. The machine's own speed
-is that of the product of two 2048 × 2048 matrices in bfloat16, measured in the same rounds; what the work takes at that
-speed is the floor.
+is that of the product of two 2048 × 2048 matrices, measured in the same rounds; what the work takes at that speed is
+the floor. The product is in bfloat16 where the processor has it, and in float32 elsewhere, where no row is in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.models.engine import pick_dtype
 from rerank_ray.models.protocol import Pair
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.models import CrossEncoderSettings
@@ -45,19 +47,20 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="student_reranking", help="of the record and of the section in the docs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lists = trec_dl_lists(options.queries, options.depth)
     pairs = [(r.query.text, c.contents) for r in lists for c in r.candidates]
     calls = [Pair(query=query, text=text) for query, text in pairs]
+    own = pick_dtype("auto", torch.device("cpu"))
+    fastest = str(own).removeprefix("torch.")
     ours = {
-        "float32": CrossEncoder(settings(options.student, dtype="float32")),
-        "bfloat16": CrossEncoder(settings(options.student, dtype="bfloat16")),
-        "bfloat16, compiled": CrossEncoder(settings(options.student, dtype="bfloat16", compile=True)),
-        "int8, compiled": CrossEncoder(settings(options.student, dtype="int8", compile=True)),
+        how: CrossEncoder(settings(options.student, dtype=how.split(",")[0], compile="compiled" in how))
+        for how in dict.fromkeys(["float32", fastest, f"{fastest}, compiled", "int8", "int8, compiled"])
     }
     public = Public(options.student, max_length=ours["float32"].student.description.max_length, device="cpu")
-    square = torch.randn(SIZE, SIZE).bfloat16()
+    square = torch.randn(SIZE, SIZE).to(own)
     scores: dict[str, Sequence[float]] = {}
 
     def predict() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
         scores[f"rerank_ray, {how}"] = [a.value for a in ours[how].run(calls)]
 
     started = time.perf_counter()
-    score("bfloat16, compiled")
+    score(f"{fastest}, compiled")
     compilation = time.perf_counter() - started
     seconds = alternate(
         {
@@ -100,10 +103,10 @@ def main() -> None:
     }
     speed = PRODUCTS * 2 * SIZE**3 / statistics.median(seconds["product"])
     publish(
-        "student_reranking",
+        options.name,
         title="A student's scoring",
         about=f"{len(pairs)} pairs of TREC-DL 2019, {statistics.mean(lengths):.0f} tokens on average, "
-        f"{work / len(pairs) / 1e9:.2f} GFLOP a pair; the machine multiplies {SIZE}² bfloat16 matrices at "
+        f"{work / len(pairs) / 1e9:.2f} GFLOP a pair; the machine multiplies {SIZE}² {fastest} matrices at "
         f"{speed / 1e12:.2f} TFLOP/s, at which {speed / work * len(pairs):.0f} pairs/s would be the most. "
         f"{options.threads} thread(s), median of {options.rounds} rounds in alternation. Differences and Kendall τ "
         "(mean over queries) are to the scores of the first row. The first run of the compiled student took "

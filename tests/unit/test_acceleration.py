@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import platform
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models import acceleration
 from rerank_ray.models.acceleration import Int8Linear, accelerate
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.cross_encoder import CrossEncoder
@@ -49,17 +52,29 @@ def settings(path: object = "unused", **given) -> CrossEncoderSettings:
     return CrossEncoderSettings(path=str(path), **given)
 
 
+@pytest.fixture(params=["sums of 32 bits", "sums of 16 bits"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of an 8-bit layer's weights to either side of 0, with each of the two kernels."""
+    in_16_bits = request.param == "sums of 16 bits"
+    if in_16_bits and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("x86's alone")
+    monkeypatch.setattr(acceleration, "adds_in_16_bits", lambda: in_16_bits)
+    return 64 if in_16_bits else 127
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_8_bit_layer_by_hand(bias: bool):
-    """Weights [[1, -2], [0.5, 0.25]] have scales 2/127 and 0.5/127, so 64 and −127 steps (63.5 rounds to even), 127 and
-    64. The input [3, -1] has scale 3/127: 127 and −42 steps. The products are 64·127 + 127·42 and 127·127 − 64·42.
+def test_an_8_bit_layer_by_hand(steps: int, bias: bool):
+    """Of 127 steps: weights [[1, -2], [0.5, 0.25]] have scales 2/127 and 0.5/127, so 64 and −127 steps (63.5 rounds to
+    even), 127 and 64. The input [3, -1] has scale 3/127: 127 and −42 steps. The products are 64·127 + 127·42 and
+    127·127 − 64·42. Of 64 steps the weights are 32 and −64, 64 and 32: 32·127 + 64·42 and 64·127 − 32·42.
     """
     linear = nn.Linear(2, 2, bias=bias)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, -2.0], [0.5, 0.25]]))
         if bias:
             linear.bias.copy_(torch.tensor([10.0, 20.0]))
-    expected = torch.tensor([13462 * 2 / 127 * 3 / 127, 13441 * 0.5 / 127 * 3 / 127])
+    first, second = {127: (13462, 13441), 64: (6752, 6784)}[steps]
+    expected = torch.tensor([first * 2 / steps * 3 / 127, second * 0.5 / steps * 3 / 127])
     expected = expected + torch.tensor([10.0, 20.0]) if bias else expected
     found = Int8Linear(linear)(torch.tensor([[[3.0, -1.0]], [[0.0, 0.0]]]))
     torch.testing.assert_close(found[0, 0], expected)
@@ -67,14 +82,29 @@ def test_an_8_bit_layer_by_hand(bias: bool):
     assert found[1, 0].tolist() == ([10.0, 20.0] if bias else [0.0, 0.0])
 
 
-def test_8_bit_layers_are_near_the_layers_they_replace():
-    """A step is 1/127 of a row's largest value, and rounding errs by up to half a step in each of two factors."""
+def test_8_bit_layers_are_near_the_layers_they_replace(steps: int):
+    """A step is 1/127 of a row's largest value, or 1/64, and rounding errs by up to half a step in each of two
+    factors."""
     torch.manual_seed(0)
     linear, x = nn.Linear(256, 96), torch.randn(5, 33, 256)
     found = Int8Linear(linear)(x)
     with torch.no_grad():
         expected = linear(x)
     assert (found - expected).std() < 0.02 * expected.std()
+
+
+def test_no_sum_of_8_bit_products_overflows(steps: int):
+    """Every factor as large as it gets: all products 127 · steps, and the same with the sign that the input has."""
+    linear = nn.Linear(512, 64, bias=False)
+    nn.init.constant_(linear.weight, 2.0)
+    x = torch.tensor([[3.0], [-3.0]]).expand(2, 512)
+    torch.testing.assert_close(Int8Linear(linear)(x), torch.tensor([[3072.0], [-3072.0]]).expand(2, 64))
+
+
+def test_an_8_bit_row_does_not_depend_on_its_neighbours(steps: int):
+    torch.manual_seed(0)
+    layer, x = Int8Linear(nn.Linear(256, 96)), torch.randn(5, 256)
+    torch.testing.assert_close(layer(torch.cat([x, 100 * x]))[:5], layer(x))
 
 
 def test_only_large_linear_layers_become_8_bit():
@@ -118,6 +148,18 @@ def test_a_compiled_student_scores_as_it_did(tiny_bert: Path, tmp_path: Path, he
     for some in (pairs, pairs[:3], pairs[1:2]):
         expected, found = ([a.value for a in model.run(some)] for model in (plain, compiled))
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@needs_compiler
+def test_compiled_8_bit_layers_answer_as_they_did():
+    """None of two layers with weights of one shape is taken for the other."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(9, 64)
+    compiled = copy.deepcopy(plain)
+    accelerate(plain, settings(dtype="int8"))
+    accelerate(compiled, settings(dtype="int8", compile=True))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=0)
 
 
 PUBLISHED = {
