@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +41,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What weights are loaded in: `auto` is bfloat16 where the device computes it natively, float32 elsewhere."""
+    """What weights are loaded in: `auto` is bfloat16 where the device computes it natively, float32 elsewhere.
+
+    Warns where bfloat16 is asked for and the CPU has it in software alone.
+    """
+    if name == "bfloat16" and device.type == "cpu" and not computes_bfloat16(device):
+        warnings.warn(
+            "dtype: bfloat16: this CPU computes it in software, up to hundreds of times slower than float32; "
+            "leave dtype at auto, or use a machine with AVX-512 BF16 or AMX, or a GPU",
+            stacklevel=2,
+        )
     if name != "auto":
         return _DTYPES[name]
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32

@@ -155,6 +155,13 @@ def test_devices_and_precisions():
     assert engine.pick_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
+def test_bfloat16_in_software_is_warned_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "computes_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="dtype: bfloat16: this CPU computes it in software"):
+        assert engine.pick_dtype("bfloat16", CPU) == torch.bfloat16
+    assert engine.pick_dtype("auto", CPU) == torch.float32
+
+
 def test_right_pad():
     """To the next multiple of 16, unless the model's positions end before it."""
     ids, lengths = engine.right_pad([[5], [6, 7, 8]], pad_id=9)
