@@ -33,7 +33,7 @@ QUERIES, DEPTH = 12, 8
 ROWS = {"rows_per_batch": 4, "rows_per_block": 4}
 FAKE = {"method": "yes_no", "model": {"kind": "fake"}}
 TOPICS = ("river", "engine", "harvest", "signal")
-STARTING_TAKES_S = 60
+STARTING_TAKES_S = 180
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,14 +137,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until_up(address: str, head: subprocess.Popen, log: Path) -> None:
-    """Wait until the cluster takes jobs: its list of them is served by the head and answered by its agent."""
+    """Wait until the cluster takes a job. The head answers before there is an agent to give one to."""
+    nothing = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{address}/api/jobs/", nothing, {"Content-Type": "application/json"})
     deadline = time.monotonic() + STARTING_TAKES_S
     while time.monotonic() < deadline:
         assert head.poll() is None, f"ray start ended: {log.read_text()}"
         try:
-            with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as response:
-                if response.status == 200:
-                    return
+            with urllib.request.urlopen(request, timeout=30):
+                return
         except OSError:
             time.sleep(0.2)
     pytest.fail(f"no cluster after {STARTING_TAKES_S} s: {log.read_text()}")

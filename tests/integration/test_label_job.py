@@ -72,6 +72,7 @@ def test_a_second_start_is_a_no_op_and_another_config_is_refused(make_candidates
         jobs.label(label_settings(source, seed=1), str(run), console)
 
 
+@pytest.mark.timeout(900)  # four jobs, three with a Ray of their own
 def test_killed_driver_resumes_to_an_undisturbed_run(make_candidates, tmp_path):
     """`kill -9` twice in the middle; the third start ends with every query exactly once."""
     source, run = make_candidates(96), tmp_path / "run"
@@ -85,7 +86,7 @@ def test_killed_driver_resumes_to_an_undisturbed_run(make_candidates, tmp_path):
         driver.wait()
     done_before = sum(pq.read_metadata(p).num_rows for p in (run / "checkpoint").glob("*.parquet"))
     assert 0 < done_before < 96
-    assert start_driver(file, run).wait(timeout=120) == 0
+    assert start_driver(file, run).wait(timeout=240) == 0
     assert rows_of(run) == undisturbed(source, settings)
     assert json.loads((run / "run.json").read_text())["starts"] == 3
 
@@ -96,7 +97,7 @@ def start_driver(file: Path, run: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def wait_for(condition, driver: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, driver: subprocess.Popen, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert driver.poll() is None, "the driver ended before it could be killed"
