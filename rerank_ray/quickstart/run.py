@@ -13,6 +13,7 @@ from rich.console import Console
 from rerank_ray import config, storage
 from rerank_ray.evaluate import EvaluationReport
 from rerank_ray.execution.pipeline import run_pipeline
+from rerank_ray.models import engine
 from rerank_ray.quickstart.collection import build_collection
 from rerank_ray.report.page import CurvePoint, PageSystem, render_page
 from rerank_ray.report.tables import print_table
@@ -20,6 +21,7 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings.pipeline import PipelineSettings
 
 _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
+_FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES = 30, 20
 _ROLES = {
     "BM25": ("first stage", "test"),
     "SmolLM2-135M query likelihood": ("teacher", "llm"),
@@ -36,7 +38,8 @@ def quickstart(folder: Path, console: Console) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     collection = folder / "collection"
     if not (collection / "qrels" / "test.tsv").exists():
-        summary = build_collection(collection, train_queries=_TRAIN_QUERIES, test_queries=_TEST_QUERIES)
+        train, test = _how_many_queries(console)
+        summary = build_collection(collection, train_queries=train, test_queries=test)
         console.print(
             f"Collection from this Python installation's docstrings: {summary.documents:,} documents, "
             f"{summary.train_queries} training and {summary.test_queries} test queries"
@@ -53,6 +56,18 @@ def quickstart(folder: Path, console: Console) -> None:
         "  rerank-ray pipeline my.yaml --run runs/mine\n"
         f"Use the student by itself: rerank-ray rerank with ranker.model.path={folder}/pipeline/student/student"
     )
+
+
+def _how_many_queries(console: Console) -> tuple[int, int]:
+    """Training and test queries: fewer where there is no bfloat16, so that the language model is done in minutes."""
+    if engine.computes_bfloat16(engine.pick_device("auto")):
+        return _TRAIN_QUERIES, _TEST_QUERIES
+    console.print(
+        f"This processor has no bfloat16 products: the models run in float32, several times slower, on "
+        f"{_FEW_TRAIN_QUERIES} training and {_FEW_TEST_QUERIES} test queries and not on {_TRAIN_QUERIES} and "
+        f"{_TEST_QUERIES}"
+    )
+    return _FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES
 
 
 def _settings(collection: Path) -> PipelineSettings:

@@ -6,10 +6,12 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from rerank_ray.evaluate import evaluate_sources
-from rerank_ray.quickstart.run import _ROLES, _page, _print, _settings, _systems
+from rerank_ray.models import engine
+from rerank_ray.quickstart.run import _ROLES, _how_many_queries, _page, _print, _settings, _systems
 
 
 def finished_pipeline(folder: Path) -> Path:
@@ -49,3 +51,11 @@ def test_the_pipeline_names_the_collection(tmp_path: Path):
     assert folders == {str(tmp_path / "collection")}
     assert settings.steps[-1].evaluate.qrels == str(tmp_path / "collection" / "qrels" / "test.tsv")
     assert set(settings.steps[-1].evaluate.rankings) == set(_ROLES)
+
+
+def test_a_slow_processor_gets_fewer_queries_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    for native, expected in ((True, (100, 50)), (False, (30, 20))):
+        monkeypatch.setattr(engine, "computes_bfloat16", lambda device, native=native: native)
+        assert _how_many_queries(Console(file=out, width=200)) == expected
+    assert out.getvalue().count("no bfloat16 products") == 1
