@@ -23,7 +23,7 @@ from rerank_ray.execution.progress import ProgressDisplay
 from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
-from rerank_ray.schema import CANDIDATES, PASSAGES, InputSummary
+from rerank_ray.schema import CANDIDATES, PASSAGES, ROWS_PER_GROUP, InputSummary
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings
@@ -31,6 +31,8 @@ from rerank_ray.stages import RankStage, WriteStage
 
 Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
+_BLOCKS_OF_A_LONG_JOB = 16
+"""Of a replica; what it may be late by at the end is a block, and so at most a sixteenth."""
 
 
 class RankWorker:
@@ -145,13 +147,25 @@ def _execute(
         },
         batch_size=execution.rows_per_batch,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=execution.actors),
+        compute=ActorPoolStrategy(
+            size=execution.actors, max_tasks_in_flight_per_actor=_blocks_in_flight(source.rows, execution)
+        ),
         num_cpus=execution.cpus_per_actor,
         num_gpus=execution.gpus_per_actor or None,
         memory=execution.memory_gb_per_actor * 2**30 or None,
     )
     data_fs, data_path = storage.open_filesystem(run.data)
     ranked.write_parquet(data_path, filesystem=data_fs, mode="append", ray_remote_args={"num_cpus": _WRITE_CPUS})
+
+
+def _blocks_in_flight(rows: int, execution: ExecutionSettings) -> int:
+    """Blocks that a replica has been given at a time, the one that it works on among them.
+
+    A second one spares it the wait for the next. In a short job it may be a block that another replica could have
+    begun with, so that one still has two to do when the others are through: there each gets one at a time.
+    """
+    blocks_per_replica = rows / max(ROWS_PER_GROUP, execution.rows_per_block) / execution.actors
+    return 1 if blocks_per_replica < _BLOCKS_OF_A_LONG_JOB else 2
 
 
 def _configure(run: RunFolder, execution: ExecutionSettings, source_uri: str, source: InputSummary) -> None:

@@ -21,7 +21,7 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings.pipeline import PipelineSettings
 
 _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
-_FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES = 30, 20
+_FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES = 50, 20
 _ROLES = {
     "BM25": ("first stage", "test"),
     "SmolLM2-135M query likelihood": ("teacher", "llm"),

@@ -55,7 +55,7 @@ def test_the_pipeline_names_the_collection(tmp_path: Path):
 
 def test_a_slow_processor_gets_fewer_queries_and_says_so(monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
-    for native, expected in ((True, (100, 50)), (False, (30, 20))):
+    for native, expected in ((True, (100, 50)), (False, (50, 20))):
         monkeypatch.setattr(engine, "computes_bfloat16", lambda device, native=native: native)
         assert _how_many_queries(Console(file=out, width=200)) == expected
     assert out.getvalue().count("no bfloat16 products") == 1
