@@ -148,7 +148,7 @@ def _execute(
         batch_size=execution.rows_per_batch,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=execution.actors, max_tasks_in_flight_per_actor=_blocks_in_flight(source.rows, execution)
+            size=execution.actors, max_tasks_in_flight_per_actor=blocks_in_flight(source.rows, execution)
         ),
         num_cpus=execution.cpus_per_actor,
         num_gpus=execution.gpus_per_actor or None,
@@ -158,7 +158,7 @@ def _execute(
     ranked.write_parquet(data_path, filesystem=data_fs, mode="append", ray_remote_args={"num_cpus": _WRITE_CPUS})
 
 
-def _blocks_in_flight(rows: int, execution: ExecutionSettings) -> int:
+def blocks_in_flight(rows: int, execution: ExecutionSettings) -> int:
     """Blocks that a replica has been given at a time, the one that it works on among them.
 
     A second one spares it the wait for the next. In a short job it may be a block that another replica could have
