@@ -71,7 +71,7 @@ def _scaled(rows: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def adds_in_16_bits() -> bool:
     """Whether this CPU multiplies bytes through sums of 16 bits. PyTorch's own product of bytes takes forty times as
-    long as that of float32 there, oneDNN's half as long."""
+    long as that of float32 there, oneDNN's less than that of float32."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not torch.cpu._is_vnni_supported()
 
 
