@@ -78,7 +78,7 @@ def test_the_command_line_prints_the_error_and_exits_with_1(tmp_path):
     file = tmp_path / "label.yaml"
     file.write_text("inputs: x\nteacher: {method: yes_no, model: {kind: fake, sed: 1}}\n")
     result = subprocess.run(
-        [sys.executable, "-m", "rerank_ray.cli", "label", str(file)], capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "rerank_ray.cli", "label", str(file)], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
