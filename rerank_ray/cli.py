@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -214,18 +215,22 @@ def _ingest(options: argparse.Namespace, console: Console) -> None:
     print_ingest(INGESTS[options.kind](**arguments), console)
 
 
-def _job(module: str, settings_name: str, function_name: str) -> Callable[[argparse.Namespace, Console], None]:
+def _job(settings: str, function: str) -> Callable[[argparse.Namespace, Console], None]:
     """A command that loads a config and hands it to a job; imports wait until a command needs them."""
 
     def command(options: argparse.Namespace, console: Console) -> None:
         from rerank_ray import config
-        from rerank_ray.execution import jobs
 
-        loaded = config.load(getattr(import_module(module), settings_name), options.config, options.set)
+        loaded = config.load(_attribute(f"rerank_ray.settings.{settings}"), options.config, options.set)
         extra = {"retry_errors": options.retry_errors} if hasattr(options, "retry_errors") else {}
-        getattr(jobs, function_name)(loaded, _run_folder(options), console, **extra)
+        _attribute(f"rerank_ray.execution.{function}")(loaded, _run_folder(options), console, **extra)
 
     return command
+
+
+def _attribute(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)
 
 
 def _run_folder(options: argparse.Namespace) -> str:
@@ -241,12 +246,12 @@ def _pipeline(options: argparse.Namespace, console: Console) -> None:
 
 
 _JOBS = {
-    "label": _job("rerank_ray.settings.jobs", "LabelSettings", "label"),
-    "distill": _job("rerank_ray.settings.distill", "DistillSettings", "distill"),
-    "distill-rationales": _job("rerank_ray.settings.rationale", "RationaleSettings", "distill_rationales"),
-    "reinforce": _job("rerank_ray.settings.reinforce", "ReinforceSettings", "reinforce"),
-    "rerank": _job("rerank_ray.settings.jobs", "RerankSettings", "rerank"),
-    "synthesize": _job("rerank_ray.settings.synthesize", "SynthesizeSettings", "synthesize"),
+    "label": _job("jobs:LabelSettings", "jobs:label"),
+    "distill": _job("distill:DistillSettings", "training_jobs:distill"),
+    "distill-rationales": _job("rationale:RationaleSettings", "training_jobs:distill_rationales"),
+    "reinforce": _job("reinforce:ReinforceSettings", "training_jobs:reinforce"),
+    "rerank": _job("jobs:RerankSettings", "jobs:rerank"),
+    "synthesize": _job("synthesize:SynthesizeSettings", "synthesis_job:synthesize"),
     "pipeline": _pipeline,
 }
 

@@ -15,9 +15,11 @@ from rerank_ray.config import Settings
 from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
+from rerank_ray.execution.synthesis_job import synthesize
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
 from rerank_ray.ingest_labels import LIST_READERS, ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
 from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
 
@@ -125,12 +127,19 @@ def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> Eval
     return report
 
 
+def _distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFolder:
+    # Imported when a pipeline is there: PyTorch and transformers take as long as a short step.
+    from rerank_ray.execution.training_jobs import distill
+
+    return distill(settings, run_uri, console)
+
+
 _JOBS = {
     "ingest": ingest,
-    "synthesize": jobs.synthesize,
+    "synthesize": synthesize,
     "label": jobs.label,
     "combine": jobs.combine_runs,
-    "distill": jobs.distill,
+    "distill": _distill,
     "rerank": jobs.rerank,
     "evaluate": evaluate,
 }

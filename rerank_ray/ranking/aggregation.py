@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 
 RRF_K = 60
 _EXACT_ITEMS = 30
@@ -67,6 +64,10 @@ def kemeny(preference: np.ndarray) -> list[int]:
     Args:
         preference: how many rankings, or which weight of them, put i before j, [N, N].
     """
+    # Here, as in `_solve`: SciPy takes a second to import, in every worker of every job.
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+
     wins = preference > preference.T
     _, group = connected_components(csr_array(~wins.T & ~np.eye(len(preference), dtype=bool)), connection="strong")
     groups = [np.flatnonzero(group == g) for g in range(group.max(initial=-1) + 1)]
@@ -108,6 +109,9 @@ def _exact(preference: np.ndarray) -> list[int]:
 
 
 def _solve(cost: np.ndarray, triples: Sequence[tuple[int, int, int]], column: np.ndarray) -> np.ndarray:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     constraints = []
     if triples:
         i, j, k = np.array(triples).T

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
-from rerank_ray.execution import jobs
+from rerank_ray.execution import training_jobs
 from rerank_ray.models.student import load_student
 from rerank_ray.schema import write_candidates
 from rerank_ray.settings.distill import DistillSettings
@@ -62,7 +62,7 @@ def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path
     """Started with relative paths, which mean something else in the workers' folder."""
     monkeypatch.chdir(tmp_path)
     labels, base, run = os.path.relpath(labels), Path(os.path.relpath(base)), tmp_path / "run"
-    jobs.distill(settings(labels, base), "run", console)
+    training_jobs.distill(settings(labels, base), "run", console)
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
     assert state["counts"]["training_queries"] + state["counts"]["validation_queries"] == 20
@@ -74,10 +74,10 @@ def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path
     student = load_student(ModelSettings(path=str(run / "student"), max_length=48))
     assert student.layers == (3,)
     written = (run / "student" / "model.safetensors").stat().st_mtime_ns
-    jobs.distill(settings(labels, base), str(run), console)
+    training_jobs.distill(settings(labels, base), str(run), console)
     assert (run / "student" / "model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(RunError, match="epochs: 2 -> 3"):
-        jobs.distill(settings(labels, base, epochs=3), str(run), console)
+        training_jobs.distill(settings(labels, base, epochs=3), str(run), console)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -88,7 +88,7 @@ def test_texts_of_an_exit_warm_up_are_an_input_of_the_run(labels, base, tmp_path
     warming = {"steps": 2, "passages": 4, "spans": 2, "texts": ["texts"]}
     student = settings(labels, base).student.model_dump() | {"layers": (2, 3), "exit_warm_up": warming}
     run = tmp_path / "run"
-    jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
+    training_jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
     assert set(state["inputs"]) == {"labels", "texts"}
@@ -97,10 +97,10 @@ def test_texts_of_an_exit_warm_up_are_an_input_of_the_run(labels, base, tmp_path
     assert load_student(ModelSettings(path=str(run / "student"), max_length=48)).layers == (2, 3)
     write_candidates((make_list(f"u{n}", 4) for n in range(6)), "texts")
     with pytest.raises(RunError, match="texts"):
-        jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
+        training_jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
     student["exit_warm_up"]["texts"] = ["nowhere"]
     with pytest.raises(InputError, match="nowhere: the input does not exist"):
-        jobs.distill(settings(labels, base, student=student, max_steps=2), str(tmp_path / "other"), console)
+        training_jobs.distill(settings(labels, base, student=student, max_steps=2), str(tmp_path / "other"), console)
     assert not (tmp_path / "other" / "run.json").exists()
 
 
@@ -124,7 +124,7 @@ def test_two_workers_take_the_same_steps_as_one(labels, base, tmp_path, console,
             backward=backward if workers > 1 else "plain",
             tokens_per_backward=128 if workers > 1 else 8192,
         )
-        jobs.distill(chosen, str(run), console)
+        training_jobs.distill(chosen, str(run), console)
         weights.append((json.loads((run / "run.json").read_text())["best"]["step"], student_weights(run)))
     assert weights[0][0] == weights[1][0]
     for name, tensor in weights[0][1].items():
@@ -179,11 +179,11 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 def test_what_can_not_work_is_said_before_anything_starts(labels, base, tmp_path, console):
     missing = settings(labels, tmp_path / "nowhere" / "model")
     with pytest.raises(Exception, match="no such model folder"):
-        jobs.distill(missing, str(tmp_path / "run"), console)
+        training_jobs.distill(missing, str(tmp_path / "run"), console)
     with pytest.raises(Exception, match="the input does not exist"):
-        jobs.distill(settings(str(tmp_path / "none"), base), str(tmp_path / "run"), console)
+        training_jobs.distill(settings(str(tmp_path / "none"), base), str(tmp_path / "run"), console)
     chosen = settings(labels, base)
     wrong = chosen.student.model_copy(update={"layers": (1, 9)})
     with pytest.raises(Exception, match="give ascending layers"):
-        jobs.distill(chosen.model_copy(update={"student": wrong}), str(tmp_path / "run"), console)
+        training_jobs.distill(chosen.model_copy(update={"student": wrong}), str(tmp_path / "run"), console)
     assert not (tmp_path / "run").exists()

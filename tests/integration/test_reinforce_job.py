@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rerank_ray import config
 from rerank_ray.errors import RunError
-from rerank_ray.execution import jobs
+from rerank_ray.execution import training_jobs
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
@@ -65,7 +65,7 @@ def test_two_workers_take_the_same_steps_as_one(labels, tmp_path, console, monke
     weights, told = [], []
     for workers in (1, 2):
         chosen = settings(tmp_path, labels, execution={"workers": workers})
-        jobs.reinforce(chosen, f"run-{workers}", console)
+        training_jobs.reinforce(chosen, f"run-{workers}", console)
         run = tmp_path / f"run-{workers}"
         told.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
         weights.append(load_file(run / "student" / "model.safetensors"))
@@ -78,7 +78,7 @@ def test_two_workers_take_the_same_steps_as_one(labels, tmp_path, console, monke
     state = json.loads((tmp_path / "run-1" / "run.json").read_text())
     assert (state["kind"], state["state"]) == ("reinforce", "done")
     with pytest.raises(RunError, match="samples: 64 -> 8"):
-        jobs.reinforce(settings(tmp_path, labels, samples=8), "run-1", console)
+        training_jobs.reinforce(settings(tmp_path, labels, samples=8), "run-1", console)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -100,7 +100,7 @@ def test_rationales_train_a_model_too(tmp_path, console):
     }
     chosen = config.validate(RationaleSettings, content, source="test")
     for _ in range(2):
-        jobs.distill_rationales(chosen, str(tmp_path / "run"), console)
+        training_jobs.distill_rationales(chosen, str(tmp_path / "run"), console)
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (state["kind"], state["state"], state["starts"]) == ("distill-rationales", "done", 1)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").config.vocab_size > 0

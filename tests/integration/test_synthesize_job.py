@@ -16,7 +16,7 @@ import pytest
 
 from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
-from rerank_ray.execution import jobs
+from rerank_ray.execution.synthesis_job import synthesize
 from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES, inspect_input, read_candidates, read_rows
 from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.stages import RankStage, WriteStage
@@ -61,7 +61,7 @@ def test_every_query_is_kept_or_counted_and_can_be_labelled(tmp_path, console):
         round_trip={"ranker": CROSS_ENCODER, "top": 3},
     )
     run = tmp_path / "run"
-    jobs.synthesize(settings, str(run), console)
+    synthesize(settings, str(run), console)
     assert by_id(read_rows(str(run / "written" / "data"), WRITTEN_QUERIES.names)) == undisturbed(settings)
     state = json.loads((run / "run.json").read_text())
     counts = state["counts"]
@@ -85,22 +85,22 @@ def test_every_query_is_kept_or_counted_and_can_be_labelled(tmp_path, console):
 
 def test_a_second_start_is_a_no_op_another_config_is_refused_and_so_is_a_run_without_queries(tmp_path, console):
     run = tmp_path / "run"
-    jobs.synthesize(settings_of(tmp_path, passages=8), str(run), console)
+    synthesize(settings_of(tmp_path, passages=8), str(run), console)
     files = {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")}
-    jobs.synthesize(settings_of(tmp_path, passages=8), str(run), console)
+    synthesize(settings_of(tmp_path, passages=8), str(run), console)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*.parquet")} == files
     with pytest.raises(RunError, match="passages: 8 -> 9"):
-        jobs.synthesize(settings_of(tmp_path, passages=9), str(run), console)
+        synthesize(settings_of(tmp_path, passages=9), str(run), console)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text() + '{"_id": "new", "text": "another"}\n')
     with pytest.raises(RunError, match="content of input"):
-        jobs.synthesize(settings_of(tmp_path, passages=8), str(run), console)
+        synthesize(settings_of(tmp_path, passages=8), str(run), console)
     gone = settings_of(tmp_path).model_copy(update={"corpus": str(tmp_path)})
     with pytest.raises(InputError, match="can't be read"):
-        jobs.synthesize(gone, str(tmp_path / "gone"), console)
+        synthesize(gone, str(tmp_path / "gone"), console)
     failing = settings_of(tmp_path, passages=8, model={"fail_on": "number"}, limits={"max_error_rate": 1.0})
     with pytest.raises(RunError, match="no query is left"):
-        jobs.synthesize(failing, str(tmp_path / "none"), console)
+        synthesize(failing, str(tmp_path / "none"), console)
     assert json.loads((tmp_path / "none" / "run.json").read_text())["state"] == "failed"
 
 
@@ -125,7 +125,7 @@ def test_killed_driver_resumes_to_an_undisturbed_run(tmp_path, console):
     assert by_id(read_rows(str(run / "written" / "data"), WRITTEN_QUERIES.names)) == undisturbed(settings)
     again = json.loads((run / "written" / "run.json").read_text())
     assert again["timings"]["rows_this_start"] == 64 - done
-    jobs.synthesize(settings, str(tmp_path / "other"), console)
+    synthesize(settings, str(tmp_path / "other"), console)
     assert list(read_candidates(str(run / "data"))) == list(read_candidates(str(tmp_path / "other" / "data")))
 
 
