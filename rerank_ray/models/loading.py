@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import transformers
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.settings.models import ModelSettings
 
@@ -28,9 +30,10 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
         # transformers from 5.2x on keeps GGUF weights packed unless told otherwise; dense bfloat16 products are faster.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return auto_class.from_pretrained(
-            **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
-        )
+        with nullcontext() if resolved.gguf_file is None else read_once():
+            return auto_class.from_pretrained(
+                **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error

@@ -64,6 +64,13 @@ def settings(tokens_per_batch: int, share_prefix: bool) -> HFCausalSettings:
     )
 
 
+def test_a_gguf_model_has_the_weights_that_transformers_reads(plain_model):
+    loaded = HFCausal(settings(512, share_prefix=False)).model.state_dict()
+    expected = plain_model[0].state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], weights) for name, weights in expected.items())
+
+
 @torch.inference_mode()
 def test_yes_no_equals_a_plain_unbatched_loop(plain_model, request_):
     model, tokenizer = plain_model

@@ -111,3 +111,10 @@ def test_importing_everything_else_leaves_ray_out():
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == []
+
+
+def test_a_label_jobs_driver_does_without_pytorch():
+    """It takes ten seconds of a core to import what only the workers need."""
+    probe = "import sys, rerank_ray.execution.data, rerank_ray.execution.pipeline; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
+    assert not {"torch", "transformers"} & set(result.stdout.split())
