@@ -20,10 +20,11 @@ from rerank_ray.accounting import Counts, count_output, drop_errors
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay
+from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.runs import RunFolder
-from rerank_ray.schema import CANDIDATES, PASSAGES, ROWS_PER_GROUP, InputSummary
+from rerank_ray.schema import CANDIDATES, PASSAGES, InputSummary
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings
@@ -33,8 +34,6 @@ Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
 _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
-_BLOCKS_OF_A_LONG_JOB = 16
-"""Of a replica; what it may be late by at the end is a block, and so at most a sixteenth."""
 
 
 class RankWorker:
@@ -105,7 +104,8 @@ def rank_rows(
     cpus = execution.actors * execution.cpus_per_actor
     with session(cpus), ProgressDisplay(run.uri, source.rows, done) as progress:
         try:
-            _execute(run, source_uri, source, ranker, output, execution, progress, store)
+            shares = share_out(source.rows - done, execution)
+            _execute(run, source_uri, source, ranker, output, execution, progress, store, shares)
         except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
             raise RunError(
                 f"{run.uri}: stopped: {root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
@@ -128,6 +128,7 @@ def _execute(
     execution: ExecutionSettings,
     progress: ProgressDisplay,
     store: StoreSettings | None,
+    shares: Shares,
 ) -> None:
     _configure(run, execution, source_uri, source)
     fs, _ = storage.open_filesystem(source_uri)
@@ -137,7 +138,8 @@ def _execute(
         schema=(PASSAGES if output == "queries" else CANDIDATES).remove_metadata(),
         num_cpus=_READ_CPUS,
     )
-    ranked = rows.map_batches(
+    # Whatever the input's row groups: a file with one of them would be one replica's work.
+    ranked = rows.repartition(target_num_rows_per_block=shares.block, strict=True).map_batches(
         RankWorker,
         fn_constructor_kwargs={
             "ranker": ranker,
@@ -147,27 +149,16 @@ def _execute(
             "counter": progress.counter,
             "store": store,
         },
-        batch_size=execution.rows_per_batch,
+        # A block as it is, where it is one batch: Ray Data would add the last one's few rows to another's.
+        batch_size=None if shares.block == shares.batch else shares.batch,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=execution.actors, max_tasks_in_flight_per_actor=blocks_in_flight(source.rows, execution)
-        ),
+        compute=ActorPoolStrategy(size=execution.actors, max_tasks_in_flight_per_actor=shares.in_flight),
         num_cpus=execution.cpus_per_actor,
         num_gpus=execution.gpus_per_actor or None,
         memory=execution.memory_gb_per_actor * 2**30 or None,
     )
     data_fs, data_path = storage.open_filesystem(run.data)
     ranked.write_parquet(data_path, filesystem=data_fs, mode="append", ray_remote_args={"num_cpus": _WRITE_CPUS})
-
-
-def blocks_in_flight(rows: int, execution: ExecutionSettings) -> int:
-    """Blocks that a replica has been given at a time, the one that it works on among them.
-
-    A second one spares it the wait for the next. In a short job it may be a block that another replica could have
-    begun with, so that one still has two to do when the others are through: there each gets one at a time.
-    """
-    blocks_per_replica = rows / max(ROWS_PER_GROUP, execution.rows_per_block) / execution.actors
-    return 1 if blocks_per_replica < _BLOCKS_OF_A_LONG_JOB else 2
 
 
 def _configure(run: RunFolder, execution: ExecutionSettings, source_uri: str, source: InputSummary) -> None:

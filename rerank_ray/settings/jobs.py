@@ -24,9 +24,10 @@ class ExecutionSettings(Settings):
     memory_gb_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     """Memory a replica reserves, in GiB; 0 reserves none."""
     rows_per_batch: PositiveInt = 16
-    """Queries that one call of a replica ranks side by side."""
+    """Queries that one call of a replica ranks side by side, at most; fewer where a job's last batches would leave
+    replicas without work."""
     rows_per_block: PositiveInt = 32
-    """Queries per output file: what a crash may cost."""
+    """Queries per output file, at most: what a crash may cost, and what one replica takes at a time."""
     max_crashes_per_row: PositiveInt = 2
     """A row whose work ended the replica's process this often becomes a row with `error`."""
     no_progress_timeout_s: PositiveInt = 1800

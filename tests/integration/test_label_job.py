@@ -18,10 +18,9 @@ from rerank_ray import config
 from rerank_ray.audit import audit
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
-from rerank_ray.execution.data import blocks_in_flight
 from rerank_ray.planning import plan
 from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
-from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings
+from rerank_ray.settings.jobs import LabelSettings, RerankSettings
 from rerank_ray.stages import RankStage
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -63,12 +62,16 @@ def test_every_row_once_and_equal_to_the_bare_loop(make_candidates, tmp_path, co
         assert pq.read_schema(path).equals(LABELS)
 
 
-def test_replicas_of_a_short_job_get_one_block_at_a_time():
-    """Two replicas and blocks of 16 rows: 496 rows are 15.5 blocks for each, 512 are 16; row groups have 16 rows, so
-    smaller blocks are not to be had."""
-    for rows, rows_per_block, expected in ((496, 16, 1), (512, 16, 2), (496, 8, 1), (512, 8, 2), (512, 32, 1)):
-        execution = ExecutionSettings(actors=2, rows_per_block=rows_per_block)
-        assert blocks_in_flight(rows, execution) == expected
+def test_replicas_get_equal_batches_whatever_the_row_groups(make_candidates, tmp_path, console):
+    """Two replicas, at most four rows a batch: 22 rows are three batches for each, of four rows and one of two."""
+    source = make_candidates(22)
+    (file,) = Path(source).glob("*.parquet")
+    pq.write_table(pq.read_table(file), file, row_group_size=22)
+    settings = label_settings(source)
+    jobs.label(settings, str(tmp_path / "run"), console)
+    files = (tmp_path / "run" / "data").glob("*.parquet")
+    assert sorted(pq.read_metadata(f).num_rows for f in files) == [2, 4, 4, 4, 4, 4]
+    assert rows_of(tmp_path / "run") == undisturbed(source, settings)
 
 
 def test_a_second_start_is_a_no_op_and_another_config_is_refused(make_candidates, tmp_path, console):
