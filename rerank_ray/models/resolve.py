@@ -137,8 +137,19 @@ def _in_package(reference: str) -> tuple[Path, str]:
     path = Path(next(iter(spec.submodule_search_locations))) / inner
     if not path.exists():
         raise ModelError(f"{reference}: package '{name}' holds no '{inner}'")
-    distributions = importlib.metadata.packages_distributions().get(name, [])
-    return path, importlib.metadata.version(distributions[0]) if distributions else "unknown"
+    return path, _version(name)
+
+
+def _version(package: str) -> str:
+    """Of the distribution that holds a package: mostly the one of its name, else all are searched, for a second."""
+    try:
+        named = importlib.metadata.distribution(package)
+        if any(file.parts[0] == package for file in named.files or ()):
+            return named.version
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    distributions = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(distributions[0]) if distributions else "unknown"
 
 
 def _local(path: Path, identity: str, settings: ModelSettings, config_file: str) -> ResolvedModel:

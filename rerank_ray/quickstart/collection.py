@@ -8,16 +8,19 @@ collection; another version of Python or of a package gives a slightly different
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from rerank_ray.errors import InputError
-from rerank_ray.quickstart.docstrings import PACKAGES, Docstring, read_docstrings, source_files, stable_hash
+from rerank_ray.quickstart.docstrings import PACKAGES, Docstring, SourceFile, read_docstrings, source_files, stable_hash
 
+_FILES_AT_A_TIME = 64
 _SHINGLE = 3
 _SKETCH = 48
 _BANDS = 8
@@ -70,12 +73,10 @@ def build_collection(
     files = source_files(packages, files_per_package=files_per_package)
     found: dict[str, tuple[str, Docstring]] = {}
     failed = 0
-    for file in files:
-        try:
-            for docstring in read_docstrings(file):
-                found.setdefault(docstring.name, (file.package, docstring))
-        except (SyntaxError, ValueError, RecursionError):
-            failed += 1
+    for file, docstrings in zip(files, _read_all(files), strict=True):
+        failed += docstrings is None
+        for docstring in docstrings or ():
+            found.setdefault(docstring.name, (file.package, docstring))
     shared = Counter(_normalised(d.summary) for _, d in found.values())
     usable = [(package, d) for package, d in found.values() if is_document(d)]
     usable.sort(key=lambda item: stable_hash(f"{seed}/{item[1].name}"))
@@ -108,6 +109,19 @@ def build_collection(
         near_duplicates=len(usable) - len(kept),
         packages=dict(Counter(package for package, _ in corpus)),
     )
+
+
+def _read_all(files: Sequence[SourceFile]) -> Iterator[list[Docstring] | None]:
+    """Each file's docstrings, or None where it can't be parsed; parsing is divided among the machine's cores."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_read_or_none, files, chunksize=_FILES_AT_A_TIME)
+
+
+def _read_or_none(file: SourceFile) -> list[Docstring] | None:
+    try:
+        return read_docstrings(file)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
 
 
 def is_document(docstring: Docstring) -> bool:

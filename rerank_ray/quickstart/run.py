@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +23,20 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings.pipeline import PipelineSettings
 
 _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
-_FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES = 50, 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Less:
+    """What the quickstart does where models run in float32, so that the language model is done in minutes too."""
+
+    train_queries: int = 40
+    test_queries: int = 20
+    depth: int = 8
+    llm_tokens: int = 96
+    """Of its whole prompt. Its order hardly suffers; MiniLM's does."""
+    tokens: int = 128
+
+
 _ROLES = {
     "BM25": ("first stage", "test"),
     "SmolLM2-135M query likelihood": ("teacher", "llm"),
@@ -37,14 +52,15 @@ def quickstart(folder: Path, console: Console) -> None:
     # Two replicas of one thread each: their matrix products must not fight over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     collection = folder / "collection"
+    less = _less_where_slow(console)
     if not (collection / "qrels" / "test.tsv").exists():
-        train, test = _how_many_queries(console)
+        train, test = (less.train_queries, less.test_queries) if less else (_TRAIN_QUERIES, _TEST_QUERIES)
         summary = build_collection(collection, train_queries=train, test_queries=test)
         console.print(
             f"Collection from this Python installation's docstrings: {summary.documents:,} documents, "
             f"{summary.train_queries} training and {summary.test_queries} test queries"
         )
-    results = run_pipeline(_settings(collection), str(folder / "pipeline"), console)
+    results = run_pipeline(_settings(collection, less), str(folder / "pipeline"), console)
     systems = _systems(results["report"], folder / "pipeline")
     _print(systems, console)
     page = folder / "report.html"
@@ -58,19 +74,19 @@ def quickstart(folder: Path, console: Console) -> None:
     )
 
 
-def _how_many_queries(console: Console) -> tuple[int, int]:
-    """Training and test queries: fewer where there is no bfloat16, so that the language model is done in minutes."""
+def _less_where_slow(console: Console) -> _Less | None:
     if engine.computes_bfloat16(engine.pick_device("auto")):
-        return _TRAIN_QUERIES, _TEST_QUERIES
+        return None
+    less = _Less()
     console.print(
-        f"This processor has no bfloat16 products: the models run in float32, several times slower, on "
-        f"{_FEW_TRAIN_QUERIES} training and {_FEW_TEST_QUERIES} test queries and not on {_TRAIN_QUERIES} and "
-        f"{_TEST_QUERIES}"
+        "This processor has no bfloat16 products, so models run in float32, several times slower: on "
+        f"{less.train_queries} training and {less.test_queries} test queries (elsewhere {_TRAIN_QUERIES} and "
+        f"{_TEST_QUERIES}) with {less.depth} candidates, cut shorter"
     )
-    return _FEW_TRAIN_QUERIES, _FEW_TEST_QUERIES
+    return less
 
 
-def _settings(collection: Path) -> PipelineSettings:
+def _settings(collection: Path, less: _Less | None) -> PipelineSettings:
     path = resources.files("rerank_ray.quickstart") / "pipeline.yaml"
     content = config.read_yaml(str(path))
     for step in content["steps"]:
@@ -78,7 +94,22 @@ def _settings(collection: Path) -> PipelineSettings:
             step["ingest"]["folder"] = str(collection)
         if "evaluate" in step:
             step["evaluate"]["qrels"] = str(collection / "qrels" / "test.tsv")
+        if less is not None:
+            _lessen(step, less)
     return config.validate(PipelineSettings, content, source=str(path))
+
+
+def _lessen(step: dict[str, Any], less: _Less) -> None:
+    if "ingest" in step:
+        step["ingest"]["depth"] = less.depth
+    if "label" in step:
+        model = step["label"]["teacher"]["model"]
+        model["max_length"] = less.llm_tokens if model["kind"] == "hf_causal" else less.tokens
+    if "distill" in step:
+        step["distill"]["student"]["max_length"] = less.tokens
+        step["distill"]["sampling"]["group_size"] = less.depth
+    if "rerank" in step:
+        step["rerank"]["ranker"]["model"]["max_length"] = less.tokens
 
 
 def _systems(report: EvaluationReport, pipeline: Path) -> list[PageSystem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rerank_ray.errors import ModelError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Failure, LogLikelihood, NextToken, Prompt
-from rerank_ray.models.resolve import resolve
+from rerank_ray.models.resolve import _version, resolve
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.settings.models import HFCausalSettings, ModelSettings
 from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
@@ -231,6 +232,12 @@ def test_a_tensor_in_the_middle_of_a_large_file_changes_the_identity(tmp_path: P
     before = identity(content)
     content[4_000_001 : 4_000_001 + (64 << 10)] = b"\x01" * (64 << 10)
     assert identity(content) != before
+
+
+def test_a_package_of_another_name_than_its_distribution_has_that_ones_version():
+    assert _version("yaml") == importlib.metadata.version("PyYAML")
+    assert _version("gguf") == importlib.metadata.version("gguf")
+    assert _version("json") == "unknown"
 
 
 def test_a_revision_is_for_the_hub(tiny_llama: Path):

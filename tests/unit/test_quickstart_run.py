@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rerank_ray.evaluate import evaluate_sources
 from rerank_ray.models import engine
-from rerank_ray.quickstart.run import _ROLES, _how_many_queries, _page, _print, _settings, _systems
+from rerank_ray.quickstart.run import _ROLES, _Less, _less_where_slow, _page, _print, _settings, _systems
 
 
 def finished_pipeline(folder: Path) -> Path:
@@ -46,16 +46,27 @@ def test_the_table_and_the_page_show_every_system(tmp_path: Path):
 
 
 def test_the_pipeline_names_the_collection(tmp_path: Path):
-    settings = _settings(tmp_path / "collection")
+    settings = _settings(tmp_path / "collection", None)
     folders = {step.ingest.folder for step in settings.steps if step.ingest}
     assert folders == {str(tmp_path / "collection")}
     assert settings.steps[-1].evaluate.qrels == str(tmp_path / "collection" / "qrels" / "test.tsv")
     assert set(settings.steps[-1].evaluate.rankings) == set(_ROLES)
 
 
-def test_a_slow_processor_gets_fewer_queries_and_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_processor_gets_less_and_says_so(monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
-    for native, expected in ((True, (100, 50)), (False, (50, 20))):
+    for native, expected in ((True, None), (False, _Less())):
         monkeypatch.setattr(engine, "computes_bfloat16", lambda device, native=native: native)
-        assert _how_many_queries(Console(file=out, width=200)) == expected
+        assert _less_where_slow(Console(file=out, width=200)) == expected
     assert out.getvalue().count("no bfloat16 products") == 1
+
+
+def test_less_reaches_every_step(tmp_path: Path):
+    less = _Less(depth=7, llm_tokens=90, tokens=110)
+    steps = {step.name: step for step in _settings(tmp_path, less).steps}
+    assert steps["train"].ingest.depth == steps["test"].ingest.depth == 7
+    assert steps["llm-labels"].label.teacher.model.max_length == steps["llm"].label.teacher.model.max_length == 90
+    assert steps["embedding-labels"].label.teacher.model.max_length == 110
+    assert steps["embedding"].label.teacher.model.max_length == 110
+    assert steps["student"].distill.student.max_length == steps["reranked"].rerank.ranker.model.max_length == 110
+    assert steps["student"].distill.sampling.group_size == 7
