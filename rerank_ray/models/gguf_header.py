@@ -1,8 +1,8 @@
 """GGUF files with their header read once.
 
-transformers reads a GGUF file's header for the configuration and again for the weights, and lists the architecture's
-tensor names anew for every module. A header holds the vocabulary, so this takes half a minute for a model whose
-weights take two seconds.
+transformers reads a GGUF file's header for the tokenizer, for the configuration and for the weights, and lists the
+architecture's tensor names anew for every module. A header holds the vocabulary, so this takes half a minute for a
+model whose weights take two seconds.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ import numpy as np
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Inside, a GGUF file's header is read once, and an architecture's tensor names are listed once."""
+    """Inside, and inside of a further one in it, a GGUF file's header is read once, and an architecture's tensor names
+    are listed once."""
     import gguf
+
+    if not isinstance(gguf.GGUFReader, type):
+        yield
+        return
 
     class Reader(gguf.GGUFReader):
         """The same on a plain array: a slice of a `memmap` costs three times as much, and a header takes a million."""

@@ -12,6 +12,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
 from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
+from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
@@ -70,12 +71,13 @@ class HFCausal:
         """Load the model, or run one that is loaded already: one that is being trained writes as it is at each call."""
         resolved = resolve(settings)
         self.name = f"hf_causal:{resolved.identity}"
-        self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
         loaded = model is None
-        if loaded:
-            dtype = engine.pick_dtype(settings.dtype, self.device)
-            model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        with read_once():
+            self.tokenizer = load(AutoTokenizer, resolved, settings)
+            if loaded:
+                dtype = engine.pick_dtype(settings.dtype, self.device)
+                model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
         self.model = model
         self.parameters = engine.count_parameters(self.model)
         if loaded:

@@ -29,12 +29,14 @@ _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
 class _Less:
     """What the quickstart does where models run in float32, so that the language model is done in minutes too."""
 
-    train_queries: int = 40
-    test_queries: int = 20
+    train_queries: int = 30
+    test_queries: int = 30
     depth: int = 8
     llm_tokens: int = 96
     """Of its whole prompt. Its order hardly suffers; MiniLM's does."""
     tokens: int = 128
+    learning_rate: float = 5e-5
+    """Larger steps, as there are few."""
 
 
 _ROLES = {
@@ -46,13 +48,16 @@ _ROLES = {
 }
 
 
-def quickstart(folder: Path, console: Console) -> None:
-    """Run the quickstart in a folder; a second call goes on from what is finished."""
+def quickstart(folder: Path, console: Console, *, full: bool = False) -> None:
+    """Run the quickstart in a folder; a second call goes on from what is finished.
+
+    Unless it is to be `full`, it does less where models run in float32.
+    """
     started = time.monotonic()
     # Two replicas of one thread each: their matrix products must not fight over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     collection = folder / "collection"
-    less = _less_where_slow(console)
+    less = None if full else _less_where_slow(console)
     if not (collection / "qrels" / "test.tsv").exists():
         train, test = (less.train_queries, less.test_queries) if less else (_TRAIN_QUERIES, _TEST_QUERIES)
         summary = build_collection(collection, train_queries=train, test_queries=test)
@@ -81,7 +86,7 @@ def _less_where_slow(console: Console) -> _Less | None:
     console.print(
         "This processor has no bfloat16 products, so models run in float32, several times slower: on "
         f"{less.train_queries} training and {less.test_queries} test queries (elsewhere {_TRAIN_QUERIES} and "
-        f"{_TEST_QUERIES}) with {less.depth} candidates, cut shorter"
+        f"{_TEST_QUERIES}) with {less.depth} candidates, cut shorter; --full does it all"
     )
     return less
 
@@ -108,6 +113,7 @@ def _lessen(step: dict[str, Any], less: _Less) -> None:
     if "distill" in step:
         step["distill"]["student"]["max_length"] = less.tokens
         step["distill"]["sampling"]["group_size"] = less.depth
+        step["distill"]["optimizer"]["learning_rate"] = less.learning_rate
     if "rerank" in step:
         step["rerank"]["ranker"]["model"]["max_length"] = less.tokens
 

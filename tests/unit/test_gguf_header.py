@@ -44,6 +44,9 @@ def test_it_is_read_once_and_says_the_same(file: str):
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3) is not names
         assert contents(reader)[0] == fields
         np.testing.assert_equal(contents(reader)[1], tensors)
+        with read_once():
+            assert gguf.GGUFReader(file) is reader
+        assert gguf.GGUFReader(file) is reader
     with read_once():
         assert gguf.GGUFReader(file) is not reader
 

@@ -70,3 +70,4 @@ def test_less_reaches_every_step(tmp_path: Path):
     assert steps["embedding"].label.teacher.model.max_length == 110
     assert steps["student"].distill.student.max_length == steps["reranked"].rerank.ranker.model.max_length == 110
     assert steps["student"].distill.sampling.group_size == 7
+    assert steps["student"].distill.optimizer.learning_rate == less.learning_rate
