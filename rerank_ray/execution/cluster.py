@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import ray
 
-# Logical CPUs that reading, filtering by checkpoint and writing need beside the model replicas: with fewer, a resumed
-# run on a small machine waits for ever for a CPU that its own replicas hold.
+# Logical CPUs that reading, filtering by checkpoint, dividing and writing need beside the model replicas: with fewer, a
+# resumed run on a small machine waits for ever for a CPU that its own replicas hold.
 BOOKKEEPING_CPUS = 2
 
 

@@ -18,7 +18,8 @@ class ExecutionSettings(Settings):
     actors: PositiveInt = 1
     """Model replicas."""
     cpus_per_actor: PositiveFloat = 1.0
-    """Logical CPUs a replica reserves; on a CPU replica also its torch threads, at least one."""
+    """Logical CPUs a replica reserves; on a CPU replica also its torch threads, at least one. Reading, dividing and
+    writing rows needs 1.5 more of the cluster's."""
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs a replica reserves."""
     memory_gb_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
