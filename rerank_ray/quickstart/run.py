@@ -29,8 +29,8 @@ _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
 class _Less:
     """What the quickstart does where models run in float32, so that the language model is done in minutes too."""
 
-    train_queries: int = 30
-    test_queries: int = 30
+    train_queries: int = 24
+    test_queries: int = 24
     depth: int = 8
     llm_tokens: int = 96
     """Of its whole prompt. Its order hardly suffers; MiniLM's does."""
