@@ -7,9 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 from rich.console import Console
 
@@ -222,16 +221,11 @@ def _job(settings: str, function: str) -> Callable[[argparse.Namespace, Console]
     def command(options: argparse.Namespace, console: Console) -> None:
         from rerank_ray import config
 
-        loaded = config.load(_attribute(f"rerank_ray.settings.{settings}"), options.config, options.set)
+        loaded = config.load(resolve_name(f"rerank_ray.settings.{settings}"), options.config, options.set)
         extra = {"retry_errors": options.retry_errors} if hasattr(options, "retry_errors") else {}
-        _attribute(f"rerank_ray.execution.{function}")(loaded, _run_folder(options), console, **extra)
+        resolve_name(f"rerank_ray.execution.{function}")(loaded, _run_folder(options), console, **extra)
 
     return command
-
-
-def _attribute(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _run_folder(options: argparse.Namespace) -> str:

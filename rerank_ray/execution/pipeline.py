@@ -128,7 +128,7 @@ def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> Eval
 
 
 def _distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFolder:
-    # Imported when a pipeline is there: PyTorch and transformers take as long as a short step.
+    # Imported when a pipeline has come to it: PyTorch and transformers take as long as a short step.
     from rerank_ray.execution.training_jobs import distill
 
     return distill(settings, run_uri, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from rerank_ray.models.protocol import Backend
 from rerank_ray.settings.models import ModelSettings
@@ -28,5 +28,4 @@ def load_backend(settings: ModelSettings) -> Backend:
     Raises:
         ModelError: it is missing, can't be read, or lacks the head it needs.
     """
-    module, _, name = BACKENDS[settings.kind].partition(":")
-    return getattr(import_module(module), name)(settings)
+    return resolve_name(BACKENDS[settings.kind])(settings)

@@ -15,9 +15,12 @@ import numpy as np
 
 
 @contextmanager
-def read_once() -> Iterator[None]:
+def read_once(gguf_file: str | None) -> Iterator[None]:
     """Inside, and inside of a further one in it, a GGUF file's header is read once, and an architecture's tensor names
-    are listed once."""
+    are listed once; without a GGUF file nothing is changed."""
+    if gguf_file is None:
+        yield
+        return
     import gguf
 
     if not isinstance(gguf.GGUFReader, type):

@@ -73,7 +73,7 @@ class HFCausal:
         self.name = f"hf_causal:{resolved.identity}"
         self.device = engine.pick_device(settings.device)
         loaded = model is None
-        with read_once():
+        with read_once(resolved.gguf_file):
             self.tokenizer = load(AutoTokenizer, resolved, settings)
             if loaded:
                 dtype = engine.pick_dtype(settings.dtype, self.device)

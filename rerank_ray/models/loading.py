@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import transformers
@@ -30,7 +29,7 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
         # transformers from 5.2x on keeps GGUF weights packed unless told otherwise; dense bfloat16 products are faster.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with nullcontext() if resolved.gguf_file is None else read_once():
+        with read_once(resolved.gguf_file):
             return auto_class.from_pretrained(
                 **resolved.pretrained_arguments, trust_remote_code=settings.trust_remote_code, **arguments
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
+from pkgutil import resolve_name
 
 from rerank_ray import storage
 from rerank_ray.config import Settings
@@ -60,8 +60,7 @@ _TEMPLATES_OF = {"core_heads": "icr", "permutation_self_consistency": "rank_gpt"
 
 def method_class(name: str) -> type:
     """The class of a ranking method; its settings are `rerank_ray.settings.rankers`' of the same `method`."""
-    module, _, attribute = METHODS[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return resolve_name(METHODS[name])
 
 
 def preflight(settings: RankerSettings) -> None:
