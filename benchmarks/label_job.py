@@ -5,7 +5,9 @@
 Every replica has one thread. All are run in alternation, after a few rows that warm up the file cache; the table shows
 the median of each and the median of the rounds' ratios. "Whole job" counts everything from the call to the finished run
 folder, in a Ray session that is already there; "ranking" counts from the first batch's start to the last batch's end,
-which is what a long job tends to. Run it on a machine with nothing else to do: the seconds are the clock's.
+which is what a long job tends to. One replica is run twice: with the machine's other cores free for the driver, Ray's
+daemons and the replica's tokenizer, and with all of these on the replica's own core. Run it on a machine with nothing
+else to do: the seconds are the clock's.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, session(2):
+    with tempfile.TemporaryDirectory() as folder:
         source = prepare(Path(folder), options.rows, options.depth)
         write_rows(itertools.islice(read_rows(source, CANDIDATES.names), WARM_UP_ROWS), f"{folder}/few", CANDIDATES)
         one_round(f"{folder}/few", f"{folder}/warm-up")
@@ -71,10 +76,28 @@ def prepare(folder: Path, rows: int, depth: int) -> str:
 def one_round(source: str, run: str) -> dict[str, float]:
     """Seconds of the bare loop and of the jobs."""
     seconds = {"bare loop": bare_loop(settings(source, 1))}
-    for actors, replicas in ((1, "one replica"), (2, "two replicas")):
-        whole, ranking = ray_job(settings(source, actors), f"{run}-{actors}")
-        seconds |= {f"Ray, {replicas}, ranking": ranking, f"Ray, {replicas}, whole job": whole}
+    all_cores = os.sched_getaffinity(0)
+    for name, actors, cores in (
+        ("one replica", 1, all_cores),
+        ("one replica, one core", 1, {min(all_cores)}),
+        ("two replicas", 2, all_cores),
+    ):
+        job = settings(source, actors)
+        with confined_to(cores), session(job.execution.needs):
+            whole, ranking = ray_job(job, f"{run}-{name}")
+        seconds |= {f"Ray, {name}, ranking": ranking, f"Ray, {name}, whole job": whole}
     return seconds
+
+
+@contextmanager
+def confined_to(cores: set[int]) -> Iterator[None]:
+    """Let this thread, and the threads and processes that it starts, run on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def settings(source: str, actors: int) -> LabelSettings:
@@ -105,8 +128,17 @@ def figures(measured: list[dict[str, float]], name: str, rows: int) -> dict[str,
     return {
         "rows/s": rows / statistics.median(m[name] for m in measured),
         "ratio to the bare loop": statistics.median(m["bare loop"] / m[name] for m in measured),
-        "to one replica": statistics.median(m[name.replace("two replicas", "one replica")] / m[name] for m in measured),
+        "to one replica": ratio(measured, name, "one replica"),
+        "to one replica on one core": ratio(measured, name, "one replica, one core"),
     }
+
+
+def ratio(measured: list[dict[str, float]], name: str, replicas: str) -> float | None:
+    """How many times as fast as the same job with these `replicas`; None of the bare loop."""
+    if "replica" not in name:
+        return None
+    kind = name.rsplit(", ", 1)[1]
+    return statistics.median(m[f"Ray, {replicas}, {kind}"] / m[name] for m in measured)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from label_job import prepare, ray_job
 
 from rerank_ray.execution.cluster import session
 from rerank_ray.schema import CANDIDATES, read_rows, write_rows
-from rerank_ray.settings.jobs import LabelSettings
+from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings
 
 TEACHER = {
     "method": "yes_no",
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     new = max(1, round(NEW_SHARE * options.rows))
-    with tempfile.TemporaryDirectory() as folder, session(1):
+    with tempfile.TemporaryDirectory() as folder, session(ExecutionSettings().needs):
         every = prepare(Path(folder), options.rows, options.depth)
         old = f"{folder}/old"
         rows = read_rows(every, CANDIDATES.names)

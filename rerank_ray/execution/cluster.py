@@ -7,25 +7,35 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 
 import ray
+from rich.console import Console
 
-# Logical CPUs that reading, filtering by checkpoint, dividing and writing need beside the model replicas: with fewer, a
-# resumed run on a small machine waits for ever for a CPU that its own replicas hold.
-BOOKKEEPING_CPUS = 2
+from rerank_ray.errors import RunError
+from rerank_ray.settings.resources import Resources
+
+# Logical CPUs of a local session beside a job's own, and beside the machine's.
+_SPARE_CPUS, _SPARE_CPUS_OF_MACHINE = 0.5, 2
 
 
 @contextmanager
-def session(cpus_for_actors: float) -> Iterator[None]:
+def session(needs: Resources) -> Iterator[None]:
     """Use the running Ray session, the cluster that RAY_ADDRESS names, or a local one with logical CPUs to spare.
 
-    A local session is shut down at the end; a cluster is left as it was.
+    A local session is shut down at the end; a cluster is left as it was. A cluster that lacks something may be one that
+    grows, so there it is said and the job waits.
+
+    Raises:
+        RunError: this machine has not the GPUs that are needed.
     """
     if ray.is_initialized():
         yield
         return
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
+        if missing := needs.missing_from(ray.cluster_resources()):
+            Console(stderr=True, soft_wrap=True).print(f"{missing}. Unless the cluster grows, the job waits for them")
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's C++ side reports conditions of its own code as errors; what ends a job reaches it as an exception.
@@ -34,12 +44,16 @@ def session(cpus_for_actors: float) -> Iterator[None]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             address="local",
-            num_cpus=int(max(os.cpu_count() or 1, cpus_for_actors) + BOOKKEEPING_CPUS),
+            num_cpus=ceil(max(needs.cpus + _SPARE_CPUS, (os.cpu_count() or 1) + _SPARE_CPUS_OF_MACHINE)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
     try:
+        if not address and (missing := needs.missing_from(ray.cluster_resources())):
+            raise RunError(
+                f"{missing} on this machine. Ask for fewer in `execution`, or let RAY_ADDRESS name a cluster"
+            )
         yield
     finally:
         ray.shutdown()

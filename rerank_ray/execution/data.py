@@ -101,8 +101,7 @@ def rank_rows(
     _finish_retry(run, retry_errors)
     done = _checkpointed(run)
     started = time.monotonic()
-    cpus = execution.actors * execution.cpus_per_actor
-    with session(cpus), ProgressDisplay(run.uri, source.rows, done) as progress:
+    with session(execution.needs), ProgressDisplay(run.uri, source.rows, done) as progress:
         try:
             shares = share_out(source.rows - done, execution)
             _execute(run, source_uri, source, ranker, output, execution, progress, store, shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
 from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
+from rerank_ray.settings.resources import Resources
 
 
 def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
     A step that fails ends the pipeline; started again it goes on there.
     """
     results = {}
-    with session(max(_cpus(step) for step in settings.steps)):
+    with session(_needs(settings.steps)):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)
@@ -38,13 +40,11 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
     return results
 
 
-def _cpus(step: StepSettings) -> float:
-    execution = getattr(getattr(step, step.job), "execution", None)
-    if execution is None:
-        return 1.0
-    if step.job == "distill":
-        return execution.workers * execution.cpus_per_worker
-    return execution.actors * execution.cpus_per_actor
+def _needs(steps: Sequence[StepSettings]) -> Resources:
+    """The most that any step needs."""
+    settings = [getattr(step, step.job) for step in steps]
+    each = [s.execution.needs for s in settings if hasattr(s, "execution")]
+    return Resources(cpus=max((r.cpus for r in each), default=1.0), gpus=max((r.gpus for r in each), default=0.0))
 
 
 def _with_references(settings: Settings, run_uri: str) -> Settings:

@@ -70,7 +70,7 @@ def fit(
     """
     # The controller checks its workers' health at this interval, and a finished step waits for the next check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    with session(execution.workers * execution.cpus_per_worker):
+    with session(execution.needs):
         trainer = TorchTrainer(
             worker,
             train_loop_config=config | {"run": storage.absolute(run.uri)},

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rerank_ray.config import Settings
 from rerank_ray.settings.objective import ObjectiveSettings
 from rerank_ray.settings.optimizer import OptimizerSettings
+from rerank_ray.settings.resources import Resources
 from rerank_ray.settings.sampling import SamplingSettings
 from rerank_ray.settings.student import StudentSettings
 
@@ -46,6 +47,12 @@ class TrainingExecutionSettings(Settings):
     def range_of_workers(self) -> tuple[int, int] | None:
         """The fewest and the most workers; None when there are always `workers`."""
         return None
+
+    @property
+    def needs(self) -> Resources:
+        """Of the fewest workers that training goes on with."""
+        fewest, _ = self.range_of_workers or (self.workers, self.workers)
+        return Resources(cpus=fewest * self.cpus_per_worker, gpus=fewest * self.gpus_per_worker)
 
 
 class DistillExecutionSettings(TrainingExecutionSettings):

@@ -10,6 +10,9 @@ from rerank_ray.config import Fraction, Settings
 from rerank_ray.records import DefectKind
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import FusionMethod, RankerSettings
+from rerank_ray.settings.resources import Resources
+
+_CPUS_OF_READING_AND_WRITING = 1.5
 
 
 class ExecutionSettings(Settings):
@@ -33,6 +36,12 @@ class ExecutionSettings(Settings):
     """A row whose work ended the replica's process this often becomes a row with `error`."""
     no_progress_timeout_s: PositiveInt = 1800
     """A run in which nothing finished for this long ends with an error."""
+
+    @property
+    def needs(self) -> Resources:
+        """Of all replicas, and of what reads, divides and writes rows beside them."""
+        cpus = self.actors * self.cpus_per_actor + _CPUS_OF_READING_AND_WRITING
+        return Resources(cpus=cpus, gpus=self.actors * self.gpus_per_actor)
 
 
 class StoreSettings(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,3 +85,15 @@ def test_the_command_line_prints_the_error_and_exits_with_1(tmp_path):
     assert "Traceback" not in result.stderr
     for part in ("3 errors", "inputs: unknown key; did you mean 'input'?", "input: required", "did you mean 'seed'?"):
         assert part in result.stderr
+
+
+def test_gpus_that_the_machine_has_not_are_no_endless_wait(make_candidates, tmp_path):
+    file = tmp_path / "label.yaml"
+    file.write_text(f"input: {make_candidates(4)}\nteacher: {{method: yes_no, model: {{kind: fake}}}}\n")
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "rerank_ray.cli", "label", str(file), "--run", str(tmp_path / "run")]
+    result = subprocess.run(
+        [*command, "--set", "execution.gpus_per_actor=1"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "the job needs 1 GPUs and Ray has 0 on this machine" in result.stderr
