@@ -31,6 +31,8 @@ class Counts:
     errors: int = 0
     rows_with_defects: int = 0
     rows_with_parse_failures: int = 0
+    rows_without_calls: int = 0
+    """Scored rows for which no model was asked: it has none, or a label store had all their answers."""
     pairs: int = 0
     defects: dict[str, int] = field(default_factory=dict)
     """Kind -> how many there are."""
@@ -43,8 +45,11 @@ class Counts:
         return asdict(self)
 
     def rates(self) -> dict:
-        """The totals as rates; a parse failure is an answer that holds none (empty, refusal, unparsed)."""
-        rows, calls = max(1, self.rows), self.usage["calls"]
+        """The totals as rates; a parse failure is an answer that holds none (empty, refusal, unparsed).
+
+        Failures per call are null where rows were answered without one: nobody counted those answers.
+        """
+        rows, calls = max(1, self.rows), 0 if self.rows_without_calls else self.usage["calls"]
         failures = sum(self.defects.get(kind, 0) for kind in PARSE_FAILURES)
         return {
             "error": self.errors / rows,
@@ -119,6 +124,8 @@ def _add(counts: Counts, defects: Counter, rows_by_defect: Counter, table: pa.Ta
             defects.update(kinds)
             rows_by_defect.update(set(kinds))
     if "usage" in table.column_names:
+        unasked = pc.and_(pc.invert(failed), pc.equal(pc.struct_field(table["usage"], "calls"), 0))
+        counts.rows_without_calls += pc.sum(unasked).as_py() or 0
         for name in counts.usage:
             counts.usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
@@ -132,7 +139,7 @@ def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id")
         How many rows were taken out by this call.
     """
     fs, folder = storage.open_filesystem(checkpoint_uri)
-    _delete_uncommitted(data_uri, checkpoint_uri)
+    delete_uncommitted(data_uri, checkpoint_uri)
     dropped, kept_ids = 0, []
     for path in storage.list_files(data_uri, ".parquet"):
         table = pq.read_table(path, filesystem=fs)
@@ -157,7 +164,7 @@ def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id")
     return dropped
 
 
-def _delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
+def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     """Delete output files whose checkpoint was never committed: a crash may have left them half written."""
     fs, _ = storage.open_filesystem(checkpoint_uri)
     suffix = ".pending.parquet"

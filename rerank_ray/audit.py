@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from rerank_ray import storage
 from rerank_ray.accounting import count_output
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import auc, kendall, ndcg, ranks, rbo
 from rerank_ray.report.tables import format_value, print_table
-from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.runs import resolve_ended
 from rerank_ray.schema import LABELS, id_hash, inspect_input, read_scored
 
 _QUERIES_PER_PARTITION = 100_000
@@ -75,8 +74,8 @@ def audit(
         ConfigError: two runs of one name.
     """
     others = _named(against, {"shuffled": shuffled, "repeat": repeat})
-    sources = {name: _data_of(uri) for name, uri in others.items()}
-    data = _data_of(run)
+    sources = {name: resolve_ended(uri) for name, uri in others.items()}
+    data = resolve_ended(run)
     summary = inspect_input(data, LABELS)
     for name, uri in sources.items():
         if not np.isin(inspect_input(uri, LABELS).id_hashes, summary.id_hashes).any():
@@ -121,12 +120,6 @@ def _named(against: Sequence[str], roles: Mapping[str, str | None]) -> dict[str,
             )
         named[name] = uri
     return named
-
-
-def _data_of(uri: str) -> str:
-    """The data of a finished run, or of one that failed for its errors or defects: those are what an audit is for."""
-    state = RunFolder(uri=uri).state() if storage.is_directory(uri) else {}
-    return RunFolder(uri=uri).data if state.get("state") == "failed" else resolve_input(uri)
 
 
 def _teacher(data: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -26,6 +26,7 @@ from rerank_ray.metrics.evaluation import Metric, SystemResult, evaluate_ranking
 from rerank_ray.metrics.significance import Comparison, compare_systems
 from rerank_ray.records import Candidate, CandidateList, Query, Scores, ranking_of
 from rerank_ray.report.tables import print_table
+from rerank_ray.runs import resolve_ended
 from rerank_ray.schema import doc_id_path, open_parquet
 
 DEFAULT_METRICS = ("ndcg@10", "mrr@10", "map", "recall@100")
@@ -107,14 +108,14 @@ def _counts(system: SystemReport) -> dict[str, int]:
 
 
 def evaluate_sources(
-    sources: Sequence[str],
+    sources: Sequence[str] | Mapping[str, str],
     *,
     qrels: str,
     metrics: Sequence[str] = DEFAULT_METRICS,
     resamples: int = 9999,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Evaluate sources (`PATH` or `NAME=PATH`, see `load_rankings`) against a qrels file, TREC or BEIR.
+    """Evaluate sources (each `PATH` or `NAME=PATH`, or paths by name; see `load_rankings`) against TREC or BEIR qrels.
 
     Known gains in Parquet (`label`) are not used: they cover only what was retrieved, so recall and the ideal ranking
     would be wrong.
@@ -122,12 +123,14 @@ def evaluate_sources(
     Raises:
         ConfigError: an unknown metric, or two sources of one name.
         InputError: a file that can't be read, or no query of a source in the qrels.
+        RunError: a source is a run that has not ended.
     """
     parsed = tuple({m.name: m for m in map(parse_metric, metrics)}.values())
     judgments = read_qrels(qrels, BadLines())
     loaded: dict[str, LoadedRankings] = {}
-    for source in sources:
-        item = load_rankings(source)
+    named = sources.items() if isinstance(sources, Mapping) else map(_split_name, sources)
+    for name, path in named:
+        item = load_rankings(path, name)
         if item.name in loaded:
             raise ConfigError(
                 f"{item.path} and {loaded[item.name].path} are both called {item.name!r}: name them, `NAME=PATH`"
@@ -177,15 +180,15 @@ def print_report(report: EvaluationReport, console: Console) -> None:
 # Sources
 
 
-def load_rankings(source: str) -> LoadedRankings:
-    """Load rankings from `PATH` or `NAME=PATH`; the name is else the folder's, or the file's without its suffix.
-
-    PATH is a run folder (`run.json` and `data/*.parquet`), a Parquet file or folder, or a TREC run file (`.gz` too).
+def load_rankings(path: str, name: str | None = None) -> LoadedRankings:
+    """Load rankings from a run folder (`run.json` and `data/*.parquet`), a Parquet file or folder, or a TREC run file
+    (`.gz` too); they are called by the folder's name, or the file's without its suffix, where no other is given.
 
     Raises:
         InputError: the path is missing, holds no rankings, or a row breaks the Parquet contract.
+        RunError: the run has not ended, so that what is missing would score 0.
     """
-    name, path = _split_name(source)
+    name = name or _own_name(path)
     if not storage.exists(path):
         raise InputError(f"{path}: no such file or folder: give a run folder, a Parquet file or a TREC run")
     is_folder = storage.is_directory(path)
@@ -193,8 +196,7 @@ def load_rankings(source: str) -> LoadedRankings:
         entries = read_run(path, BadLines())
         rankings = {query_id: tuple(e.doc_id for e in run) for query_id, run in entries.items()}
         return LoadedRankings(name=name, path=path, kind=SourceKind.RUN_FILE, rankings=rankings, errors={})
-    is_run = is_folder and storage.exists(storage.join(path, "run.json"))
-    data = storage.join(path, "data") if is_run else path
+    data = resolve_ended(path) if is_folder else path
     files = storage.list_files(data, ".parquet")
     if not files:
         raise InputError(f"{data}: holds no .parquet file: the run wrote no rows, or is not one that ranks")
@@ -218,12 +220,17 @@ def load_rankings(source: str) -> LoadedRankings:
     return LoadedRankings(name=name, path=path, kind=kind, rankings=rankings, errors=errors)
 
 
-def _split_name(source: str) -> tuple[str, str]:
+def _split_name(source: str) -> tuple[str | None, str]:
+    """(name, path) of `NAME=PATH`; a local path that has a `=` is a path."""
     named = _NAMED.fullmatch(source)
-    if named and not storage.exists(source):
+    if named and ("://" in source or not storage.exists(source)):
         return named[1], named[2]
-    stem = posixpath.basename(source.rstrip("/")).removesuffix(".gz")
-    return re.sub(r"\.(parquet|trec|run|txt)$", "", stem) or source, source
+    return None, source
+
+
+def _own_name(path: str) -> str:
+    stem = posixpath.basename(path.rstrip("/")).removesuffix(".gz")
+    return re.sub(r"\.(parquet|trec|run|txt)$", "", stem) or path
 
 
 def _kind_of(file: pq.ParquetFile, path: str) -> SourceKind:

@@ -140,6 +140,8 @@ class Ranking:
     model: str
     exit_layer: int | None = None
     """Of a layer-wise student; None where its exits are adaptive, as candidates then leave at several."""
+    defects: tuple[str, ...] = ()
+    usage: Usage = Usage()
     error: str | None = None
 
 

@@ -146,5 +146,12 @@ def resolve_input(uri: str) -> str:
     return run.data
 
 
+def resolve_ended(uri: str) -> str:
+    """As `resolve_input`, and of a run that failed for its errors or defects too: for looking at what it wrote."""
+    run = RunFolder(uri=uri)
+    ended = storage.is_directory(uri) and run.state().get("state") == "failed"
+    return run.data if ended else resolve_input(uri)
+
+
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

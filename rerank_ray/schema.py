@@ -12,7 +12,7 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +79,8 @@ RANKINGS = _versioned(
         pa.field("scores", pa.list_(pa.float32())),
         pa.field("exit_layer", pa.int16()),
         pa.field("model", pa.string()),
+        pa.field("defects", pa.list_(pa.string())),
+        pa.field("usage", _USAGE),
         pa.field("error", pa.string()),
     ],
 )
@@ -175,6 +177,8 @@ def ranking_from_row(row: dict) -> Ranking:
         scores=scores,
         exit_layer=row["exit_layer"],
         model=row["model"],
+        defects=tuple(row.get("defects") or ()),
+        usage=Usage(**(row.get("usage") or {})),
         error=row["error"],
     )
 
@@ -214,12 +218,7 @@ def label_columns(
         "uncertainty": scores and scores.uncertainty,
         "rationales": scores and scores.rationales,
         "defects": [str(d) for d in (scores.defects if scores else defects)],
-        "usage": {
-            "calls": usage.calls,
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "output_tokens": usage.output_tokens,
-        },
+        "usage": asdict(usage),
         "error": error,
     }
 
@@ -231,6 +230,8 @@ def ranking_row(ranking: Ranking) -> dict:
         "scores": ranking.scores,
         "exit_layer": ranking.exit_layer,
         "model": ranking.model,
+        "defects": ranking.defects,
+        "usage": asdict(ranking.usage),
         "error": ranking.error,
     }
 

@@ -86,11 +86,15 @@ class RankStage(_Stage):
         return pa.Table.from_pylist(rows, schema=RANKINGS)
 
     def _ranking_of(self, query_id: str, result: Outcome | str) -> Ranking:
-        error = result if isinstance(result, str) else result.error
-        if error is not None:
-            return Ranking(query_id=query_id, doc_ids=(), scores=None, model=self.ranker.name, error=error)
-        ranking = ranking_of(result.request, result.scores, self.ranker.name)
-        return ranking if self.ranker.exit_layer is None else replace(ranking, exit_layer=self.ranker.exit_layer)
+        nothing = Ranking(query_id=query_id, doc_ids=(), scores=None, model=self.ranker.name)
+        if isinstance(result, str):
+            return replace(nothing, error=result)
+        if result.scores is None:
+            ranking, defects = replace(nothing, error=result.error), result.defects
+        else:
+            ranking, defects = ranking_of(result.request, result.scores, self.ranker.name), result.scores.defects
+            ranking = replace(ranking, exit_layer=self.ranker.exit_layer)
+        return replace(ranking, defects=tuple(map(str, defects)), usage=result.usage)
 
 
 class WriteStage(_Stage):

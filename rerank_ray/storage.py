@@ -22,7 +22,15 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
-    return posixpath.join(os.fspath(uri), *parts)
+    """A path below a folder; a URI's options (`?region=…`) stay at its end."""
+    path, options = _options_apart(uri)
+    return posixpath.join(path, *parts) + options
+
+
+def _options_apart(uri: str | os.PathLike[str]) -> tuple[str, str]:
+    text = os.fspath(uri)
+    path, mark, options = text.partition("?")
+    return (path, mark + options) if "://" in text else (text, "")
 
 
 def absolute(uri: str | os.PathLike[str]) -> str:
@@ -33,8 +41,9 @@ def absolute(uri: str | os.PathLike[str]) -> str:
 
 def rejoin(uri: str | os.PathLike[str], path: str) -> str:
     """The URI of a path that `list_files(uri, …)` returned."""
-    scheme, separator, _ = os.fspath(uri).partition("://")
-    return f"{scheme}://{path}" if separator else path
+    address, options = _options_apart(uri)
+    scheme, separator, _ = address.partition("://")
+    return f"{scheme}://{path}{options}" if separator else path
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

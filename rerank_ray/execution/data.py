@@ -16,10 +16,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, count_output, drop_errors
+from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
-from rerank_ray.execution.progress import ProgressDisplay
+from rerank_ray.execution.progress import ProgressDisplay, nothing_done
 from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
@@ -47,9 +47,13 @@ class RankWorker:
         attempts_uri: str,
         counter: ray.actor.ActorHandle,
         store: StoreSettings | None,
+        folder: str,
     ) -> None:
         from rerank_ray.models.engine import use_threads
 
+        # Ray starts workers where its daemon was started; relative paths are the user's.
+        if os.path.isdir(folder):
+            os.chdir(folder)
         use_threads(execution.cpus_per_actor, execution.gpus_per_actor)
         self._store = None if store is None else LabelStore(store)
         self._id = uuid.uuid4().hex
@@ -100,6 +104,10 @@ def rank_rows(
     """
     _finish_retry(run, retry_errors)
     done = _checkpointed(run)
+    if done == source.rows:
+        # Nothing is left but to count: the run was stopped there, or its limits were raised.
+        delete_uncommitted(run.data, run.checkpoint)
+        return count_output(run.data, source.rows), run.state().get("timings") or nothing_done()
     started = time.monotonic()
     with session(execution.needs), ProgressDisplay(run.uri, source.rows, done) as progress:
         try:
@@ -111,6 +119,7 @@ def rank_rows(
                 "command again"
             ) from error
         timings = progress.throughput()
+    delete_uncommitted(run.data, run.checkpoint)
     storage.delete_directory(run.path("attempts"))
     if store is not None:
         tidy(store)
@@ -147,6 +156,7 @@ def _execute(
             "attempts_uri": run.path("attempts", str(run.state()["starts"])),
             "counter": progress.counter,
             "store": store,
+            "folder": os.getcwd(),
         },
         # A block as it is, where it is one batch: Ray Data would add the last one's few rows to another's.
         batch_size=None if shares.block == shares.batch else shares.batch,

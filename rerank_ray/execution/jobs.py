@@ -14,7 +14,7 @@ from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, passed_bounds
 from rerank_ray.combine import combine
 from rerank_ray.errors import RunError
-from rerank_ray.formats.trec import write_run
+from rerank_ray.formats.trec import check_ids, write_run
 from rerank_ray.label_store import prepare
 from rerank_ray.planning import compare
 from rerank_ray.ranking.rankers import preflight
@@ -48,12 +48,15 @@ def _rank_job(
     ranker = settings.teacher if isinstance(settings, LabelSettings) else settings.ranker
     source_uri = resolve_input(settings.input)
     source = inspect_input(source_uri, CANDIDATES)
-    preflight(ranker)
+    inputs = preflight(ranker) | {settings.input: source.fingerprint}
+    writes_trec_run = isinstance(settings, RerankSettings) and settings.trec_run
+    if writes_trec_run:
+        check_ids(source_uri)
     if settings.store is not None:
         prepare(settings.store)
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start(kind, settings, {settings.input: source.fingerprint})
+        before = run.start(kind, settings, inputs)
         if before.get("state") == "done" and not retry_errors:
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
@@ -71,18 +74,21 @@ def _rank_job(
         )
         _print_counts(console, run, counts, timings)
         _compare_with_plan(run, settings, source.fingerprint, timings, console)
-        finish(run, counts, settings.limits, timings)
-        if isinstance(settings, RerankSettings) and settings.trec_run:
+        # Before the run is done, or a kill would leave one without.
+        if writes_trec_run:
             write_run(
                 (ranking_from_row(r) for r in _ranked_rows(run)), run.path("run.trec"), tag=run_uri.rsplit("/", 1)[-1]
             )
+        finish(run, counts, settings.limits, timings)
     return run
 
 
 def _compare_with_plan(
     run: RunFolder, settings: LabelSettings | RerankSettings, fingerprint: str, timings: dict, console: Console
 ) -> None:
-    """Where `rerank-ray plan` left a forecast, set what this start took beside it."""
+    """Where `rerank-ray plan` left a forecast, set what this start took beside it, if it had rows left to do."""
+    if not timings["rows_this_start"]:
+        return
     actual = {
         "calls": timings["calls_this_start"],
         "tokens": timings["tokens_this_start"],
@@ -96,7 +102,8 @@ def _compare_with_plan(
 
 
 def _ranked_rows(run: RunFolder):
-    return (row for row in read_rows(run.data, RANKINGS.names) if row["error"] is None)
+    columns = [name for name in RANKINGS.names if name not in ("defects", "usage")]
+    return (row for row in read_rows(run.data, columns) if row["error"] is None)
 
 
 def finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict) -> None:

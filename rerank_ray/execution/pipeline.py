@@ -105,10 +105,15 @@ def print_ingest(summary: IngestSummary, console: Console) -> None:
             console.print(f"    {line}")
 
 
+# Of an ingest step's settings: a folder called "test" beside the config is not the split.
+_NO_PATHS = {"kind", "split", "method"}
+
+
 def _file_sizes(settings: IngestSettings) -> dict[str, str]:
     """Size and time of each source file: a changed collection must not be taken for the one already ingested."""
-    paths = [v for v in settings.model_dump().values() if isinstance(v, str) and storage.exists(v)]
-    paths += [p for v in settings.model_dump().values() if isinstance(v, list) for p in v if storage.exists(p)]
+    values = settings.model_dump(exclude=_NO_PATHS).values()
+    paths = [v for v in values if isinstance(v, str) and storage.exists(v)]
+    paths += [p for v in values if isinstance(v, list) for p in v if storage.exists(p)]
     sizes = {}
     for path in paths:
         fs, inner = storage.open_filesystem(path)
@@ -120,8 +125,7 @@ def _file_sizes(settings: IngestSettings) -> dict[str, str]:
 
 def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> EvaluationReport:
     """Rankings against qrels: a table, and `evaluation.json` in the run folder."""
-    sources = [f"{name}={path}" for name, path in settings.rankings.items()]
-    report = evaluate_sources(sources, qrels=settings.qrels, metrics=settings.metrics)
+    report = evaluate_sources(settings.rankings, qrels=settings.qrels, metrics=settings.metrics)
     storage.write_text(storage.join(run_uri, "evaluation.json"), json.dumps(report.to_dict(), indent=1) + "\n")
     print_report(report, console)
     return report

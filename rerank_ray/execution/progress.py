@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
 import time
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINE_EVERY_S = 15.0
+
+
+_NOTHING = {"rows": 0, "pairs": 0, "calls": 0, "tokens": 0, "replica_seconds": 0.0}
+_NO_REPORT = _NOTHING | {"model": {}, "ranking_seconds": 0.0, "store": {}}
 
 
 @ray.remote(num_cpus=0)
@@ -19,7 +25,7 @@ class Counter:
     """Adds up what workers report."""
 
     def __init__(self) -> None:
-        self.totals = {"rows": 0, "pairs": 0, "calls": 0, "tokens": 0, "replica_seconds": 0.0}
+        self.totals = dict(_NOTHING)
         self.model: dict = {}
         self.stores: dict[str, dict[str, int]] = {}
         self.first_start, self.last_end = math.inf, 0.0
@@ -47,10 +53,14 @@ class ProgressDisplay:
     """A bar on a terminal; elsewhere a line every 15 seconds.
 
     Rows that are done again after a crash count again, so the display may run ahead; `run.json` has the true counts.
+    The counter lives on the driver's node: losing any other costs no figure. Should it die all the same, the figures
+    stay what they were; the job goes on.
     """
 
     def __init__(self, name: str, rows: int, already_done: int, console: Console | None = None) -> None:
-        self.counter = Counter.remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.counter = Counter.options(scheduling_strategy=here).remote()
+        self._totals = _NO_REPORT
         self._name, self._rows, self._before = name, rows, already_done
         self._console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 160)
         self._stop = threading.Event()
@@ -67,21 +77,7 @@ class ProgressDisplay:
 
     def throughput(self) -> dict:
         """The model, and the pairs a second that one replica ranked, start-up and waiting left out."""
-        totals = ray.get(self.counter.read.remote())
-        seconds = totals["replica_seconds"]
-        rate = round(totals["pairs"] / seconds, 2) if seconds else None
-        store = totals["store"]
-        calls = store["hits"] + store["misses"] if store else 0
-        return {
-            "model": totals["model"],
-            "rows_this_start": totals["rows"],
-            "calls_this_start": totals["calls"],
-            "tokens_this_start": totals["tokens"],
-            "replica_seconds": round(seconds, 2),
-            "pairs_per_replica_second": rate,
-            "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
-            "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,
-        }
+        return _figures(self._read_totals())
 
     def _show(self) -> None:
         if not sys.stderr.isatty():
@@ -101,8 +97,13 @@ class ProgressDisplay:
                 done, rates = self._read()
                 bar.update(task, completed=done, rates=rates)
 
+    def _read_totals(self) -> dict:
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._totals = ray.get(self.counter.read.remote())
+        return self._totals
+
     def _read(self) -> tuple[int, str]:
-        totals = ray.get(self.counter.read.remote())
+        totals = self._read_totals()
         elapsed = time.monotonic() - self._started
         done = min(self._before + totals["rows"], self._rows)
         if not totals["rows"]:
@@ -110,6 +111,28 @@ class ProgressDisplay:
         left = (self._rows - done) * elapsed / totals["rows"]
         rates = ", ".join(f"{totals[k] / elapsed:,.1f} {k}/s" for k in ("rows", "pairs", "tokens"))
         return done, f"{rates}, {_duration(left)} left"
+
+
+def nothing_done() -> dict:
+    """The timings of a start that had no row left to rank."""
+    return _figures(_NO_REPORT) | {"seconds_of_last_start": 0.0}
+
+
+def _figures(totals: dict) -> dict:
+    seconds = totals["replica_seconds"]
+    rate = round(totals["pairs"] / seconds, 2) if seconds else None
+    store = totals["store"]
+    calls = store["hits"] + store["misses"] if store else 0
+    return {
+        "model": totals["model"],
+        "rows_this_start": totals["rows"],
+        "calls_this_start": totals["calls"],
+        "tokens_this_start": totals["tokens"],
+        "replica_seconds": round(seconds, 2),
+        "pairs_per_replica_second": rate,
+        "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
+        "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,
+    }
 
 
 def _duration(seconds: float) -> str:

@@ -39,14 +39,14 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
     The models' work, in `written/` and `round_trip/`, is kept row by row; `passages/`, `retrieved/` and `data/` follow
     from it and are made anew by a start that finds the run unfinished.
     """
-    preflight(settings.writer)
+    inputs = preflight(settings.writer) | {settings.corpus: _digest(settings.corpus)}
     if settings.round_trip is not None:
         preflight(settings.round_trip.ranker)
     if settings.store is not None:
         prepare(settings.store)
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start("synthesize", settings, {settings.corpus: _digest(settings.corpus)})
+        before = run.start("synthesize", settings, inputs)
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run

@@ -23,7 +23,8 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     settings = with_inputs(settings, resolve_input)
     absolute = with_absolute_paths(settings)
     labels = open_label_set(absolute)
-    inputs = {"labels": labels.fingerprint}
+    base = resolve(absolute.student.model_settings()).identity
+    inputs = {"labels": labels.fingerprint, settings.student.base: base}
     if labels.texts:
         inputs["texts"] = labels.texts.fingerprint
     check_objective(labels, settings.objective)
@@ -88,10 +89,10 @@ def _train_policy(kind, settings, absolute, data, fingerprints, counts, run_uri:
     """What the jobs that train a language model share; `absolute` are the settings with paths that workers can use."""
     from rerank_ray.execution.policy import train_policy
 
-    resolve(settings.policy.model_settings())
+    inputs = fingerprints | {settings.policy.base: resolve(settings.policy.model_settings()).identity}
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start(kind, settings, fingerprints)
+        before = run.start(kind, settings, inputs)
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, model at {run.student}")
             return run

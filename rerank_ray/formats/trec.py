@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+
+import pyarrow.compute as pc
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError
@@ -25,10 +26,12 @@ from rerank_ray.formats.lines import (
     text_field,
 )
 from rerank_ray.records import Candidate, Query, Ranking
+from rerank_ray.schema import doc_id_path, open_parquet
 
 # trec_eval separates columns by C's isspace; Python's `split` would also cut ids at no-break and other wide spaces.
 _SPACES = re.compile(r"[ \t\v\f\r]+")
 _NOT_IN_AN_ID = re.compile(r"[ \t\n\v\f\r]")
+_ROWS_PER_BATCH = 1024
 
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 # MS MARCO v2 passages have both: 'pid' names the passage, 'docid' the document it was cut from.
@@ -97,6 +100,34 @@ def _columns(line: str, count: int, layout: str) -> list[str]:
     return columns
 
 
+def check_ids(uri: str) -> None:
+    """Check, before anything is ranked, that a TREC run can hold the ids of these candidate lists.
+
+    Raises:
+        InputError: naming the file, the row and the id.
+    """
+    fs, _ = storage.open_filesystem(uri)
+    for path in storage.list_files(uri, ".parquet"):
+        with open_parquet(fs, path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=["query_id", doc_id_path(file, path)]):
+                doc_ids = pc.struct_field(pc.list_flatten(batch["candidates"]), 0)
+                for what, ids, rows in (
+                    ("query id", batch["query_id"], None),
+                    ("doc id", doc_ids, pc.list_parent_indices(batch["candidates"])),
+                ):
+                    # Of a null or empty id a row's own error tells.
+                    bad = pc.indices_nonzero(pc.match_substring_regex(ids, _NOT_IN_AN_ID.pattern))
+                    if len(bad):
+                        where = bad[0].as_py()
+                        number = row + (where if rows is None else rows[where].as_py())
+                        raise InputError(
+                            f"{path}: row {number}: {what} {ids[where].as_py()!r} has blanks, which a TREC run can't "
+                            "hold: give it another, or set `trec_run: false`"
+                        )
+                row += batch.num_rows
+
+
 def write_run(rankings: Iterable[Ranking], path: str, tag: str | None = None) -> int:
     """Write rankings as a TREC run: ranks from 1, scores as stored; returns the number of queries written.
 
@@ -109,10 +140,8 @@ def write_run(rankings: Iterable[Ranking], path: str, tag: str | None = None) ->
         InputError: an id that would break the line into other columns, a score that is infinite, or scores that do
             not descend (trec_eval would evaluate another order than the stored one).
     """
-    fs, inner = storage.open_filesystem(path)
-    fs.create_dir(posixpath.dirname(inner), recursive=True)
     written = 0
-    with fs.open_output_stream(inner) as stream:
+    with storage.new_file(path) as stream:
         for ranking in rankings:
             if ranking.error is not None:
                 continue

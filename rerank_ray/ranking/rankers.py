@@ -63,36 +63,47 @@ def method_class(name: str) -> type:
     return resolve_name(METHODS[name])
 
 
-def preflight(settings: RankerSettings) -> None:
+def preflight(settings: RankerSettings) -> dict[str, str]:
     """Find what can't work before anything is started: a missing model, a bad template, a run file that is not there.
+
+    Returns:
+        What scores depend on beside the settings and the rows, by name: a digest, or a revision, of each model,
+        template and file. A run that is resumed with others would mix two rankers' scores.
 
     Raises:
         RerankRayError: naming the setting and the fix.
     """
+    found: dict[str, str] = {}
     if isinstance(settings, CompositionSettings):
         for path, child in settings.children.items():
             try:
-                preflight(child)
+                found |= preflight(child)
             except RerankRayError as error:
                 raise type(error)(f"{path}: {error}") from error
     model = getattr(settings, "model", None)
     if isinstance(model, ModelSettings):
-        resolve(model)
-        resolve_adapter(model)
+        found[model.path] = resolve(model).identity
+        if (adapter := resolve_adapter(model)) is not None:
+            found[model.adapter] = adapter.identity
     if hasattr(settings, "prompt"):
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
+        found[f"prompt {settings.prompt}"] = template.digest
         if hasattr(settings, "children"):
             template.identifiers(settings.children + 1)
         if hasattr(settings, "window"):
             template.identifiers(settings.window)
     if hasattr(settings, "heads_file"):
         load_heads(settings.heads_file).best(settings.count, settings.prune)
+        found[settings.heads_file] = storage.digest(settings.heads_file)
     if hasattr(settings, "criteria_prompt"):
-        load_template(settings.criteria_prompt, "rebel_criteria")
+        template = load_template(settings.criteria_prompt, "rebel_criteria")
+        found[f"prompt {settings.criteria_prompt}"] = template.digest
     files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
     for path in files:
         if not storage.exists(path):
             raise InputError(f"{path}: no such file (method {settings.method})")
+        found[path] = storage.digest(path)
+    return found
 
 
 class Ranker:

@@ -7,7 +7,7 @@ that asks one thing after another keeps the device as busy as one that asks ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rerank_ray.errors import RerankRayError
 from rerank_ray.models.protocol import Answer, Backend, Call, Failure, Result
@@ -125,7 +125,7 @@ def _answer(backend: Backend | None, calls: list[Call]) -> list[Result]:
         result = answered[call]
         if call in seen and not isinstance(result, Failure):
             tokens = result.usage.prompt_tokens
-            result = Answer(value=result.value, usage=Usage(prompt_tokens=tokens, cached_tokens=tokens))
+            result = replace(result, usage=Usage(prompt_tokens=tokens, cached_tokens=tokens))
         seen.add(call)
         results.append(result)
     return results

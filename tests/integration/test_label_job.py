@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pyarrow as pa
@@ -177,6 +178,45 @@ def test_retry_errors_does_only_the_failed_rows_again(make_candidates, tmp_path,
     assert state["timings"]["rows_this_start"] == len(failed)
 
 
+def test_a_raised_limit_accepts_a_failed_run_and_keeps_its_figures(make_candidates, tmp_path, console):
+    source, run = make_candidates(40), tmp_path / "run"
+    settings = label_settings(source, fail_on="passage 3")
+    with pytest.raises(RunError, match=r"raise the bound"):
+        jobs.label(settings, str(run), console)
+    before = json.loads((run / "run.json").read_text())
+    written = {file: file.stat().st_mtime_ns for file in (run / "data").iterdir()}
+    raised = LabelSettings.model_validate(settings.model_dump() | {"limits": {"max_error_rate": 1.0}})
+    jobs.label(raised, str(run), console)
+    after = json.loads((run / "run.json").read_text())
+    assert (before["state"], after["state"]) == ("failed", "done")
+    assert after["timings"] == before["timings"]
+    assert after["timings"]["rows_this_start"] == 40
+    assert written == {file: file.stat().st_mtime_ns for file in (run / "data").iterdir()}
+
+
+def test_a_run_does_not_go_on_with_another_prompt(make_candidates, tmp_path, console):
+    """The config says the same; what is in the file that it names does not."""
+    source, run, prompt = make_candidates(8), tmp_path / "run", tmp_path / "mine.yaml"
+    prompt.write_text((resources.files("rerank_ray.prompts") / "templates" / "yes_no.yaml").read_text())
+    settings = label_settings(source)
+    teacher = settings.teacher.model_copy(update={"prompt": str(prompt)})
+    settings = settings.model_copy(update={"teacher": teacher})
+    jobs.label(settings, str(run), console)
+    prompt.write_text(prompt.read_text().replace("assage", "aragraph"))
+    with pytest.raises(RunError, match=rf"content of input prompt {prompt}: '\w+' -> '\w+'"):
+        jobs.label(settings, str(run), console)
+
+
+def test_relative_paths_are_those_of_the_jobs_folder(make_candidates, tmp_path, monkeypatch, console):
+    """Ray's workers run where Ray was started; the label store must not lie there."""
+    source = make_candidates(8)
+    monkeypatch.chdir(tmp_path)
+    settings = LabelSettings.model_validate(label_settings(source).model_dump() | {"store": {"uri": "store"}})
+    jobs.label(settings, "run", console)
+    assert len(list((tmp_path / "store").rglob("*.parquet"))) > 0
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
 def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, console):
     source, run = make_candidates(20), tmp_path / "run"
     content = {"input": source, "ranker": {"method": "first_stage"}}
@@ -187,6 +227,35 @@ def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, consol
     lines = (run / "run.trec").read_text().splitlines()
     assert len(lines) == 100
     assert next(line.split()[:4] for line in lines if line.startswith("q0019 ")) == ["q0019", "Q0", "d0", "1"]
+
+
+def test_a_rerank_run_is_done_when_its_trec_run_is_there(make_candidates, tmp_path, console, monkeypatch):
+    """Stopped while it is written, the next start writes it, and ranks nothing again."""
+    source, run = make_candidates(20), tmp_path / "run"
+    settings = config.validate(RerankSettings, {"input": source, "ranker": {"method": "first_stage"}}, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "ranking_from_row", lambda row: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            jobs.rerank(settings, str(run), console)
+    assert json.loads((run / "run.json").read_text())["state"] == "running"
+    assert not (run / "run.trec").exists()
+    jobs.rerank(settings, str(run), console)
+    assert json.loads((run / "run.json").read_text())["state"] == "done"
+    assert len((run / "run.trec").read_text().splitlines()) == 100
+
+
+def test_limits_of_a_rerank_job_count_defects(make_candidates, tmp_path, console):
+    """Of forty queries eleven have a passage that can't be scored."""
+    content = {
+        "input": make_candidates(40),
+        "ranker": {"method": "cross_encoder", "model": {"kind": "fake", "fail_on": "passage 3 "}},
+    }
+    settings = config.validate(RerankSettings, content, "test")
+    with pytest.raises(RunError, match=r"rate 0\.\d+ is above limits"):
+        jobs.rerank(settings, str(tmp_path / "run"), console)
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state["counts"]["defects"]["unscored"] > 0
+    assert state["counts"]["usage"]["calls"] > 0
 
 
 def test_an_ensemble_teacher_labels_with_its_disagreement_and_a_bound_for_one_kind_fails_it(

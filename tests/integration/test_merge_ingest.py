@@ -9,7 +9,7 @@ from fixtures.rows import make_list
 from rerank_ray.cli import main
 from rerank_ray.execution.pipeline import ingest
 from rerank_ray.schema import read_candidates, write_candidates
-from rerank_ray.settings.pipeline import MergeIngestSettings
+from rerank_ray.settings.pipeline import BeirIngestSettings, MergeIngestSettings
 
 
 def doc_ids(source: str) -> dict[str, list[str]]:
@@ -30,3 +30,16 @@ def test_on_the_command_line_and_as_a_step(tmp_path: Path, console):
     ingest(first, str(tmp_path / "first"), console)
     run = ingest(second, str(tmp_path / "second"), console)
     assert doc_ids(run.data) == {"q": ["d0", "d1"]}
+
+
+def test_a_folder_of_the_splits_name_is_no_input(tmp_path: Path, console, monkeypatch):
+    """A pipeline may start beside the user's own `test/`; what changes there is not the collection's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "honey bees"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "bees"}\n')
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    (tmp_path / "test").mkdir()
+    settings = BeirIngestSettings(kind="beir", folder=str(tmp_path), split="test", depth=1)
+    run = ingest(settings.model_copy(update={"folder": "."}), "runs/ingest", console)
+    assert list(run.state()["inputs"]) == ["."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,6 +52,7 @@ def test_counts_of_labels(tmp_path: Path):
         "errors": 1,
         "rows_with_defects": 1,
         "rows_with_parse_failures": 0,
+        "rows_without_calls": 1,
         "pairs": 6,
         "defects": {"unscored": 1, "not_in_run": 1},
         "rows_by_defect": {"unscored": 1, "not_in_run": 1},
@@ -60,14 +62,15 @@ def test_counts_of_labels(tmp_path: Path):
 
 
 def test_rates_and_bounds_by_hand(tmp_path: Path):
-    """Four rows, ten calls: two refusals and a repair in one, a refusal in a row that is an error for it, two clean."""
+    """Four rows, twenty calls: two refusals and a repair in one, a refusal in a row that is an error for it, two clean."""
     refusal, repair = (Defect(kind=k, detail="x") for k in (DefectKind.REFUSAL, DefectKind.MISSING))
     scored = Scores(scores=(1.0, 2.0, float("nan")), defects=(refusal, refusal, repair))
+    clean = Scores(scores=(1.0, 2.0, 3.0))
     rows = [
         schema.candidate_row(make_list("q1")) | schema.label_columns("t", scored, Usage(calls=9)),
         schema.candidate_row(make_list("q2")) | schema.label_columns("t", None, Usage(calls=1), "none", [refusal]),
-        good("q3"),
-        good("q4"),
+        schema.candidate_row(make_list("q3")) | schema.label_columns("t", clean, Usage(calls=5)),
+        schema.candidate_row(make_list("q4")) | schema.label_columns("t", clean, Usage(calls=5)),
     ]
     write_labels(tmp_path, rows)
     counts = count_output(str(tmp_path), 4)
@@ -78,7 +81,7 @@ def test_rates_and_bounds_by_hand(tmp_path: Path):
             "refusal": {"per_row": 0.75, "rows_affected": 0.5},
             "missing": {"per_row": 0.25, "rows_affected": 0.25},
         },
-        "parse_failure": {"per_call": 0.3, "rows_affected": 0.5},
+        "parse_failure": {"per_call": 0.15, "rows_affected": 0.5},
     }
     at_the_bound = {"max_error_rate": 0.25, "max_defect_rate": 0.25, "max_defect_rates": {"refusal": 0.5}}
     assert passed_bounds(counts, LimitSettings(**at_the_bound)) == []
@@ -96,15 +99,28 @@ def test_a_bound_for_a_kind_that_does_not_exist():
 
 
 def test_counts_of_rankings(tmp_path: Path):
-    """Rankings have neither defects nor usage."""
+    """A reranking job's bounds act as a label job's do: its rows have defects and usage too."""
+    paid = Usage(calls=3, prompt_tokens=50, output_tokens=4)
     rankings = [
-        Ranking(query_id="q1", doc_ids=("a", "b"), scores=(2.0, 1.0), model="m"),
-        Ranking(query_id="q2", doc_ids=(), scores=None, model="m", error="boom"),
+        Ranking(query_id="q1", doc_ids=("a", "b"), scores=(2.0, 1.0), model="m", defects=("missing: b",), usage=paid),
+        Ranking(query_id="q2", doc_ids=(), scores=None, model="m", defects=("refusal: no",), usage=paid, error="boom"),
     ]
     schema.write_rows(map(schema.ranking_row, rankings), str(tmp_path), RANKINGS)
     counts = count_output(str(tmp_path), 2)
     assert (counts.ok, counts.errors, counts.pairs, counts.examples) == (1, 1, 2, ["q2: boom"])
-    assert set(counts.usage.values()) == {0}
+    assert counts.usage == asdict(paid + paid)
+    assert (counts.rows_with_defects, counts.rows_by_defect) == (1, {"missing": 1, "refusal": 1})
+    assert counts.rates()["parse_failure"]["per_call"] == 1 / 6
+
+
+def test_failures_per_call_are_unknown_where_a_store_answered(tmp_path: Path):
+    """Its answers are not counted as calls, but the unreadable ones among them are as defects."""
+    paid = Ranking(query_id="q1", doc_ids=("a",), scores=(1.0,), model="m", usage=Usage(calls=1))
+    stored = replace(paid, query_id="q2", defects=("unparsed: x", "unparsed: y"), usage=Usage())
+    schema.write_rows(map(schema.ranking_row, [paid, stored]), str(tmp_path), RANKINGS)
+    counts = count_output(str(tmp_path), 2)
+    assert counts.rows_without_calls == 1
+    assert counts.rates()["parse_failure"] == {"per_call": None, "rows_affected": 0.5}
 
 
 def test_examples_are_the_first_twenty(tmp_path: Path):

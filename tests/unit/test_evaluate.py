@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from rerank_ray import schema
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.evaluate import SourceKind, evaluate_sources, load_rankings, print_report
 
 DOCS = ("a", "b", "c")
@@ -43,7 +44,7 @@ def qrels(tmp_path: Path) -> str:
 
 def write_run(folder: Path, rows: list[dict], layout: object) -> str:
     schema.write_rows(rows, str(folder / "data"), layout, rows_per_file=2)
-    (folder / "run.json").write_text("{}")
+    (folder / "run.json").write_text('{"kind": "label", "state": "done"}')
     return str(folder)
 
 
@@ -142,7 +143,7 @@ def test_refusals_name_the_fix(tmp_path: Path, qrels: str) -> None:
         load_rankings(str(tmp_path / "absent"))
     trained = tmp_path / "trained"
     trained.mkdir()
-    (trained / "run.json").write_text("{}")
+    (trained / "run.json").write_text('{"kind": "distill", "state": "done"}')
     with pytest.raises(InputError, match="wrote no rows"):
         load_rankings(str(trained))
     twice = write_run(tmp_path / "twice", [ranking_row("q1", ["a"])] * 3, schema.RANKINGS)
@@ -169,5 +170,22 @@ def test_names(tmp_path: Path) -> None:
     folder = tmp_path / "date=2020"
     schema.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
     assert load_rankings(str(folder)).name == "date=2020"
-    assert load_rankings(f"bm25={folder}").name == "bm25"
     assert load_rankings(f"{folder}/part-00000.parquet").name == "part-00000"
+
+
+def test_names_of_sources(tmp_path: Path, qrels: str) -> None:
+    """`NAME=PATH` of a command, and any name at all of a config; a URI has its own `:` and `/`."""
+    folder = tmp_path / "date=2020"
+    schema.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
+    given = [str(folder), f"bm25={folder}", f"remote={folder.as_uri()}"]
+    assert list(evaluate_sources(given, qrels=qrels).systems) == ["date=2020", "bm25", "remote"]
+    named = {"BM25: tuned": str(folder), "student (k=10)": folder.as_uri()}
+    assert list(evaluate_sources(named, qrels=qrels).systems) == list(named)
+
+
+@pytest.mark.parametrize(("state", "refused"), [("running", True), ("failed", False), ("done", False)])
+def test_a_run_that_has_not_ended_is_not_evaluated(tmp_path: Path, state: str, refused: bool) -> None:
+    run = write_run(tmp_path / "run", [ranking_row("q1", ["a"])], schema.RANKINGS)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": "rerank", "state": state}))
+    with pytest.raises(RunError, match="this rerank run is running") if refused else nullcontext():
+        assert load_rankings(run).rankings == {"q1": ("a",)}

@@ -10,14 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fixtures.rows import make_list
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rerank_ray import schema
 from rerank_ray.errors import InputError
 from rerank_ray.formats import beir, hits, trec
 from rerank_ray.formats.lines import LISTED_BAD_LINES, BadLines, text_lines
 from rerank_ray.formats.qrels import read_qrels
-from rerank_ray.records import Candidate, Query, Ranking
+from rerank_ray.records import Candidate, CandidateList, Query, Ranking
 
 in_tmp_path = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -354,3 +356,20 @@ def test_any_bytes_parse_or_give_an_input_error_with_path_and_line(tmp_path, con
             place = str(error).removeprefix(path)
             assert place.startswith((":", ": entry "))
             assert place.lstrip(": entry")[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("query_id", "doc_id", "said"),
+    [
+        ("q 1", "d", r"part-00000\.parquet: row 1: query id 'q 1' has blanks"),
+        ("q1", "a\tb", r"part-00000\.parquet: row 1: doc id 'a\\tb' has blanks.*trec_run: false"),
+    ],
+)
+def test_ids_that_a_run_cannot_hold_are_found_before_ranking(tmp_path: Path, query_id: str, doc_id: str, said: str):
+    odd = CandidateList(query=Query(query_id=query_id, text="q"), candidates=(Candidate(doc_id=doc_id, text="t"),))
+    rows = [schema.candidate_row(make_list("q0", 3)), schema.candidate_row(odd)]
+    schema.write_rows(rows[:1], str(tmp_path / "good"), schema.CANDIDATES)
+    trec.check_ids(str(tmp_path / "good"))
+    schema.write_rows(rows, str(tmp_path / "bad"), schema.CANDIDATES)
+    with pytest.raises(InputError, match=said):
+        trec.check_ids(str(tmp_path / "bad"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,18 @@ from hypothesis import strategies as st
 
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.fake import Fake
-from rerank_ray.models.protocol import Answer, Call, Embed, Failure, LogLikelihood, NextToken, Pair, Result
+from rerank_ray.models.protocol import (
+    Answer,
+    Call,
+    Embed,
+    Failure,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Pair,
+    Prompt,
+    Result,
+)
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.bi_encoder import BiEncoderRanker
 from rerank_ray.ranking.cross_encoder import CrossEncoderRanker
@@ -256,6 +268,20 @@ def test_calls_of_all_queries_are_one_batch_and_repeats_are_asked_once():
     assert (a.scores.scores, b.scores.scores) == ((1.0, 2.0, 3.0), (3.0, 2.0, 1.0))
     assert a.usage == Usage(calls=3, prompt_tokens=30, output_tokens=6)
     assert b.usage == Usage(prompt_tokens=30, cached_tokens=30)
+
+
+def test_a_repeated_call_has_all_of_its_answer():
+    """Two candidates of one text: what the second is told differs in its cost alone."""
+    told = Answer(value="Yes", usage=Usage(calls=1, prompt_tokens=7), cut_off=True, log_probability=-0.5, tokens=(3, 4))
+
+    class Once:
+        def run(self, calls):
+            return [told for _ in calls]
+
+    call = Generate(prompt=Prompt(parts=("q",), passages=()), max_tokens=1)
+    first, second = scheduler._answer(Once(), [call, call])
+    assert first is told
+    assert second == replace(told, usage=Usage(prompt_tokens=7, cached_tokens=7))
 
 
 def test_a_repeated_call_that_fails_fails_for_both():
