@@ -12,6 +12,8 @@ import torch
 STUDENT = "student"
 _STATE = "trainer.pt"
 _OPTIMIZER = "optimizer.pt"
+# Not the device they were saved from: all workers of a node would load the first one's onto its GPU.
+_ON_LOAD = "cpu"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,7 +57,7 @@ def load(
 
     The caller made the student, from the checkpoint's folder unless that has adapters merged, and the others of it.
     """
-    state = torch.load(folder / _STATE, weights_only=True)
+    state = torch.load(folder / _STATE, weights_only=True, map_location=_ON_LOAD)
     with torch.no_grad():
         for name, weights in {"trained": trained, "average": average, "start": start}.items():
             if state[name] is not None:
@@ -68,4 +70,4 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True))
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, weights_only=True, map_location=_ON_LOAD))

@@ -19,7 +19,7 @@ import torch.distributed
 from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import set_learning_rate
 from rerank_ray.distill.policy_trainer import PolicyTrainer
-from rerank_ray.distill.rewards import Reward
+from rerank_ray.distill.rewards import HIGHEST_GRADE, Reward
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.tasks import gains_of, make_task
@@ -27,6 +27,7 @@ from rerank_ray.distill.train import Report, World
 from rerank_ray.errors import InputError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Answer, Generate, Prompt
+from rerank_ray.models.student.adaptation import set_dropout
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import ReinforceSettings
 
@@ -101,6 +102,8 @@ class GRPOTrainer(PolicyTrainer):
         self.steps = Steps(self.data, settings.seed, settings.queries_per_step)
         total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps.per_epoch)
         super().__init__(settings, world, resume, total_steps)
+        # Answers are learnt by the policy that drew them.
+        set_dropout(self.policy, 0.0)
         self._check_fits()
         self._sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
 
@@ -188,7 +191,7 @@ class GRPOTrainer(PolicyTrainer):
 
         `before` are those of the first update: the policy that drew the answers. Empty is that update itself.
         """
-        # Its mode changes nothing else: without dropout, answers are learnt by the policy that drew them.
+        # Only in this mode are activations computed again; nothing else hangs on it.
         self.policy.train(self.settings.policy.gradient_checkpointing)
         told = []
         for number, group in enumerate(groups):
@@ -318,12 +321,24 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
     """The labels, refused where they can't reward anything.
 
     Raises:
-        InputError: no training query has candidates with different known gains.
+        InputError: no training query, or no held-out one, has candidates with different known gains; or scores that are
+            to be references of ERank's integers lie outside their scale.
     """
     data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
+    lowest, highest = data.score_range
+    if settings.reward.kind == "erank" and not 0 <= lowest <= highest <= HIGHEST_GRADE:
+        raise InputError(
+            f"{', '.join(settings.input)}: the teacher's scores go from {lowest:g} to {highest:g}; the reward erank "
+            "compares the policy's integers with them, so they must lie between 0 and 10: label with the method erank"
+        )
     if data.gains_alike == len(data.train):
         raise InputError(
             f"{', '.join(settings.input)}: no training query ({len(data.train)} of them) has candidates with different "
             "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
+        )
+    if data.held_out_without_gain == len(data.validation):
+        raise InputError(
+            f"{', '.join(settings.input)}: none of {len(data.validation)} held-out queries has a candidate with a "
+            "known gain: ingest with qrels, which set the candidates' 'label', or raise validation.fraction"
         )
     return data

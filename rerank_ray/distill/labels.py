@@ -50,6 +50,12 @@ class LabelSet:
     """Training rows whose scored candidates all have the same known gain, or none."""
     without_uncertainty: int
     """Training rows without uncertainty."""
+    with_instruction: int
+    """Training rows whose query has an instruction of its own."""
+    held_out_without_gain: int
+    """Held-out rows none of whose candidates has a known gain above 0."""
+    score_range: tuple[float, float]
+    """The teacher's lowest and highest score in the training rows."""
     fingerprint: str
     texts: TextLists | None
     """Other lists, to read texts from."""
@@ -67,7 +73,8 @@ class LabelSet:
         groups: list[tuple[str, int]] = []
         none = np.empty((0, 2), dtype=np.int32)
         train, validation = [none], [none]
-        counts = dict.fromkeys(("unlabelled", "unscored", "tied", "gains_alike", "without_uncertainty"), 0)
+        counts = dict.fromkeys(("unlabelled", "unscored", "held_out_without_gain", *_COUNTED_FACTS), 0)
+        lowest, highest = math.inf, -math.inf
         digest = hashlib.sha256()
         earlier: list[tuple[str, np.ndarray]] = []
         for uri in uris:
@@ -87,14 +94,19 @@ class LabelSet:
                     validation.append(_positions(len(groups), scored & held_out))
                     counts["unlabelled"] += int((~labelled).sum())
                     counts["unscored"] += int((labelled & ~scored).sum())
-                    for name in ("tied", "gains_alike", "without_uncertainty"):
-                        counts[name] += sum(getattr(facts[row], name) for _, row in train[-1])
+                    trained = [facts[row] for _, row in train[-1]]
+                    for name in _COUNTED_FACTS:
+                        counts[name] += sum(getattr(f, name) for f in trained)
+                    lowest = min([lowest, *(f.lowest for f in trained)])
+                    highest = max([highest, *(f.highest for f in trained)])
+                    counts["held_out_without_gain"] += sum(not facts[row].has_gain for _, row in validation[-1])
                     groups.append((storage.rejoin(uri, file), group))
         label_set = cls(
             groups=tuple(groups),
             train=np.concatenate(train),
             validation=np.concatenate(validation),
             **counts,
+            score_range=(lowest, highest),
             fingerprint=digest.hexdigest()[:16],
             texts=TextLists.open(texts, validation_fraction, seed) if texts else None,
         )
@@ -230,7 +242,16 @@ class _RowFacts:
     scored: bool
     tied: bool
     gains_alike: bool
+    has_gain: bool
     without_uncertainty: bool
+    with_instruction: bool
+    lowest: float
+    highest: float
+    """Of the scores; infinite where there are none."""
+
+
+_COUNTED_FACTS = ("tied", "gains_alike", "without_uncertainty", "with_instruction")
+"""Of training rows."""
 
 
 def _row_groups(
@@ -246,19 +267,25 @@ def _row_groups(
 
 def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
     gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
-    return ["query_id", "scores", "uncertainty", "error", gains]
+    return ["query_id", "instruction", "scores", "uncertainty", "error", gains]
 
 
 def _facts(row: dict) -> _RowFacts:
     pairs = zip(row["scores"] or [], row["candidates"] or [], strict=False)
     scored = [(s, (c and c["label"]) or 0.0) for s, c in pairs if s is not None and not math.isnan(s)]
+    scores = {score for score, _ in scored}
+    known = {gain for _, gain in scored}
     return _RowFacts(
         query_id=row["query_id"],
         labelled=row["error"] is None,
         scored=row["error"] is None and len(scored) > 0,
-        tied=len({score for score, _ in scored}) < 2,
-        gains_alike=len({gain for _, gain in scored}) < 2,
+        tied=len(scores) < 2,
+        gains_alike=len(known) < 2,
+        has_gain=max(known, default=0.0) > 0,
         without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
+        with_instruction=row["instruction"] is not None,
+        lowest=min(scores, default=math.inf),
+        highest=max(scores, default=-math.inf),
     )
 
 

@@ -1,7 +1,8 @@
 """Rewards for what a ranker wrote: pure functions of the text and of what is known about its passages.
 
 A text is the model's whole turn, the prompt's prefill included. One that does not keep to the form it was asked for, or
-was cut off before it ended, has the form's penalty and is not well-formed, whatever it seems to say.
+was cut off before it ended, has the form's penalty and is not well-formed, whatever it seems to say. ProRank's answer
+is one token and needs no end: a ranker reads that token's logits. Gains are 0 or more.
 """
 
 from __future__ import annotations

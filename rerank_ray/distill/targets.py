@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.sampling import teacher_order
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.losses.cross_entropy import binary_cross_entropy, localized_contrastive, softmax_cross_entropy
 from rerank_ray.losses.divergence import kl
 from rerank_ray.losses.lambdaloss import lambdarank, ndcg_loss2, ndcg_loss2pp
@@ -19,6 +20,7 @@ from rerank_ray.losses.listwise import listmle, listnet, partial_listmle, positi
 from rerank_ray.losses.masking import differ, masked_zscore, ranks
 from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
 from rerank_ray.losses.regression import adr_mse, margin_mse, mse
+from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.records import Labels
 from rerank_ray.settings.objective import LossSettings, ObjectiveSettings
 
@@ -131,8 +133,9 @@ class _Prepared:
         if term.target == "gains":
             values, positives = targets.gains, targets.gains > 0
         else:
-            # The teacher's best come first in a group.
-            positives = (torch.arange(mask.shape[1], device=mask.device) < term.positives).expand_as(mask)
+            # The teacher's best come first in a group. Of equal scores, all are positives or none is.
+            last = (mask.sum(1) - 1).clamp(min=0, max=term.positives - 1)
+            positives = teacher >= teacher.gather(1, last[:, None])
             values = (
                 teacher if term.target == "teacher" else torch.where(mask, 1 / ranks(teacher, mask).clamp(min=1), 0)
             )
@@ -216,22 +219,33 @@ _VALIDATION_DEPTH = 10
 def validation_ndcg(labels: Labels, scores: Sequence[float], gains: str) -> float | None:
     """nDCG@10 (linear gains) of a student's scores; None when no candidate has a gain.
 
-    With `gains` = teacher, the teacher's rank r has gain 11 − r for r ≤ 10 and 0 below; with labels, the known gains of
-    the candidates, whose ideal ranking is made of the candidates alone.
+    With `gains` = teacher, the teacher's rank r has gain 11 − r for r ≤ 10 and 0 below, equal scores the mean of their
+    ranks' gains, and a list of nothing but equal scores has none; with labels, the known gains of the candidates, whose
+    ideal ranking is made of the candidates alone.
+
+    Raises:
+        RunError: a score is not a finite number, and no order follows from it.
     """
-    candidates = labels.candidate_list.candidates
+    if not all(map(math.isfinite, scores)):
+        raise RunError(
+            f"query {labels.candidate_list.query.query_id!r}: the student's score is not a finite number: training has "
+            "diverged; lower optimizer.learning_rate, lengthen its warm-up, or look for huge targets in the labels"
+        )
     if gains == "labels":
-        gain = [c.label or 0.0 for c in candidates]
+        gain = [c.label or 0.0 for c in labels.candidate_list.candidates]
     else:
-        gain = [0.0] * len(candidates)
-        for rank, i in enumerate(teacher_order(labels)[:_VALIDATION_DEPTH]):
-            gain[i] = float(_VALIDATION_DEPTH - rank)
-    ideal = _dcg(sorted(gain, reverse=True))
-    if ideal == 0:
-        return None
+        gain = _gains_of_teacher(labels)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    return _dcg([gain[i] for i in order]) / ideal
+    return ndcg([gain[i] for i in order], gain, _VALIDATION_DEPTH)
 
 
-def _dcg(gains: Sequence[float]) -> float:
-    return sum(g / math.log2(rank + 2) for rank, g in enumerate(gains[:_VALIDATION_DEPTH]))
+def _gains_of_teacher(labels: Labels) -> list[float]:
+    gain = [0.0] * len(labels.candidate_list.candidates)
+    rank = 0
+    groups = [list(group) for _, group in groupby(teacher_order(labels), key=lambda i: labels.scores[i])]
+    for group in groups if len(groups) > 1 else ():
+        of_ranks = [max(0, _VALIDATION_DEPTH - r) for r in range(rank, rank + len(group))]
+        rank += len(group)
+        for i in group:
+            gain[i] = sum(of_ranks) / len(group)
+    return gain

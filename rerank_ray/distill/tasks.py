@@ -37,8 +37,8 @@ class Task(Protocol):
 
 
 def gains_of(labels: Labels, indices: Sequence[int]) -> list[float]:
-    """Known gains of candidates; 0 where unjudged."""
-    return [labels.candidate_list.candidates[i].label or 0.0 for i in indices]
+    """Known gains of candidates; 0 where unjudged, or judged to be worse than irrelevant (spam is -2 in TREC Web)."""
+    return [max(0.0, labels.candidate_list.candidates[i].label or 0.0) for i in indices]
 
 
 class _OfPassages:

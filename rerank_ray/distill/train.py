@@ -31,6 +31,7 @@ from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
+from rerank_ray.errors import InputError
 from rerank_ray.models import engine
 from rerank_ray.models.student import (
     Encoded,
@@ -41,7 +42,7 @@ from rerank_ray.models.student import (
     new_student,
     trained_parameters,
 )
-from rerank_ray.prompts.render import load_template
+from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.student import StudentSettings
@@ -106,7 +107,7 @@ class Trainer:
         """
         self.settings, self.world = settings, world
         self.data = data or open_label_set(settings)
-        check_objective(self.data, settings.objective)
+        check_labels(self.data, settings)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
         self.steps = Steps(self.data, settings.seed, settings.queries_per_step)
         self.total_steps = min(settings.max_steps or math.inf, settings.epochs * self.steps.per_epoch)
@@ -297,7 +298,10 @@ class Trainer:
         if self.world.size > 1:
             torch.distributed.all_reduce(sums := sums.to(self.device))
         if sums[-1] == 0:
-            raise ValueError("no held-out query has a gain: validation.gains: labels needs qrels in the candidates")
+            raise InputError(
+                f"{', '.join(self.settings.input)}: no held-out query can tell students apart: the teacher's scores of "
+                "each are all the same, or none has a known gain"
+            )
         return (sums[:-1] / sums[-1]).tolist()
 
     @contextmanager
@@ -440,6 +444,29 @@ def _sum_and_count(term: Term) -> torch.Tensor:
     return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
 
 
+def check_labels(data: LabelSet, settings: DistillSettings) -> None:
+    """Refuse labels that can't serve these settings, before anything is trained.
+
+    Raises:
+        InputError: as `check_objective`; or no held-out query has a known gain to validate on; or queries have
+            instructions of their own, which the student's prompt would not show.
+    """
+    check_objective(data, settings.objective)
+    where = ", ".join(settings.input)
+    if settings.validation.gains == "labels" and data.held_out_without_gain == len(data.validation):
+        raise InputError(
+            f"{where}: validation.gains: labels, and none of {len(data.validation)} held-out queries has a candidate "
+            "with a known gain: ingest with qrels, which set the candidates' 'label', or set it to teacher"
+        )
+    student = settings.student
+    if data.with_instruction and student.head in _PROMPTED and "{instruction}" in _template(student).text:
+        raise InputError(
+            f"{where}: {data.with_instruction} training queries have an instruction of their own; a student with head "
+            f"{student.head} keeps its template's one, so teacher and student would read different prompts: "
+            "leave 'instruction' out of the candidates and write it into the template"
+        )
+
+
 def open_label_set(settings: DistillSettings) -> LabelSet:
     """The labels and the texts beside them; reads all of the files."""
     warming = settings.student.exit_warm_up
@@ -480,15 +507,22 @@ def _student(settings: StudentSettings, resume: Path | None) -> Student:
     return student
 
 
+_PROMPTED = ("yes_no", "token_logit")
+
+
+def _template(settings: StudentSettings) -> Template:
+    return load_template(settings.prompt, "yes_no")
+
+
 def _prompt(settings: StudentSettings) -> StudentPrompt | None:
     """The template as the student keeps it: its instruction is part of it, and the labels are what it is scored by.
 
     Raises:
         ConfigError: no such template, or a bad one.
     """
-    if settings.head not in ("yes_no", "token_logit"):
+    if settings.head not in _PROMPTED:
         return None
-    template = load_template(settings.prompt, "yes_no")
+    template = _template(settings)
     return StudentPrompt(
         text=template.text.replace("{instruction}", template.instruction),
         system=template.system,

@@ -103,7 +103,8 @@ def fit(
 
 def with_absolute_paths(settings: DistillSettings) -> DistillSettings:
     """Ray Train's workers run in a folder of their own."""
-    student = settings.student.model_copy(update={"base": absolute_if_there(settings.student.base)})
+    paths = {name: absolute_if_there(getattr(settings.student, name)) for name in ("base", "prompt")}
+    student = settings.student.model_copy(update=paths)
     return with_inputs(settings.model_copy(update={"student": student}), storage.absolute)
 
 

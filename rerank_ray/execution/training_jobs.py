@@ -7,8 +7,7 @@ import time
 from rich.console import Console
 
 from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.targets import check_objective
-from rerank_ray.distill.train import check_student, open_label_set, with_inputs
+from rerank_ray.distill.train import check_labels, check_student, open_label_set, with_inputs
 from rerank_ray.models.resolve import resolve
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
@@ -27,7 +26,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     inputs = {"labels": labels.fingerprint, settings.student.base: base}
     if labels.texts:
         inputs["texts"] = labels.texts.fingerprint
-    check_objective(labels, settings.objective)
+    check_labels(labels, absolute)
     check_installed(settings.execution)
     check_student(absolute.student)
     run = RunFolder(uri=run_uri)

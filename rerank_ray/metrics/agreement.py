@@ -73,7 +73,7 @@ def auc(scores: np.ndarray, relevant: np.ndarray) -> float | None:
 
 
 def ndcg(gains: Sequence[float], ideal: Sequence[float], depth: int = 10) -> float | None:
-    """nDCG with linear gains: gain / log₂(rank + 1), as trec_eval's.
+    """nDCG with linear gains: gain / log₂(rank + 1), as trec_eval's, for which gains below 0 are 0 too.
 
     Args:
         gains: of the ranked documents, best first.
@@ -87,4 +87,4 @@ def ndcg(gains: Sequence[float], ideal: Sequence[float], depth: int = 10) -> flo
 
 
 def _dcg(gains: Sequence[float]) -> float:
-    return sum(g / math.log2(rank + 2) for rank, g in enumerate(gains))
+    return sum(max(g, 0.0) / math.log2(rank + 2) for rank, g in enumerate(gains))

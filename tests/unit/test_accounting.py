@@ -62,7 +62,7 @@ def test_counts_of_labels(tmp_path: Path):
 
 
 def test_rates_and_bounds_by_hand(tmp_path: Path):
-    """Four rows, twenty calls: two refusals and a repair in one, a refusal in a row that is an error for it, two clean."""
+    """Four rows, twenty calls: two refusals and a repair in one, a refusal in an error's row, two clean."""
     refusal, repair = (Defect(kind=k, detail="x") for k in (DefectKind.REFUSAL, DefectKind.MISSING))
     scored = Scores(scores=(1.0, 2.0, float("nan")), defects=(refusal, refusal, repair))
     clean = Scores(scores=(1.0, 2.0, 3.0))

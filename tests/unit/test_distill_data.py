@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rerank_ray.distill.labels import LabelSet, TextLists
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
+from rerank_ray.distill.tasks import gains_of
 from rerank_ray.errors import InputError
 from rerank_ray.schema import LABELS, write_candidates
 from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
@@ -366,6 +367,24 @@ def test_validation_ndcg_on_the_teacher_by_hand():
     labels = make_labels([2.0, 1.0, math.nan])
     expected = (9 + 10 / math.log2(3)) / (10 + 9 / math.log2(3))
     assert validation_ndcg(labels, [1.0, 2.0, 0.0], "teacher") == pytest.approx(expected)
+
+
+def test_validation_ndcg_does_not_hang_on_the_order_of_ties():
+    """Ranks 1 and 2 tie: each has gain (10 + 9) / 2. A list of ties alone prefers nothing."""
+    labels = make_labels([8.0, 8.0, 3.0])
+    assert validation_ndcg(labels, [2.0, 1.0, 0.0], "teacher") == 1.0
+    assert validation_ndcg(labels, [1.0, 2.0, 0.0], "teacher") == 1.0
+    best, worst = 9.5 + 9.5 / math.log2(3) + 8 / 2, 8 + 9.5 / math.log2(3) + 9.5 / 2
+    assert validation_ndcg(labels, [0.0, 1.0, 2.0], "teacher") == pytest.approx(worst / best)
+    assert validation_ndcg(make_labels([4.0, 4.0]), [1.0, 0.0], "teacher") is None
+
+
+def test_gains_below_zero_count_as_irrelevant():
+    """TREC Web's spam: no ranking is better than the right one."""
+    labels = make_labels([0.0] * 4, gains=[1.0, 0.0, -2.0, -2.0])
+    assert validation_ndcg(labels, [4.0, 3.0, 2.0, 1.0], "labels") == 1.0
+    assert validation_ndcg(labels, [1.0, 2.0, 3.0, 4.0], "labels") == pytest.approx(1 / math.log2(5))
+    assert gains_of(labels, [0, 2]) == [1.0, 0.0]
 
 
 def test_validation_ndcg_stops_at_rank_ten():

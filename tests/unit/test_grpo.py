@@ -15,7 +15,7 @@ from fixtures.tiny_models import WORDS, tiny_bert_folder, tiny_llama_tokenizer
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, reinforce
+from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels, reinforce
 from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
@@ -423,6 +423,17 @@ def test_a_line_for_people():
     assert policy_summary_line(metrics) == (
         "step 4/8, validation reward 0.5000, reward 0.2500, well formed 0.7500, 2 queries skipped, best at step 4"
     )
+
+
+def test_eranks_references_are_grades(tmp_path: Path, tiny_llama: Path):
+    """A first stage's score of 30 would cost an integer of 0 nine hundred, and a wrong order a hundred."""
+    far = [row(i) | {"scores": [30.0, 3.0, 5.0, 1.0]} for i in range(12)]
+    reward = {"kind": "erank", "max_tokens": 4}
+    chosen = settings(write_labels(tmp_path / "far", far), tiny_llama, reward=reward)
+    with pytest.raises(InputError, match=r"scores go from 1 to 30; .* must lie between 0 and 10"):
+        open_labels(chosen)
+    near = [row(i) for i in range(12)]
+    open_labels(settings(write_labels(tmp_path / "near", near), tiny_llama, reward=reward))
 
 
 def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):

@@ -285,3 +285,18 @@ def test_layer_weights_fit_the_student():
     build(None, [1.0])
     with pytest.raises(ValidationError, match=r"losses\.0\.layer_weights has 3 entries for 2 layer"):
         build([2, 4], [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("loss", ["ce", "lce", "bce", "cprd"])
+def test_which_of_two_equal_candidates_comes_first_changes_nothing(loss: str):
+    """The teacher's best two tie, and one positive is asked for: both are."""
+    targets = Targets(
+        teacher=torch.tensor([[8.0, 8.0, 3.0, 1.0]]),
+        gains=torch.zeros(1, 4),
+        mask=torch.ones(1, 4, dtype=torch.bool),
+        confidence=torch.ones(1),
+    )
+    scores = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    swapped = scores[:, [1, 0, 2, 3]]
+    torch.testing.assert_close(one(targets, scores, loss=loss), one(targets, swapped, loss=loss))
+    assert one(targets, scores, loss=loss) > 0

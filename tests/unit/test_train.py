@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.train import StepData, Trainer, World, train
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.settings.distill import DistillSettings
 
 
@@ -393,7 +394,15 @@ def test_validation_on_gains_without_any_says_so(labels: str, tiny_bert: Path, t
     for row in rows:
         row["candidates"] = [c | {"label": None} for c in row["candidates"]]
     folder = write_labels(tmp_path / "l", rows)
-    trainer = Trainer(settings(folder, tiny_bert, validation={"gains": "labels"}), World(), None)
-    with pytest.raises(ValueError, match="no held-out query has a gain"):
-        trainer.validate()
+    with pytest.raises(InputError, match=r"none of \d+ held-out queries has a candidate with a known gain"):
+        Trainer(settings(folder, tiny_bert, validation={"gains": "labels"}), World(), None)
     assert Trainer(settings(labels, tiny_bert, validation={"gains": "labels"}), World(), None).validate()[0] > 0
+
+
+def test_a_student_that_diverged_is_not_kept(labels: str, tiny_bert: Path):
+    """NaN sorts nothing: the first stage's order would pass for the student's."""
+    trainer = Trainer(settings(labels, tiny_bert), World(), None)
+    with torch.no_grad():
+        trainer.trained[0].fill_(math.nan)
+    with pytest.raises(RunError, match=r"score is not a finite number: training has diverged"):
+        trainer.validate()

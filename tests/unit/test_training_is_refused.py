@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from fixtures.teachable import settings
+from fixtures.rows import write_labels
+from fixtures.teachable import settings, teachable
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.train import Trainer, World, check_student
-from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.distill.train import Trainer, World, check_labels, check_student
+from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
 from rerank_ray.settings.student import StudentSettings
 
@@ -68,6 +70,18 @@ def test_a_student_that_can_be_passes_without_its_weights(
     base = without_weights(tiny_llama if right.startswith("decoder") else tiny_bert, tmp_path)
     settings = {"max_length": 32, "max_query_length": 8} | RIGHT_STUDENTS[right]
     check_student(StudentSettings(base=str(base), **settings))
+
+
+def test_labels_with_instructions_are_not_for_a_student_with_one(tmp_path: Path, tiny_bert: Path):
+    """The teacher read the row's instruction; the student would read its template's."""
+    rows = [teachable(i) | {"instruction": "find plants"} for i in range(12)]
+    chosen = settings(write_labels(tmp_path / "labels", rows), tiny_bert)
+    data = LabelSet.open(chosen.input, chosen.validation.fraction, chosen.seed)
+    check_labels(data, chosen)
+    for prompt, refused in (("monot5", False), ("yes_no", True)):
+        student = chosen.student.model_copy(update={"head": "yes_no", "prompt": prompt})
+        with pytest.raises(InputError, match="have an instruction of their own") if refused else nullcontext():
+            check_labels(data, chosen.model_copy(update={"student": student}))
 
 
 def test_zero_without_deepspeed_names_the_extra(monkeypatch):

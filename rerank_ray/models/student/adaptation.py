@@ -20,9 +20,7 @@ def adapt(student: Student, settings: StudentSettings) -> None:
         ModelError: more layers to freeze than there are, adapters that fit no layer, or nothing left to train.
     """
     if settings.dropout is not None:
-        for module in student.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = settings.dropout
+        set_dropout(student, settings.dropout)
     make_packable(student.pretrained)
     _freeze(student.pretrained, settings.freeze)
     if settings.lora is not None:
@@ -35,6 +33,20 @@ def adapt(student: Student, settings: StudentSettings) -> None:
         student.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not trained_parameters(student):
         raise ModelError("freeze: nothing is left to train")
+
+
+# How architectures call a rate that they hand to `nn.functional` themselves.
+_RATES = ("dropout", "attention_dropout", "attn_dropout", "hidden_dropout", "activation_dropout", "dropout_rate")
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Set the rates of all of a model's dropout: of modules, and of attention that keeps a number (T5, OPT, Llama)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name in _RATES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, rate)
 
 
 def trained_parameters(student: Student) -> list[nn.Parameter]:
