@@ -212,7 +212,15 @@ class HFCausal:
         state = decoding.CausalState(self.model, cache, torch.tensor([len(r.prompt) for r in rows], device=self.device))
         texts = decoding.generate(state, logits, [r.call for r in rows], self.tokenizer, self._ends)
         return [
-            _answer(row, t.text, len(t.tokens), cut_off=t.cut_off, log_probability=t.log_probability, tokens=t.tokens)
+            _answer(
+                row,
+                # A template may have begun the model's reasoning for it: no parser could tell it from the answer.
+                self.encoder.opened_reasoning(row.call.prompt) + t.text,
+                len(t.tokens),
+                cut_off=t.cut_off,
+                log_probability=t.log_probability,
+                tokens=t.tokens,
+            )
             for row, t in zip(rows, texts, strict=True)
         ]
 

@@ -78,6 +78,13 @@ class PromptEncoder:
         if isinstance(encoded, PromptTooLongError):
             raise ModelError(str(encoded))
 
+    def opened_reasoning(self, prompt: Prompt) -> str:
+        """The think tag that the chat template opens the model's turn with, where no prefill does; mostly ""."""
+        if prompt.prefill or not (prompt.chat and self.chat):
+            return ""
+        opened = _THINK_BLOCK.search(self._framed(prompt.parts, prompt.system, prompt.prefill, True)[-1])
+        return opened[0] if opened and not opened[1] else ""
+
     def _frame(self, parts: tuple[str, ...], system: str | None, prefill: str, chat: bool) -> tuple[str, ...]:
         """The text around the passages, with the chat template and the prefill applied."""
         if not chat:

@@ -117,7 +117,9 @@ class VLLM:
         completion = output.outputs[0]
         generated, log_probability = 0, None
         if isinstance(call, Generate):
-            value, generated = completion.text, len(completion.token_ids)
+            # A template may have begun the model's reasoning for it.
+            value = self.encoder.opened_reasoning(call.prompt) + completion.text
+            generated = len(completion.token_ids)
             log_probability = completion.cumulative_logprob
         elif isinstance(call, NextToken):
             first = completion.logprobs[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rerank_ray.records import Defect, DefectKind
@@ -22,8 +22,14 @@ _NAMES_IN_DETAIL = 20
 _NUMBER = r"[-+]?+(?:[0-9]++(?:\.[0-9]++|,[0-9]{1,2}+(?![0-9]))?+|\.[0-9]++)"
 _FRACTION = re.compile(rf"(?<![\w.,])({_NUMBER})(?:\s*+(?:/|out\s+of)\s*+({_NUMBER}))?+(?!\w|,[0-9])", re.I)
 _CALLED_SCORE = re.compile(r"\b(?:scores?|rating|relevance|grade|answer)[\"'\s]*+(?:is|of|:|=)?+[\"'\s(\[]*+\Z", re.I)
+# What names numbers and gives none: a scale, its legend "(0 = irrelevant, 10 = perfect)", its end, a score that a
+# better passage would have.
 _SCALE = re.compile(
-    r"\b(?:scale|range|from|between)\b[^.\n0-9]{0,20}+[0-9]++\s*+(?:to|and|-|–)\s*+[0-9]++|\([0-9]++\s*+[-–]\s*+[0-9]++\)",
+    r"\b(?:scale|range|from|between)\b[^.\n0-9]{0,20}+[0-9]++\s*+(?:to|and|-|–)\s*+[0-9]++"
+    r"|[\[(]\s*+[0-9]++\s*+(?:[-–]|to\b|\.\.++)\s*+[0-9]++\s*+[\])]"
+    r"|\(\s*+[0-9]++\s*+=[^()\n]*+\)"
+    r"|\bmax(?:imum)?+[\s_]++(?:possible\s++)?scores?\W{0,3}+(?:is\s++)?[0-9]++"
+    r"|\bscores?\s++of\s++[0-9]++(?=\s++(?:would|could|means)\b)",
     re.I,
 )
 _REFUSAL = re.compile(
@@ -112,15 +118,27 @@ def split_reasoning(text: str) -> tuple[str, str]:
     Reasoning that never ends has no answer. Where the prompt's prefill opens the think block, `text` is prefill + text,
     or a text that was cut off while the model still reasoned could pass for an answer.
     """
+    reasoning, answer = answer_span(text)
+    return _without_tags(text[: reasoning.stop]), text[answer.start : answer.stop].strip()
+
+
+def answer_span(text: str) -> tuple[range, range]:
+    """Where the rationale and the answer of `split_reasoning` stand in a text, tags and blanks included."""
     tags = list(_THINK_TAG.finditer(text))
     if tags and not tags[-1][0].startswith("</"):
-        return _without_tags(text), ""
+        return range(len(text)), range(len(text), len(text))
     end = tags[-1].end() if tags else 0
     answers = list(_ANSWER.finditer(text, end))
     if not answers:
-        return _without_tags(text[:end]), text[end:].strip()
+        return range(end), range(end, len(text))
     answer = next((a for a in reversed(answers) if a[2]), answers[-1])
-    return _without_tags(text[: end or answer.start()]), answer[1].strip()
+    return range(end or answer.start()), range(answer.start(1), answer.end(1))
+
+
+def whole_turn(prefill: str, text: str) -> str:
+    """A model's text with the prompt's prefill in front, where that opens a think or answer block: the text alone
+    would pass unfinished reasoning off as an answer. A prefill that only leads to the answer is no part of it."""
+    return prefill + text if _THINK_TAG.search(prefill) or "<answer>" in prefill.lower() else text
 
 
 def _without_tags(text: str) -> str:
@@ -171,14 +189,17 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     bracketed = r"\[\s*+[0-9]++\s*+\]" if numeric else r"\[\s*+[A-Za-z]\s*+\]"
     bare = r"(?<![\w.])[0-9]++(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))" if numeric else r"(?<!\w)[A-Z](?!\w)"
     item = rf"(?:{bracketed}|{bare})"
-    chains = [(m.start(), _names(m[0])) for m in re.finditer(rf"{item}(?:\s*+>\s*+{item})++", text)]
+    # Between brackets a comma, a "=" or nothing may stand for a forgotten ">".
+    chain = rf"{bracketed}(?:(?:\s*+>=?+\s*+|[ \t]*+[=,;]?+[ \t]*+){bracketed})++|{item}(?:\s*+>\s*+{item})++"
+    chains = [(m.start(), _names(m[0])) for m in re.finditer(chain, text) if ">" in m[0]]
     refusal = _REFUSAL.search(text)
     if chains:
-        start, best = max(enumerate(chains), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))[1]
-        count = len(set(best) & set(known))
+        best, names = max(enumerate(chains), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))
+        start, ranking = _joined(chains, best, set(known))
         refused = refusal is not None and refusal.start() < start
-        if 2 * count >= len(known) or ("[" in text[start : start + 1] and not refused):
-            return best, any(sorted(other) == sorted(best) and other != best for _, other in chains), None
+        if 2 * len(set(ranking) & set(known)) >= len(known) or ("[" in text[start : start + 1] and not refused):
+            rivals = any(sorted(other) == sorted(names[1]) and other != names[1] for _, other in chains)
+            return ranking, rivals, None
     lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:[\s,;]++{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
     found = [(m.start(), _names(m[1] or m[2])) for m in re.finditer(lists, text, re.MULTILINE)]
     mentions = list(re.finditer(bracketed, text))
@@ -191,6 +212,21 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     count = len(set(names) & set(known))
     nothing_else = re.fullmatch(rf"(?:{item}|[\s,;>.])*+", text)
     return (names, False, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], False, None)
+
+
+def _joined(chains: Sequence[tuple[int, list[str]]], best: int, known: set[str]) -> tuple[int, list[str]]:
+    """A chain with those that rank other passages, in the text's order, and where the first of them starts.
+
+    Models write tiers ("Highly relevant: [3] > [5]. Less: [2] > [4]"), and chains broken by something else. Of chains
+    that share passages one is an earlier guess.
+    """
+    chosen, taken = {best}, set(chains[best][1]) & known
+    for number, (_, names) in enumerate(chains):
+        own = set(names) & known
+        if number != best and own and not own & taken:
+            chosen.add(number)
+            taken |= own
+    return chains[min(chosen)][0], [name for number in sorted(chosen) for name in chains[number][1]]
 
 
 def _names(text: str) -> list[str]:
@@ -307,7 +343,7 @@ def parse_score(text: str, *, low: float, high: float, cut_off: bool = False) ->
     cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
     plain = _SCALE.sub("", answer)
     numbers = [m for m in _FRACTION.finditer(plain) if not (cut_off and m.end() == len(plain))]
-    stated = [m for m in numbers if _is_stated(plain, m)]
+    stated = [m for m in numbers if is_stated(plain, m)]
     kind = None if stated else _nothing_in(answer)
     alone = not cut_off and kind is None and len({m[0] for m in numbers}) == 1
     if not stated and not alone:
@@ -321,7 +357,8 @@ def parse_score(text: str, *, low: float, high: float, cut_off: bool = False) ->
     return ParsedScore(score=value or 0.0, defects=cut)
 
 
-def _is_stated(text: str, number: re.Match) -> bool:
+def is_stated(text: str, number: re.Match) -> bool:
+    """Whether a number in a text is said to be the score: it follows that word, or stands at the start for itself."""
     before = text[max(0, number.start() - 40) : number.start()]
     if _CALLED_SCORE.search(before):
         return True
@@ -340,21 +377,31 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
     """
     _, answer = split_reasoning(text)
     index_of = {label.upper(): i for i, label in enumerate(labels)}
-    start = re.match(r"\W*+(?:(?:the|passage|document|answer|is)\b\W*+)*+(\w++)", answer, re.I)
+    # "I'd" is no label I.
+    start = re.match(r"\W*+(?:(?:the|passage|document|answer|is)\b\W*+)*+(\w++)(?!['’]\w)", answer, re.I)
     if start and start[1].upper() in index_of and _stands_alone(answer, start, index_of):
         return ParsedLabel(index=index_of[start[1].upper()])
     kind = _nothing_in(answer)
     if kind is None:
         choices = "|".join(re.escape(n) for n in sorted(labels, key=len, reverse=True))
-        pattern = rf"(?:\[\s*+|\b(?:passage|document)\s++\[?)({choices})(?!\w)"
-        named = list(dict.fromkeys(index_of[m.upper()] for m in re.findall(pattern, answer, re.I)))
+        pattern = rf"(\b(?:not|neither|nor)\s++(?:the\s++)?)?(?:\[\s*+|\b(?:passage|document)\s++\[?)({choices})(?!\w)"
+        mentions = [m for m in re.finditer(pattern, answer, re.I) if not m[1]]
+        named = {index_of[m[2].upper()] for m in mentions}
+        named |= {index_of[n] for m in mentions for n in _joined_to(answer, m.end(), index_of)}
         if len(named) == 1:
-            return ParsedLabel(index=named[0])
+            return ParsedLabel(index=named.pop())
         stranger = re.fullmatch(r"\W*+(?:(?i:passage)\s++)?\[?([A-Z]|[0-9]++)\]?\W*+", answer)
         kind = DefectKind.OUT_OF_RANGE if stranger else DefectKind.UNPARSED
     return ParsedLabel(
         index=None, defects=(Defect(kind=DefectKind.CUT_OFF if cut_off else kind, detail=_quoted(text)),)
     )
+
+
+def _joined_to(text: str, end: int, index_of: dict[str, int]) -> Iterator[str]:
+    """The labels that follow one which ends there: B and C of "Passage A, B or C"; not the article of "A and a"."""
+    while (other := _ANOTHER_LABEL.match(text, end)) and other[1] in index_of:
+        yield other[1]
+        end = other.end()
 
 
 def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> bool:
@@ -367,15 +414,18 @@ def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> boo
 
 
 def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
-    """Read the entries of a numbered or dashed list, the first `count` of them; other lines are no entries.
+    """Read the entries of a numbered or dashed list, the first `count` of them; other lines are no entries, nor are
+    those of another kind or indentation than the first (an entry's own list).
 
     Args:
         cut_off: the text ended at its token limit; its last entry is not read.
     """
     _, answer = split_reasoning(text)
     cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
-    entry = r"^[ \t*#]*+(?:[0-9]++[.):]|[-•*](?=[ \t]))[ \t*]*+(\S[^\n]*+)$"
-    items = [m[1].strip() for m in re.finditer(entry, answer, re.MULTILINE)]
+    entry = r"^([ \t]*+)[*#]*+[ \t]*+(?:([0-9])[0-9]*+[.):]|[-•*](?=[ \t]))[ \t*]*+(\S[^\n]*+)$"
+    entries = list(re.finditer(entry, answer, re.MULTILINE))
+    form = [(len(m[1].expandtabs()), m[2] is None) for m in entries]
+    items = [m[3].strip().rstrip("*") for m, of_entry in zip(entries, form, strict=True) if of_entry == form[0]]
     items = items[: -1 if cut_off else None]
     if not items:
         kind = _nothing_in(answer) or DefectKind.UNPARSED
@@ -389,14 +439,18 @@ def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
 
 
 def parse_query(text: str, *, cut_off: bool = False) -> ParsedQuery:
-    """Read the search query that a text was asked for: its first line, without "Query:", a list's marker, or quotes.
+    """Read the search query that a text was asked for: its first line, or the one after "Here is a query:", without
+    "Query:", a list's marker, or quotes.
 
     Args:
         cut_off: the text ended at its token limit; a query that ends there is none.
     """
     _, answer = split_reasoning(text)
     line, _, rest = answer.strip().partition("\n")
-    kind = _nothing_in(answer)
+    if line.rstrip().endswith(":") and rest.strip():
+        line, _, rest = rest.strip().partition("\n")
+    # Not anywhere: a query may well ask what to do when one can't sleep.
+    kind = DefectKind.EMPTY if not answer.strip() else DefectKind.REFUSAL if _REFUSAL.match(answer.strip()) else None
     if kind is None and cut_off and not rest.strip():
         kind = DefectKind.CUT_OFF
     query = _QUERY_MARKS.sub("", line).strip().strip('"“”*`').strip()

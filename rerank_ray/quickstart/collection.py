@@ -201,18 +201,16 @@ def _evenly(items: Sequence[tuple[str, Docstring]], limit: int) -> list[tuple[st
 
 
 def _write(out: Path, corpus: Sequence[tuple[str, Docstring]], queries: dict[str, list[Docstring]]) -> None:
+    """Write the folder's files; `qrels/test.tsv`, by which a finished folder is known, comes last."""
     (out / "qrels").mkdir(parents=True, exist_ok=True)
     documents = ({"_id": d.name, "title": "", "text": d.rest} for _, d in corpus)
     (out / "corpus.jsonl").write_text(_json_lines(documents), encoding="utf-8")
-    lines = []
-    for split, docstrings in queries.items():
-        rows = ["query-id\tcorpus-id\tscore"]
-        for number, docstring in enumerate(docstrings, start=1):
-            query_id = f"{split}-{number:04d}"
-            lines.append({"_id": query_id, "text": docstring.summary})
-            rows.append(f"{query_id}\t{docstring.name}\t1")
-        (out / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    numbered = {split: [(f"{split}-{n:04d}", d) for n, d in enumerate(of, start=1)] for split, of in queries.items()}
+    lines = ({"_id": query_id, "text": d.summary} for of in numbered.values() for query_id, d in of)
     (out / "queries.jsonl").write_text(_json_lines(lines), encoding="utf-8")
+    for split, of in numbered.items():
+        rows = ["query-id\tcorpus-id\tscore", *(f"{query_id}\t{d.name}\t1" for query_id, d in of)]
+        (out / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _json_lines(items: Iterable[dict[str, str]]) -> str:

@@ -4,6 +4,8 @@ no answer.
 1. A comparison without an answer decides nothing, and is a defect.
 2. A candidate whose comparisons all went without an answer has no score: its place would be the first stage's.
 3. A list in which more than half of the comparisons went without an answer has no scores: its order would be.
+4. A list in most of whose comparisons the answers contradict each other keeps its scores, and the defect says that its
+   order is mostly the first stage's.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rerank_ray.models.protocol import Failure, Result
-from rerank_ray.prompts.parse import parse_label, split_reasoning
+from rerank_ray.prompts.parse import parse_label, split_reasoning, whole_turn
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 
 
@@ -26,10 +28,11 @@ class Choice:
     defect: Defect | None = None
 
 
-def read_choice(result: Result, labels: Sequence[str], *, tagged: bool = False) -> Choice:
+def read_choice(result: Result, labels: Sequence[str], *, prefill: str = "", tagged: bool = False) -> Choice:
     """Read a `NextToken` answer (the highest logits) or a `Generate` answer (the label that the text names).
 
     Args:
+        prefill: how the model's turn began.
         tagged: the text must give its answer as `<answer>…`; a label that its reasoning mentions is none.
     """
     if isinstance(result, Failure):
@@ -40,13 +43,14 @@ def read_choice(result: Result, labels: Sequence[str], *, tagged: bool = False) 
                 labels=(), defect=Defect(kind=DefectKind.UNSCORED, detail="a label's logit is not a finite number")
             )
         return Choice(labels=tuple(i for i, logit in enumerate(result.value) if logit == max(result.value)))
-    parsed = parse_label(result.value, labels, cut_off=result.cut_off)
+    text = whole_turn(prefill, result.value)
+    parsed = parse_label(text, labels, cut_off=result.cut_off)
     if parsed.index is None:
         return Choice(labels=(), defect=parsed.defects[0])
-    if tagged and "<answer>" not in result.value.lower():
+    if tagged and "<answer>" not in text.lower():
         kind = DefectKind.CUT_OFF if result.cut_off else DefectKind.UNPARSED
         return Choice(labels=(), defect=Defect(kind=kind, detail="the text ends without <answer>"))
-    rationale, _ = split_reasoning(result.value)
+    rationale, _ = split_reasoning(text)
     return Choice(labels=(parsed.index,), rationale=rationale)
 
 
@@ -57,13 +61,16 @@ class Comparisons:
         self._ids = [c.doc_id for c in request.candidates]
         self._compared: set[int] = set()
         self._answered: set[int] = set()
-        self._total = self._unanswered = 0
+        self._total = self._unanswered = self._inconsistent = 0
         self._flaws: dict[DefectKind, list[str]] = {}
 
-    def add(self, group: Sequence[int], choices: Sequence[Choice], answered: bool) -> None:
-        """Note a comparison of these candidates, what the model chose in each of its calls, and whether that is an
-        answer."""
+    def add(
+        self, group: Sequence[int], choices: Sequence[Choice], answered: bool, *, inconsistent: bool = False
+    ) -> None:
+        """Note a comparison of these candidates, what the model chose in each of its calls, whether that is an answer,
+        and whether these contradict each other."""
         self._total += 1
+        self._inconsistent += inconsistent
         self._unanswered += not answered
         self._compared.update(group)
         if answered:
@@ -79,12 +86,17 @@ class Comparisons:
         if 2 * self._unanswered > self._total:
             share = f"{self._unanswered} of {self._total}"
             ids, unjudged = self._ids, [f"{share} comparisons have no answer: the order would be the first stage's"]
+        contradicting = []
+        if 2 * self._inconsistent > self._total:
+            share = f"{self._inconsistent} of {self._total}"
+            contradicting = [f"{share} comparisons contradict themselves: the order is mostly the first stage's"]
         without = set(ids)
         return Scores(
             scores=tuple(math.nan if i in without else s for i, s in zip(self._ids, scores, strict=True)),
             rationales=None if rationales is None else tuple(rationales),
             defects=(
                 *(Defect(kind=DefectKind.UNSCORED, detail=detail) for detail in unjudged),
+                *(Defect(kind=DefectKind.INCONSISTENT, detail=detail) for detail in contradicting),
                 *(Defect(kind=kind, detail=f"{len(of)}×, first of {of[0]}") for kind, of in self._flaws.items()),
             ),
         )

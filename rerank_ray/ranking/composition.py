@@ -54,7 +54,9 @@ class _Merged:
         if scores is None:
             self.error = f"{child.path}: {outcome.error}"
             return None
-        for i, text in zip(candidates, scores.rationales or (), strict=False):
+        texts = scores.rationales or ()
+        # Those of methods that show lists are one a call, and no candidate's own.
+        for i, text in zip(candidates, texts, strict=True) if len(texts) == len(candidates) else ():
             if text:
                 self.rationales.setdefault(i, []).append(text)
         return scores

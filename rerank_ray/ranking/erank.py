@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, LogLikelihood, Prompt, Result
-from rerank_ray.prompts.parse import parse_score, split_reasoning
+from rerank_ray.prompts.parse import answer_span, is_stated, parse_score, split_reasoning
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
 from rerank_ray.records import CandidateList, Defect, DefectKind
@@ -74,13 +74,15 @@ def _integer_in(result: Result, prefill: str) -> _Integer | Failure | Defect:
     if parsed.score is None:
         cut = result.cut_off and parsed.defects[0].kind is not DefectKind.REFUSAL
         return replace(parsed.defects[0], kind=DefectKind.CUT_OFF) if cut else parsed.defects[0]
-    answer = max(text.lower().rfind("<answer>"), text.lower().rfind("</think>"), 0)
+    _, span = answer_span(text)
+    answer = text[span.start : span.stop]
     # As the parser reads it: 7.0 is 7, and 10/10 or "10 out of 10" is its first 10.
     written = rf"(?<![\w.,])0*{parsed.score:g}(?:\.0+)?(?:\s*(?:/|out\s+of)\s*{_HIGHEST})?(?!\w)"
-    places = list(re.finditer(written, text[answer:], re.IGNORECASE))
+    places = list(re.finditer(written, answer, re.IGNORECASE))
     if not places or not parsed.score.is_integer():
         return Defect(kind=DefectKind.UNPARSED, detail=f"{parsed.score:g} is not written as an integer")
-    return _Integer(value=int(parsed.score), before=text[: answer + places[-1].start()])
+    place = ([m for m in places if is_stated(answer, m)] or places)[-1]
+    return _Integer(value=int(parsed.score), before=text[: span.start + place.start()])
 
 
 def _likelihood_of(prompt: Prompt, integer: _Integer) -> LogLikelihood:

@@ -59,9 +59,12 @@ class PRP:
         return Generate(prompt=prompt, max_tokens=self.settings.max_tokens)
 
     def _winner(self, pair: Group, answers: Sequence[Result], comparisons: Comparisons) -> int | None:
-        choices = [read_choice(answer, self.template.labels) for answer in answers]
-        comparisons.add(pair, choices, answered=all(choice.labels for choice in choices))
-        return {((0,), (1,)): pair[0], ((1,), (0,)): pair[1]}.get(tuple(choice.labels for choice in choices))
+        choices = [read_choice(answer, self.template.labels, prefill=self.template.prefill) for answer in answers]
+        labels = tuple(choice.labels for choice in choices)
+        # The same position both times; exactly equal logits prefer nothing and contradict nothing.
+        inconsistent = labels in (((0,), (0,)), ((1,), (1,)))
+        comparisons.add(pair, choices, answered=all(labels), inconsistent=inconsistent)
+        return {((0,), (1,)): pair[0], ((1,), (0,)): pair[1]}.get(labels)
 
 
 def _points(size: int, pairs: Sequence[Group], winners: Sequence[int | None]) -> list[float]:

@@ -80,7 +80,10 @@ class Setwise:
         self, asked: Sequence[tuple[Group, Result]], comparisons: Comparisons, rationales: list[str]
     ) -> int | None:
         tagged = self.settings.mode == "reasoning"
-        choices = [read_choice(result, self.identifiers[: len(order)], tagged=tagged) for order, result in asked]
+        choices = [
+            read_choice(result, self.identifiers[: len(order)], prefill=self.template.prefill, tagged=tagged)
+            for order, result in asked
+        ]
         votes = [[order[label] for label in choice.labels] for (order, _), choice in zip(asked, choices, strict=True)]
         counts = Counter(item for vote in votes for item in vote)
         comparisons.add(asked[0][0], choices, answered=bool(counts))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, NextToken, Result
-from rerank_ray.prompts.parse import parse_label
-from rerank_ray.prompts.render import load_template
+from rerank_ray.prompts.parse import parse_label, whole_turn
+from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.pointwise import Steps, Value, score_each, scores_from
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.rankers import YesNoSettings
@@ -47,7 +47,7 @@ class YesNo:
 
     def _rank_by_generating(self, request: CandidateList, calls: Sequence[Generate]) -> Steps:
         results = yield list(calls)
-        return scores_from(request, [_generated(result, self.template.labels) for result in results])
+        return scores_from(request, [_generated(result, self.template) for result in results])
 
 
 def _log_odds(logits: Sequence[float]) -> float:
@@ -67,10 +67,10 @@ def _sampled(logits: Sequence[float]) -> float:
 _READINGS = {"log_odds": _log_odds, "probability": _probability, "sampled": _sampled, "logit": lambda x: x[0]}
 
 
-def _generated(result: Result, labels: Sequence[str]) -> Value:
+def _generated(result: Result, template: Template) -> Value:
     if not isinstance(result, Answer):
         return result
-    label = parse_label(result.value, labels)
+    label = parse_label(whole_turn(template.prefill, result.value), template.labels)
     if label.index is None:
         return label.defects[0]
     if result.log_probability is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -135,6 +136,17 @@ def test_defects_and_rationales_of_children_are_kept():
     ]
     assert outcome.scores.rationales == tuple(f"why d{i}\n\nwhy d{i}" for i in range(3))
     assert one(ensemble(table(1.0, 2.0, 3.0))).scores.rationales is None
+
+
+def test_rationales_of_calls_are_no_candidates_own():
+    """Two windows over three candidates give two texts, neither of which is about the first or the second."""
+
+    class Windows(Table):
+        def _outcome(self, request: CandidateList) -> Outcome:
+            outcome = super()._outcome(request)
+            return replace(outcome, scores=replace(outcome.scores, rationales=("window 1", "window 2")))
+
+    assert one(ensemble(Windows({"d0": 3.0, "d1": 2.0, "d2": 1.0}))).scores.rationales is None
 
 
 def test_a_childs_error_is_the_rows_and_ends_its_cost():

@@ -23,7 +23,7 @@ from rerank_ray.ranking.duot5 import DuoT5
 from rerank_ray.ranking.prp import PRP
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
-from rerank_ray.records import CandidateList, ranking_of
+from rerank_ray.records import CandidateList, DefectKind, ranking_of
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings, HFSeq2SeqSettings
 from rerank_ray.settings.rankers import DuoT5Settings, PRPSettings
 
@@ -80,11 +80,11 @@ def test_an_oracle_that_writes_its_answer(strategy: str, gains: list[int]):
 
 @given(strategies, modes, st.integers(1, 16), ks)
 def test_a_model_that_always_answers_a_changes_nothing(strategy: str, mode: str, size: int, k: int):
-    """Its answers contradict each other: ties, which are no defects."""
+    """Its answers contradict each other, which are ties; the list says that its order is the first stage's."""
     backend = Adversary(ALWAYS_A)
     outcome = rank(prp(backend, strategy=strategy, mode=mode, k=k), backend, make_list(size=size))
     assert order_of(outcome) == list(range(size))
-    assert outcome.scores.defects == ()
+    assert [d.kind for d in outcome.scores.defects] == [DefectKind.INCONSISTENT] * (size > 1)
     if strategy == "allpair":
         assert set(outcome.scores.scores) == {(size - 1) / 2}
 
@@ -167,6 +167,20 @@ def test_an_unanswered_comparison_is_a_tie_and_a_defect(strategy: str):
     assert [str(d) for d in outcome.scores.defects] == ["unscored: 1×, first of d1, d2: timed out"]
     if strategy == "allpair":
         assert outcome.scores.scores == (0.0, 1.5, 1.5)
+
+
+def test_half_of_the_comparisons_may_contradict_themselves():
+    """Of three pairs one is chosen by its position: a tie. With two the order is no longer the model's."""
+    table = oracle_table([0, 1, 2])
+    table[0, 1] = (1, 0)
+    backend = PairTable(table)
+    assert rank(prp(backend, strategy="allpair"), backend, make_list()).scores.defects == ()
+    table[0, 2] = (1, 0)
+    backend = PairTable(table)
+    scores = rank(prp(backend, strategy="allpair"), backend, make_list()).scores
+    said = "inconsistent: 2 of 3 comparisons contradict themselves: the order is mostly the first stage's"
+    assert [str(d) for d in scores.defects] == [said]
+    assert scores.scores == (1.0, 0.5, 1.5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

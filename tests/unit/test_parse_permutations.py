@@ -135,6 +135,22 @@ def test_no_ranking_is_made_up(text: str, kind: str):
     assert ranked(text) == (None, [kind])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Highly relevant: [3] > [5] > [1]\nLess relevant: [2] > [4] > [6] > [7]",
+        "[3] > [5] = [1] > [2] > [4] > [6] > [7]",
+        "[3] > [5] >= [1], [2] > [4] [6] > [7]",
+        "[3] > [5] > [1] > [] > [2] > [4] > [6] > [7]",
+        "[3] > [5] > [1] > [N/A] > [2] > [4] > [6] > [7]",
+        "Guess: [2] > [3]. Final: [3] > [5] > [1]; then [2] > [4] > [6] > [7]",
+    ],
+)
+def test_tiers_and_broken_chains_are_read_in_their_order(text: str):
+    """Taking the longest chain alone would put the passages that the model ranked first last."""
+    assert ranked(text, NUMBERS[:7])[0] == (2, 4, 0, 1, 3, 5, 6)
+
+
 def test_a_few_mentions_are_no_ranking():
     """With 20 passages, an order that names two in passing would be the input's."""
     text = "Only [4] and [7] say something about it."

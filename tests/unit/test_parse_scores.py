@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rerank_ray.prompts.parse import (
+    parse_items,
     parse_label,
     parse_score,
     parse_score_rows,
@@ -135,6 +136,13 @@ def test_any_text_gives_a_score_within_the_bounds_or_none(text: str, cut_off: bo
         ("Score: 0. I can't find anything on it.", 0),
         ("-0", 0),
         ("3 of the 5 facts are there, so the score is 6", 6),
+        ("Score (0 to 10): 7", 7),
+        ("Rating [0-10]: 7", 7),
+        ("Relevance (0=not relevant, 10=perfect): 7", 7),
+        ("Relevance score (1 to 10): 9", 9),
+        ("Final score: 7. A score of 10 would need more detail.", 7),
+        ("score: 7, max score: 10", 7),
+        ("I give it a score of 8.", 8),
     ],
 )
 def test_one_score(text: str, score: float):
@@ -206,6 +214,9 @@ def test_any_text_gives_a_label_or_a_defect(text: str, labels: list[str], cut_of
         "<think>A?</think>B",
         "B. I can't say more",
         "B, B",
+        "I'd choose passage B.",
+        "Passage B, not passage A",
+        "Passage B and a half of the rest",
     ],
 )
 def test_one_label(text: str):
@@ -225,6 +236,13 @@ def test_one_label(text: str):
         ("[A], [B]", "unparsed"),
         ("Passage A and Passage B", "unparsed"),
         ("both", "unparsed"),
+        ("Passage A or B", "unparsed"),
+        ("Passage A and B", "unparsed"),
+        ("Passage A, B", "unparsed"),
+        ("[A] or B", "unparsed"),
+        ("[A, C]", "unparsed"),
+        ("Not passage A", "unparsed"),
+        ("Neither passage A nor B", "unparsed"),
         ("D", "out_of_range"),
         ("Passage [9]", "out_of_range"),
     ],
@@ -234,12 +252,21 @@ def test_no_label(text: str, kind: str):
     assert (parsed.index, kinds(parsed)) == (None, [kind])
 
 
+def test_a_pronoun_is_no_label():
+    """The built-in setwise template has passages A to T."""
+    letters = list("ABCDEFGHIJ")
+    assert kinds(parse_label("I'm sorry, but I can't determine which passage is best.", letters)) == ["refusal"]
+    assert parse_label("I'd choose passage B.", letters).index == 1
+    assert parse_label("I", letters).index == 8
+
+
 def test_numbers_as_labels():
     assert parse_label("12", NUMBERS).index == 11
     assert parse_label("[12]", NUMBERS).index == 11
     assert parse_label("Passage 12 is", NUMBERS).index == 11
     assert parse_label("1.5", NUMBERS).index is None
     assert parse_label("21", NUMBERS).index is None
+    assert parse_label("[3, 5]", NUMBERS).index is None
 
 
 def test_a_label_that_was_cut_off():
@@ -247,3 +274,14 @@ def test_a_label_that_was_cut_off():
     assert parse_label("B. The passage", list("ABC"), cut_off=True).defects == ()
     assert kinds(parse_label("The better passage", list("ABC"), cut_off=True)) == ["cut_off"]
     assert kinds(parse_label("<think>[B] is", list("ABC"), cut_off=True)) == ["cut_off"]
+
+
+# Lists
+
+
+def test_an_entrys_own_list_is_none_of_the_entries():
+    """Asked how to tell a 0 from a 5, models write a legend below each criterion."""
+    text = "Criteria:\n1. Depth: how deep\n   - 0: shallow\n   - 5: deep\n2. **Recency**\n\n10. Authority\n"
+    parsed = parse_items(text, 3)
+    assert (parsed.items, parsed.defects) == (("Depth: how deep", "Recency", "Authority"), ())
+    assert parse_items("- Depth\n  1. a\n- Recency", 2).items == ("Depth", "Recency")

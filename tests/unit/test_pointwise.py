@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,32 @@ def test_where_the_integer_stands(inside: str, before: str):
     if isinstance(integer, _Integer):
         assert text.startswith(integer.before)
         assert re.match(rf"0*{integer.value}(?!\d)", text[len(integer.before) :])
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("<answer>7</answer>\nThe document rates 7 out of 10.", "<answer>"),
+        ("The score is 7. It mentions the 7 wonders.", "The score is "),
+        ("İİİİİİİİİİ<ANSWER>7</ANSWER>", "İİİİİİİİİİ<ANSWER>"),
+        ("Seven, 7 of them: score: 7", "Seven, 7 of them: score: "),
+    ],
+)
+def test_the_integers_probability_is_asked_where_it_is_the_answer(text: str, before: str):
+    from rerank_ray.ranking.erank import _Integer, _integer_in
+
+    assert _integer_in(said(text), "") == _Integer(value=7, before=before)
+
+
+def test_a_yes_in_reasoning_that_the_prefill_opened_is_no_answer(tmp_path: Path):
+    template = tmp_path / "mine.yaml"
+    text = (resources.files("rerank_ray.prompts") / "templates" / "yes_no.yaml").read_text()
+    template.write_text(text + 'prefill: "<think>\\n"\n')
+    backend = generated(said("Yes", 0.9), said("no</think>Yes", 0.9), said("hm", 0.9))
+    scores = outcome_of(
+        YesNo(YesNoSettings(model=MODEL, score="sampled", prompt=str(template)), backend), backend
+    ).scores
+    np.testing.assert_allclose(scores.scores, [math.nan, 1.9, math.nan])
 
 
 # Every one of them

@@ -114,6 +114,9 @@ def test_settings_that_contradict_each_other_are_refused(content, message):
         ("<think>cats, then.</think>\nwhy cats", "why cats"),
         ("2001 a space odyssey", "2001 a space odyssey"),
         ("question time on the bbc", "question time on the bbc"),
+        ("what to do when i can't sleep", "what to do when i can't sleep"),
+        ("why is it impossible to divide by zero", "why is it impossible to divide by zero"),
+        ("Sure! Here is a query:\nwhat is x", "what is x"),
         ("为什么猫睡觉？", "为什么猫睡觉？"),
     ],
 )

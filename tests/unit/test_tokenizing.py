@@ -195,6 +195,17 @@ def test_one_think_block_whatever_the_template_writes(written: str):
     assert tokenizer.decode(encode_one(encoder, prefilled("Yes"))).endswith(f"<|assistant|>{written}Yes")
 
 
+@pytest.mark.parametrize(("written", "opened"), [("", ""), ("<think>\n", "<think>\n"), ("<think>\n\n</think>\n\n", "")])
+def test_reasoning_that_the_template_opens(written: str, opened: str):
+    """A generated text begins inside it; a prefill, or a prompt that is no chat, has its own."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1].content }}{% if add_generation_prompt %}" + written + "{% endif %}"
+    encoder = PromptEncoder(tokenizer, 512, None)
+    assert encoder.opened_reasoning(prompt("cat")) == opened
+    assert encoder.opened_reasoning(prefilled("Yes")) == ""
+    assert encoder.opened_reasoning(prefilled("", chat=False)) == ""
+
+
 def test_the_tokens_that_end_a_turn():
     """All of the generation config's, the tokenizer's, and the chat template's end of turn, where there is one."""
     end, turn = LLAMA.eos_token_id, LLAMA.convert_tokens_to_ids("<|end|>")
