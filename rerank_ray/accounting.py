@@ -165,7 +165,11 @@ def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id")
 
 
 def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
-    """Delete output files whose checkpoint was never committed: a crash may have left them half written."""
+    """Delete output files whose checkpoint was never committed: a crash may have left them half written.
+
+    A write that was committed and then done again, as its result was lost, has both kinds of checkpoint: it is taken
+    back whole, and its rows are done once more.
+    """
     fs, _ = storage.open_filesystem(checkpoint_uri)
     suffix = ".pending.parquet"
     pending = storage.list_files(checkpoint_uri, suffix)
@@ -173,5 +177,9 @@ def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     for path in storage.list_files(data_uri, ".parquet") if prefixes else ():
         if path.rsplit("/", 1)[-1].startswith(prefixes):
             fs.delete_file(path)
+    committed = set(storage.list_files(checkpoint_uri, ".parquet")) if pending else set()
     for path in pending:
+        twin = path.removesuffix(suffix) + ".parquet"
+        if twin in committed:
+            fs.delete_file(twin)
         fs.delete_file(path)

@@ -116,10 +116,10 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     kind, ranker = ("label", settings.teacher) if isinstance(settings, LabelSettings) else ("rerank", settings.ranker)
     source_uri = resolve_input(settings.input)
     source = inspect_input(source_uri, CANDIDATES)
-    preflight(ranker)
+    inputs = preflight(ranker) | {settings.input: source.fingerprint}
     run = RunFolder(uri=run_uri)
     if run.state():
-        run.check_same(kind, settings, {settings.input: source.fingerprint})
+        run.check_same(kind, settings, inputs)
     finished = _finished(run)
     left = source.rows - len(finished)
     if not left:

@@ -41,7 +41,8 @@ def relevance_reward(text: str, labels: tuple[str, str], relevant: bool) -> Rewa
         labels: how a relevant passage is answered, and how another.
         relevant: whether the passage is.
     """
-    answer = text.strip()
+    # A chat template may have opened a think block before the answer.
+    answer = text.strip().removeprefix("<think>").strip()
     if answer not in labels:
         return Reward(value=0.0, well_formed=False)
     return Reward(value=2.0 if answer == labels[not relevant] else 1.0, well_formed=True)

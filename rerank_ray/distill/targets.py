@@ -21,6 +21,7 @@ from rerank_ray.losses.masking import differ, masked_zscore, ranks
 from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
 from rerank_ray.losses.regression import adr_mse, margin_mse, mse
 from rerank_ray.metrics.agreement import ndcg
+from rerank_ray.models.engine import moved
 from rerank_ray.records import Labels
 from rerank_ray.settings.objective import LossSettings, ObjectiveSettings
 
@@ -55,10 +56,10 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         return Targets(
-            teacher=self.teacher.to(device),
-            gains=self.gains.to(device),
-            mask=self.mask.to(device),
-            confidence=self.confidence.to(device),
+            teacher=moved(self.teacher, device),
+            gains=moved(self.gains, device),
+            mask=moved(self.mask, device),
+            confidence=moved(self.confidence, device),
         )
 
 
@@ -133,9 +134,14 @@ class _Prepared:
         if term.target == "gains":
             values, positives = targets.gains, targets.gains > 0
         else:
-            # The teacher's best come first in a group. Of equal scores, all are positives or none is.
+            # The teacher's best come first in a group. Of equal scores all are positives, or none where no negative
+            # would be left.
             last = (mask.sum(1) - 1).clamp(min=0, max=term.positives - 1)
-            positives = teacher >= teacher.gather(1, last[:, None])
+            lowest = teacher.gather(1, last[:, None])
+            swallowed = ((teacher >= lowest) | ~mask).all(1, keepdim=True) & (
+                mask.sum(1, keepdim=True) > term.positives
+            )
+            positives = torch.where(swallowed, teacher > lowest, teacher >= lowest)
             values = (
                 teacher if term.target == "teacher" else torch.where(mask, 1 / ranks(teacher, mask).clamp(min=1), 0)
             )

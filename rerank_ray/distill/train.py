@@ -245,7 +245,7 @@ class Trainer:
         flat = self._scores(self.parallel.model, encoded, cached)
         layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
         # Places instead of the mask itself: how many they are is known before the device has computed anything.
-        rows, columns = (index.to(self.device) for index in targets.mask.nonzero(as_tuple=True))
+        rows, columns = (engine.moved(index, self.device) for index in targets.mask.nonzero(as_tuple=True))
         layer_scores[:, rows, columns] = flat
         return objective(layer_scores, targets.to(self.device), self.settings.objective)
 

@@ -49,6 +49,7 @@ def session(needs: Resources) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    _say_of_idle_gpus(needs)
     try:
         if not address and (missing := needs.missing_from(ray.cluster_resources())):
             raise RunError(
@@ -57,6 +58,14 @@ def session(needs: Resources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _say_of_idle_gpus(needs: Resources) -> None:
+    if not needs.gpus and (there := ray.cluster_resources().get("GPU")):
+        Console(stderr=True, soft_wrap=True).print(
+            f"Ray has {there:g} GPUs, and this job uses none: reserve them with execution.gpus_per_actor (training: "
+            "gpus_per_worker)"
+        )
 
 
 _RAISED = re.compile(r"^[\w.]*(?:Error|Exception|Expired|Timeout)\b.*", re.MULTILINE)

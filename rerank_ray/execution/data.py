@@ -51,6 +51,9 @@ class RankWorker:
     ) -> None:
         from rerank_ray.models.engine import use_threads
 
+        if not execution.gpus_per_actor:
+            # Ray hides no GPU from a worker that reserves none: `device: auto` would put all of them on the first.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Ray starts workers where its daemon was started; relative paths are the user's.
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -103,10 +106,10 @@ def rank_rows(
         RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
     """
     _finish_retry(run, retry_errors)
+    delete_uncommitted(run.data, run.checkpoint)
     done = _checkpointed(run)
     if done == source.rows:
         # Nothing is left but to count: the run was stopped there, or its limits were raised.
-        delete_uncommitted(run.data, run.checkpoint)
         return count_output(run.data, source.rows), run.state().get("timings") or nothing_done()
     started = time.monotonic()
     with session(execution.needs), ProgressDisplay(run.uri, source.rows, done) as progress:

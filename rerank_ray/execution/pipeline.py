@@ -32,7 +32,9 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
     A step that fails ends the pipeline; started again it goes on there.
     """
     results = {}
-    with session(_needs(settings.steps)):
+    folders = {step.name: RunFolder(uri=storage.join(run_uri, step.name)) for step in settings.steps}
+    left = [step for step in settings.steps if folders[step.name].state().get("state") != "done"]
+    with session(_needs(left)):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)

@@ -11,7 +11,7 @@ from rerank_ray.distill.grpo import reinforce
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.rationale import distill_rationales
-from rerank_ray.execution.train import absolute_if_there, fit, work
+from rerank_ray.execution.train import absolute_if_there, absolute_template, fit, work
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
@@ -59,14 +59,14 @@ def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> Rein
     """Ray Train's workers run in a folder of their own."""
     changes = {"policy": settings.policy.model_copy(update={"base": absolute_if_there(settings.policy.base)})}
     if isinstance(settings, ReinforceSettings):
-        reward = settings.reward.model_copy(update={"prompt": absolute_if_there(settings.reward.prompt)})
+        reward = settings.reward.model_copy(update={"prompt": absolute_template(settings.reward.prompt)})
         changes |= {"input": [storage.absolute(uri) for uri in settings.input], "reward": reward}
     else:
         terms = [
             term.model_copy(
                 update={
                     "input": [storage.absolute(uri) for uri in term.input],
-                    "prompt": absolute_if_there(term.prompt),
+                    "prompt": absolute_template(term.prompt),
                 }
             )
             for term in settings.terms

@@ -84,6 +84,7 @@ def fit(
                 name="checkpoints",
                 storage_path=storage.absolute(run.uri),
                 failure_config=FailureConfig(max_failures=execution.max_failures),
+                worker_runtime_env=_without_gpus(execution),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute=score, checkpoint_score_order="max"
                 ),
@@ -103,14 +104,19 @@ def fit(
 
 def with_absolute_paths(settings: DistillSettings) -> DistillSettings:
     """Ray Train's workers run in a folder of their own."""
-    paths = {name: absolute_if_there(getattr(settings.student, name)) for name in ("base", "prompt")}
-    student = settings.student.model_copy(update=paths)
+    base, prompt = absolute_if_there(settings.student.base), absolute_template(settings.student.prompt)
+    student = settings.student.model_copy(update={"base": base, "prompt": prompt})
     return with_inputs(settings.model_copy(update={"student": student}), storage.absolute)
 
 
 def absolute_if_there(path: str) -> str:
     """A file's or a folder's path made absolute; any other name, of a model or a template, as it is."""
     return storage.absolute(path) if os.path.exists(path) else path
+
+
+def absolute_template(name: str) -> str:
+    """A template's file made absolute; a built-in one's name as it is, even where a folder is called so."""
+    return storage.absolute(name) if name.endswith((".yaml", ".yml")) else name
 
 
 @contextmanager
@@ -154,6 +160,12 @@ def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
         source_filesystem=checkpoint.filesystem,
         destination_filesystem=target_fs,
     )
+
+
+def _without_gpus(execution: TrainingExecutionSettings) -> dict | None:
+    """Hides a node's GPUs from workers that reserve none; Ray does not."""
+    hidden = not execution.gpus_per_worker and ray.cluster_resources().get("GPU")
+    return {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hidden else None
 
 
 def _resources(execution: TrainingExecutionSettings) -> dict[str, float]:

@@ -22,7 +22,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     settings = with_inputs(settings, resolve_input)
     absolute = with_absolute_paths(settings)
     labels = open_label_set(absolute)
-    base = resolve(absolute.student.model_settings()).identity
+    base = resolve(settings.student.model_settings()).identity
     inputs = {"labels": labels.fingerprint, settings.student.base: base}
     if labels.texts:
         inputs["texts"] = labels.texts.fingerprint

@@ -14,6 +14,11 @@ from rerank_ray.models.packing import register_packed
 GATED = "rerank_ray_gated"
 
 
+def width_multiple(device: torch.device) -> int:
+    """Of what a head's width must be a multiple: CUDA's fused kernels that take a mask want 8 in 16-bit types."""
+    return 8 if device.type == "cuda" else 1
+
+
 def gated_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -47,7 +52,10 @@ def gated_attention(
     query = torch.cat([query, sign * (beta * (-0.5 / scale))], dim=-1)
     key = torch.cat([key, sign], dim=-1)
     head_dim = value.shape[-1]
-    value = nn.functional.pad(value, (0, 1))
+    # Zeros change no product.
+    unused = -(head_dim + 1) % width_multiple(query.device)
+    query, key = (nn.functional.pad(states, (0, unused)) for states in (query, key))
+    value = nn.functional.pad(value, (0, 1 + unused))
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale
     )

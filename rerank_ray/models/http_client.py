@@ -21,7 +21,7 @@ from rerank_ray.settings.models import OpenAIHTTPSettings
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 # Every other call would fare alike: the job stops instead of turning each row into an error.
-_HOPELESS = frozenset({401, 403, 404})
+_HOPELESS = frozenset({401, 402, 403, 404})
 _QUOTED_CHARACTERS = 300
 
 

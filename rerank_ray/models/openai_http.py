@@ -23,7 +23,7 @@ from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
 # vLLM's stand-in for −∞, which JSON can't carry: no probability at all.
 _NO_PROBABILITY = -9999.0
 # Enough for a greeting: some reasoning models refuse a request whose limit ends them too early.
-_PROBE_TOKENS = 16
+_PROBE_TOKENS, _REASONING_PROBE_TOKENS = 16, 1024
 
 
 class OpenAIHTTP:
@@ -74,13 +74,18 @@ class OpenAIHTTP:
         replies = self._client.post([results[i] for i in ready])
         for i, reply in zip(ready, replies, strict=True):
             results[i] = reply if isinstance(reply, Failure) else self._read(calls[i], reply)
+            if self._encoder is not None and isinstance(calls[i], Generate) and isinstance(results[i], Answer):
+                # A chat server puts reasoning that its template opened back; here the template was put on locally.
+                opened = self._encoder.opened_reasoning(calls[i].prompt)
+                results[i] = replace(results[i], value=opened + results[i].value)
         return results
 
     def _probe(self) -> None:
         prompt = Prompt(parts=("Hello",), passages=())
         calls: list[Call] = []
         if self.settings.logprobs or NextToken not in self.answers:
-            calls.append(Generate(prompt=prompt, max_tokens=_PROBE_TOKENS))
+            reasons = self.settings.max_tokens_field == "max_completion_tokens"
+            calls.append(Generate(prompt=prompt, max_tokens=_REASONING_PROBE_TOKENS if reasons else _PROBE_TOKENS))
         if NextToken in self.answers:
             calls.append(NextToken(prompt=prompt, labels=()))
         if LogLikelihood in self.answers:
@@ -165,13 +170,16 @@ class OpenAIHTTP:
 
     def _generation(self, call: Call) -> dict[str, Any]:
         if not isinstance(call, Generate):
-            return {self.settings.max_tokens_field: 1, "temperature": 0.0}
-        fields: dict[str, Any] = {self.settings.max_tokens_field: call.max_tokens, "temperature": call.temperature}
+            return {self.settings.max_tokens_field: 1, **self._temperature(0.0)}
+        fields = {self.settings.max_tokens_field: call.max_tokens, **self._temperature(call.temperature)}
         if call.temperature > 0:
             fields["seed"] = call.seed
         if call.stop:
             fields["stop"] = list(call.stop)
         return fields
+
+    def _temperature(self, value: float) -> dict[str, Any]:
+        return {"temperature": value} if self.settings.sends_temperature else {}
 
     def _read(self, call: Call, reply: dict) -> Result:
         try:

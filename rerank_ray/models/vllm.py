@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,11 +83,19 @@ class VLLM:
             Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
         ]
         ready = [i for i, r in enumerate(results) if r is None]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": [*prompts[i], *continuations[i]]} for i in ready],
-            [self._parameters(calls[i]) for i in ready],
-            use_tqdm=False,
-        )
+        try:
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": [*prompts[i], *continuations[i]]} for i in ready],
+                [self._parameters(calls[i]) for i in ready],
+                use_tqdm=False,
+            )
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                # vLLM's engine is a process of its own, and stays dead. Only a new replica has another, and only this
+                # one's end lets the crash guard count the rows.
+                print(f"vLLM's engine died: {error}", file=sys.stderr, flush=True)  # noqa: T201
+                os._exit(1)
+            raise
         for i, output in zip(ready, outputs, strict=True):
             results[i] = self._read(calls[i], continuations[i], output)
         return results

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rerank_ray.records import Defect, DefectKind
@@ -22,13 +22,16 @@ _NAMES_IN_DETAIL = 20
 _NUMBER = r"[-+]?+(?:[0-9]++(?:\.[0-9]++|,[0-9]{1,2}+(?![0-9]))?+|\.[0-9]++)"
 _FRACTION = re.compile(rf"(?<![\w.,])({_NUMBER})(?:\s*+(?:/|out\s+of)\s*+({_NUMBER}))?+(?!\w|,[0-9])", re.I)
 _CALLED_SCORE = re.compile(r"\b(?:scores?|rating|relevance|grade|answer)[\"'\s]*+(?:is|of|:|=)?+[\"'\s(\[]*+\Z", re.I)
-# What names numbers and gives none: a scale, its legend "(0 = irrelevant, 10 = perfect)", its end, a score that a
-# better passage would have.
+# What names numbers and gives none: a scale, and its legend "(0 = irrelevant, 10 = perfect)".
 _SCALE = re.compile(
     r"\b(?:scale|range|from|between)\b[^.\n0-9]{0,20}+[0-9]++\s*+(?:to|and|-|–)\s*+[0-9]++"
     r"|[\[(]\s*+[0-9]++\s*+(?:[-–]|to\b|\.\.++)\s*+[0-9]++\s*+[\])]"
-    r"|\(\s*+[0-9]++\s*+=[^()\n]*+\)"
-    r"|\bmax(?:imum)?+[\s_]++(?:possible\s++)?scores?\W{0,3}+(?:is\s++)?[0-9]++"
+    r"|\(\s*+[0-9]++\s*+=[^=()\n]++=[^()\n]*+\)",
+    re.I,
+)
+# Scores that may be another's: the highest there is, or what a better passage would have.
+_ASIDE = re.compile(
+    r"\bmax(?:imum)?+[\s_]++(?:possible\s++)?scores?\W{0,3}+(?:is\s++)?[0-9]++"
     r"|\bscores?\s++of\s++[0-9]++(?=\s++(?:would|could|means)\b)",
     re.I,
 )
@@ -49,6 +52,7 @@ _QUERY_MARKS = re.compile(
     r"\A[\s*#\"“`]*+(?:(?:[0-9]{1,2}[.)]|[-•])\s++)?(?:(?:search\s++)?(?:query|question)(?:\s++[0-9]++)?\s*+:[\s*]*+)?",
     re.I,
 )
+_QUERY_TASK = re.compile(r"\b(?:quer(?:y|ies)|questions?|passage|help|assist|generate|write|language model)\b", re.I)
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*+)(</answer>)?+", re.DOTALL | re.I)
 
 
@@ -160,7 +164,7 @@ def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = 
     _, answer = split_reasoning(text)
     cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
     index_of = {name.upper(): i for i, name in enumerate(identifiers)}
-    found, rivals, kind = _ranked_names(answer, index_of, cut_off)
+    found, flaw, kind = _ranked_names(answer, index_of, cut_off)
     known = [index_of[name] for name in found if name in index_of]
     if not known:
         kind = kind or (DefectKind.OUT_OF_RANGE if found else DefectKind.UNPARSED)
@@ -171,16 +175,19 @@ def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = 
     defects = _defects(
         f" in {_quoted(answer)}",
         (DefectKind.OUT_OF_RANGE, [name for name in found if name not in index_of]),
-        (DefectKind.REPEATED, repeated or (["two different rankings"] if rivals else [])),
-        (DefectKind.MISSING, [identifiers[i] for i in missing]),
+        (DefectKind.REPEATED, repeated or ([flaw] if flaw == _RIVALS else [])),
+        (DefectKind.MISSING, [*([flaw] if flaw == _BROKEN else []), *(identifiers[i] for i in missing)]),
     )
     return Permutation(order=(*named, *missing), named=len(named), defects=(*cut, *defects))
 
 
-def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[list[str], bool, DefectKind | None]:
-    """(identifiers in the answer's order, whether it also ranks the same ones otherwise, why it holds none)."""
+_RIVALS, _BROKEN = "two different rankings", "a > between its parts"
+
+
+def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[list[str], str | None, DefectKind | None]:
+    """(identifiers in the answer's order, the flaw of their form, why it holds none)."""
     if not answer:
-        return [], False, DefectKind.EMPTY
+        return [], None, DefectKind.EMPTY
     numeric = all(name.isdigit() for name in known)
     text = _NOISE.sub("", answer)
     if cut_off and numeric:
@@ -189,17 +196,17 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     bracketed = r"\[\s*+[0-9]++\s*+\]" if numeric else r"\[\s*+[A-Za-z]\s*+\]"
     bare = r"(?<![\w.])[0-9]++(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))" if numeric else r"(?<!\w)[A-Z](?!\w)"
     item = rf"(?:{bracketed}|{bare})"
-    # Between brackets a comma, a "=" or nothing may stand for a forgotten ">".
-    chain = rf"{bracketed}(?:(?:\s*+>=?+\s*+|[ \t]*+[=,;]?+[ \t]*+){bracketed})++|{item}(?:\s*+>\s*+{item})++"
-    chains = [(m.start(), _names(m[0])) for m in re.finditer(chain, text) if ">" in m[0]]
+    chains = [(m.span(), _names(m[0])) for m in re.finditer(rf"{item}(?:\s*+>\s*+{item})++", text)]
     refusal = _REFUSAL.search(text)
     if chains:
-        best, names = max(enumerate(chains), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))
-        start, ranking = _joined(chains, best, set(known))
+        joined = _tiers(text, chains, set(known)) or _without_gaps(text, chains, bracketed)
+        (start, _), best = max(enumerate(joined), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))[1]
         refused = refusal is not None and refusal.start() < start
-        if 2 * len(set(ranking) & set(known)) >= len(known) or ("[" in text[start : start + 1] and not refused):
-            rivals = any(sorted(other) == sorted(names[1]) and other != names[1] for _, other in chains)
-            return ranking, rivals, None
+        if 2 * len(set(best) & set(known)) >= len(known) or ("[" in text[start : start + 1] and not refused):
+            flaw = None if any(best == names for _, names in chains) else _BROKEN
+            if any(sorted(other) == sorted(best) and other != best for _, other in joined):
+                flaw = _RIVALS
+            return best, flaw, None
     lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:[\s,;]++{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
     found = [(m.start(), _names(m[1] or m[2])) for m in re.finditer(lists, text, re.MULTILINE)]
     mentions = list(re.finditer(bracketed, text))
@@ -208,25 +215,42 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     found += [(0, _names(whole[1]))] if whole else []
     start, names = max(found, key=lambda f: len(set(f[1]) & set(known)), default=(len(text), []))
     if refusal and refusal.start() < start:
-        return [], False, DefectKind.REFUSAL
+        return [], None, DefectKind.REFUSAL
     count = len(set(names) & set(known))
     nothing_else = re.fullmatch(rf"(?:{item}|[\s,;>.])*+", text)
-    return (names, False, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], False, None)
+    return (names, None, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], None, None)
 
 
-def _joined(chains: Sequence[tuple[int, list[str]]], best: int, known: set[str]) -> tuple[int, list[str]]:
-    """A chain with those that rank other passages, in the text's order, and where the first of them starts.
+_Chain = tuple[tuple[int, int], list[str]]
+"""Where a chain of identifiers stands in a text, and what it names."""
+_GAP = re.compile(r"(?:[ \t>=,;]|\[[^\[\]\n]*+\])++")
+_TIER = re.compile(r"^[^\[\]\n>:]*?\b(?:ir)?relevan[^\[\]\n>:]*+:[ \t]*+\Z", re.I | re.M)
+_LOW_TIER = re.compile(r"\b(?:least|less|not|low|irrelevan\w*)\b", re.I)
 
-    Models write tiers ("Highly relevant: [3] > [5]. Less: [2] > [4]"), and chains broken by something else. Of chains
-    that share passages one is an earlier guess.
+
+def _without_gaps(text: str, chains: Sequence[_Chain], bracketed: str) -> list[_Chain]:
+    """The chains, those that only another sign or an empty bracket parts put together ("[1] > [2], [3] > [] > [4]")."""
+    joined = [chains[0]]
+    for span, names in chains[1:]:
+        (start, end), before = joined[-1]
+        if _GAP.fullmatch(text, end, span[0]):
+            between = [n for m in re.finditer(bracketed, text[end : span[0]]) for n in _names(m[0])]
+            joined[-1] = ((start, span[1]), [*before, *between, *names])
+        else:
+            joined.append((span, names))
+    return joined
+
+
+def _tiers(text: str, chains: Sequence[_Chain], known: set[str]) -> list[_Chain]:
+    """One ranking of tiers, "Highly relevant: [3] > [5]" above "Less relevant: [2] > [4]", or none.
+
+    Every chain must be a tier, the lowest not the first, and no two may rank the same passage: else one is a guess.
     """
-    chosen, taken = {best}, set(chains[best][1]) & known
-    for number, (_, names) in enumerate(chains):
-        own = set(names) & known
-        if number != best and own and not own & taken:
-            chosen.add(number)
-            taken |= own
-    return chains[min(chosen)][0], [name for number in sorted(chosen) for name in chains[number][1]]
+    labels = [_TIER.search(text, 0, start) for (start, _), _ in chains]
+    names = [n for _, of_chain in chains for n in of_chain if n in known]
+    if len(chains) < 2 or not all(labels) or _LOW_TIER.search(labels[0][0]) or len(set(names)) < len(names):
+        return []
+    return [((chains[0][0][0], chains[-1][0][1]), [n for _, of_chain in chains for n in of_chain])]
 
 
 def _names(text: str) -> list[str]:
@@ -344,6 +368,8 @@ def parse_score(text: str, *, low: float, high: float, cut_off: bool = False) ->
     plain = _SCALE.sub("", answer)
     numbers = [m for m in _FRACTION.finditer(plain) if not (cut_off and m.end() == len(plain))]
     stated = [m for m in numbers if is_stated(plain, m)]
+    asides = [m.span() for m in _ASIDE.finditer(plain)]
+    stated = [m for m in stated if not any(a <= m.start() < b for a, b in asides)] or stated
     kind = None if stated else _nothing_in(answer)
     alone = not cut_off and kind is None and len({m[0] for m in numbers}) == 1
     if not stated and not alone:
@@ -385,9 +411,10 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
     if kind is None:
         choices = "|".join(re.escape(n) for n in sorted(labels, key=len, reverse=True))
         pattern = rf"(\b(?:not|neither|nor)\s++(?:the\s++)?)?(?:\[\s*+|\b(?:passage|document)\s++\[?)({choices})(?!\w)"
-        mentions = [m for m in re.finditer(pattern, answer, re.I) if not m[1]]
-        named = {index_of[m[2].upper()] for m in mentions}
-        named |= {index_of[n] for m in mentions for n in _joined_to(answer, m.end(), index_of)}
+        named: set[int] = set()
+        for mention in re.finditer(pattern, answer, re.I):
+            if len(named) < 2 and not mention[1]:
+                named |= {index_of[mention[2].upper()], *_joined_to(answer, mention.end(), index_of)}
         if len(named) == 1:
             return ParsedLabel(index=named.pop())
         stranger = re.fullmatch(r"\W*+(?:(?i:passage)\s++)?\[?([A-Z]|[0-9]++)\]?\W*+", answer)
@@ -397,11 +424,10 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
     )
 
 
-def _joined_to(text: str, end: int, index_of: dict[str, int]) -> Iterator[str]:
-    """The labels that follow one which ends there: B and C of "Passage A, B or C"; not the article of "A and a"."""
-    while (other := _ANOTHER_LABEL.match(text, end)) and other[1] in index_of:
-        yield other[1]
-        end = other.end()
+def _joined_to(text: str, end: int, index_of: dict[str, int]) -> set[int]:
+    """The label that follows one which ends there: B of "Passage A or B"; not the article of "A and a"."""
+    other = _ANOTHER_LABEL.match(text, end)
+    return {index_of[other[1]]} if other and other[1] in index_of else set()
 
 
 def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> bool:
@@ -415,7 +441,7 @@ def _stands_alone(answer: str, label: re.Match, index_of: dict[str, int]) -> boo
 
 def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
     """Read the entries of a numbered or dashed list, the first `count` of them; other lines are no entries, nor are
-    those of another kind or indentation than the first (an entry's own list).
+    those of an entry's own list, which is indented, or dashed among numbered ones.
 
     Args:
         cut_off: the text ended at its token limit; its last entry is not read.
@@ -423,9 +449,14 @@ def parse_items(text: str, count: int, *, cut_off: bool = False) -> ParsedItems:
     _, answer = split_reasoning(text)
     cut = (Defect(kind=DefectKind.CUT_OFF, detail=_quoted(text)),) if cut_off else ()
     entry = r"^([ \t]*+)[*#]*+[ \t]*+(?:([0-9])[0-9]*+[.):]|[-•*](?=[ \t]))[ \t*]*+(\S[^\n]*+)$"
-    entries = list(re.finditer(entry, answer, re.MULTILINE))
-    form = [(len(m[1].expandtabs()), m[2] is None) for m in entries]
-    items = [m[3].strip().rstrip("*") for m, of_entry in zip(entries, form, strict=True) if of_entry == form[0]]
+    _, span = answer_span(text)
+    top = []
+    for found in re.finditer(entry, text[span.start : span.stop], re.MULTILINE):
+        indent = len(found[1].expandtabs())
+        if not top or indent < top[-1][0] + 2:
+            top.append((indent, found))
+    numbered = [m for _, m in top if m[2]]
+    items = [m[3].strip().rstrip("*") for m in (numbered if len(numbered) > 1 else [m for _, m in top])]
     items = items[: -1 if cut_off else None]
     if not items:
         kind = _nothing_in(answer) or DefectKind.UNPARSED
@@ -449,8 +480,9 @@ def parse_query(text: str, *, cut_off: bool = False) -> ParsedQuery:
     line, _, rest = answer.strip().partition("\n")
     if line.rstrip().endswith(":") and rest.strip():
         line, _, rest = rest.strip().partition("\n")
-    # Not anywhere: a query may well ask what to do when one can't sleep.
-    kind = DefectKind.EMPTY if not answer.strip() else DefectKind.REFUSAL if _REFUSAL.match(answer.strip()) else None
+    kind = _nothing_in(answer)
+    if kind is DefectKind.REFUSAL and not _REFUSAL.match(answer.strip()) and not _QUERY_TASK.search(answer):
+        kind = None  # a query may well ask what to do when one can't sleep
     if kind is None and cut_off and not rest.strip():
         kind = DefectKind.CUT_OFF
     query = _QUERY_MARKS.sub("", line).strip().strip('"“”*`').strip()

@@ -101,7 +101,18 @@ def _settings(collection: Path, less: _Less | None) -> PipelineSettings:
             step["evaluate"]["qrels"] = str(collection / "qrels" / "test.tsv")
         if less is not None:
             _lessen(step, less)
+        if engine.pick_device("auto").type == "cuda":
+            _on_gpu(step)
     return config.validate(PipelineSettings, content, source=str(path))
+
+
+def _on_gpu(step: dict[str, Any]) -> None:
+    """Workers that reserve no GPU see none; two replicas share the first."""
+    for job in ("label", "rerank"):
+        if job in step:
+            step[job]["execution"] = step[job]["execution"] | {"gpus_per_actor": 0.5}
+    if "distill" in step:
+        step["distill"]["execution"]["gpus_per_worker"] = 1
 
 
 def _lessen(step: dict[str, Any], less: _Less) -> None:

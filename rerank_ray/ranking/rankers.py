@@ -100,7 +100,7 @@ def preflight(settings: RankerSettings) -> dict[str, str]:
         found[f"prompt {settings.criteria_prompt}"] = template.digest
     files = [*getattr(settings, "run", ()), *([settings.corpus] if hasattr(settings, "corpus") else [])]
     for path in files:
-        if not storage.exists(path):
+        if not storage.exists(path) or storage.is_directory(path):
             raise InputError(f"{path}: no such file (method {settings.method})")
         found[path] = storage.digest(path)
     return found

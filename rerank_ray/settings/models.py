@@ -24,7 +24,8 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto` is bfloat16 where the device computes it natively and float32 elsewhere."""
     max_length: PositiveInt = 512
-    """Tokens per sequence, template included; only the passage is truncated to fit."""
+    """Tokens per sequence, template included; only the passage is truncated to fit. Our own students keep the length
+    that they were trained with."""
     tokens_per_batch: PositiveInt | None = None
     """Padded tokens in one forward pass, those of shared prefixes included; null is 65,536 on a GPU and 4,096 on a CPU,
     of which an LLM there computes 1,024 at a time where nothing is written: its caches hold no more."""
@@ -231,6 +232,8 @@ class OpenAIHTTPSettings(Settings):
     """Passages are cut after so many words; null sends them whole, and the server refuses what is too long for it."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls the limit of generated tokens; OpenAI's reasoning models take only the second."""
+    sends_temperature: bool = True
+    """false leaves it to the server: OpenAI's reasoning models refuse any but their own."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`."""
     concurrency: PositiveInt = 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+_ROUNDING = 1e-6
+
 
 class Resources(NamedTuple):
     """Logical CPUs and GPUs that must be there at once for a job to begin."""
@@ -19,5 +21,5 @@ class Resources(NamedTuple):
             there: amounts by Ray's names of resources, "CPU" and "GPU".
         """
         pairs = (("CPUs", self.cpus, there.get("CPU", 0.0)), ("GPUs", self.gpus, there.get("GPU", 0.0)))
-        missing = [f"{needed:g} {name} and Ray has {has:g}" for name, needed, has in pairs if has < needed]
+        missing = [f"{needed:g} {name} and Ray has {has:g}" for name, needed, has in pairs if has < needed - _ROUNDING]
         return f"the job needs {', and '.join(missing)}" if missing else None

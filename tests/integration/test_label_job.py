@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_another_prompt(make_candidates, tmp_path, con
     teacher = settings.teacher.model_copy(update={"prompt": str(prompt)})
     settings = settings.model_copy(update={"teacher": teacher})
     jobs.label(settings, str(run), console)
-    prompt.write_text(prompt.read_text().replace("assage", "aragraph"))
+    prompt.write_text(prompt.read_text().replace("Answer Yes or No", "Say Yes or No"))
     with pytest.raises(RunError, match=rf"content of input prompt {prompt}: '\w+' -> '\w+'"):
         jobs.label(settings, str(run), console)
 

@@ -11,7 +11,7 @@ import pytest
 from fixtures.rows import label_row, make_list, write_labels
 
 from rerank_ray import schema, storage
-from rerank_ray.accounting import count_output, drop_errors, passed_bounds
+from rerank_ray.accounting import count_output, delete_uncommitted, drop_errors, passed_bounds
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, RunError
 from rerank_ray.records import Defect, DefectKind, Ranking, Scores, Usage
@@ -194,6 +194,18 @@ def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
     (data / "c_000.parquet").write_bytes(b"PAR1 half a file")
     assert drop_errors(str(data), str(checkpoint)) == 3
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3"]
+    assert not list(checkpoint.glob("*.pending.parquet"))
+
+
+def test_what_was_committed_and_begun_again_is_done_again(run: tuple[Path, Path]):
+    """A write is repeated where its result got lost on the way: its data may be half of the second time."""
+    data, checkpoint = run
+    (checkpoint / "c.pending.parquet").write_bytes((checkpoint / "c.parquet").read_bytes())
+    before = set(ids_in(checkpoint))
+    delete_uncommitted(str(data), str(checkpoint))
+    left = set(ids_in(checkpoint))
+    assert left < before
+    assert left == set(ids_in(data))
     assert not list(checkpoint.glob("*.pending.parquet"))
 
 

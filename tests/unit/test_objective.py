@@ -300,3 +300,17 @@ def test_which_of_two_equal_candidates_comes_first_changes_nothing(loss: str):
     swapped = scores[:, [1, 0, 2, 3]]
     torch.testing.assert_close(one(targets, scores, loss=loss), one(targets, swapped, loss=loss))
     assert one(targets, scores, loss=loss) > 0
+
+
+def test_ties_that_would_leave_no_negative_are_no_positives():
+    """Scores 9, 3, 3, 3 and two positives: the one that stands out is the positive."""
+    targets = Targets(
+        teacher=torch.tensor([[9.0, 3.0, 3.0, 3.0]]),
+        gains=torch.zeros(1, 4),
+        mask=torch.ones(1, 4, dtype=torch.bool),
+        confidence=torch.ones(1),
+    )
+    scores = torch.zeros(1, 4, requires_grad=True)
+    one(targets, scores, loss="ce", positives=2).sum().backward()
+    assert scores.grad[0, 0] < 0
+    assert (scores.grad[0, 1:] > 0).all()

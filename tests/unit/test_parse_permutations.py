@@ -143,12 +143,25 @@ def test_no_ranking_is_made_up(text: str, kind: str):
         "[3] > [5] >= [1], [2] > [4] [6] > [7]",
         "[3] > [5] > [1] > [] > [2] > [4] > [6] > [7]",
         "[3] > [5] > [1] > [N/A] > [2] > [4] > [6] > [7]",
-        "Guess: [2] > [3]. Final: [3] > [5] > [1]; then [2] > [4] > [6] > [7]",
     ],
 )
 def test_tiers_and_broken_chains_are_read_in_their_order(text: str):
-    """Taking the longest chain alone would put the passages that the model ranked first last."""
-    assert ranked(text, NUMBERS[:7])[0] == (2, 4, 0, 1, 3, 5, 6)
+    """Taking the longest chain alone would put the passages that the model ranked first last. It is a repair."""
+    assert ranked(text, NUMBERS[:7]) == ((2, 4, 0, 1, 3, 5, 6), ["missing"])
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("In the requested form [1] > [2]: [5] > [4] > [3]", (4, 3, 2, 0, 1)),
+        ("Comparing: [4] > [5] is clear. [1] > [2] is clear.\nFinal ranking: [2] > [1] > [3]", (1, 0, 2, 3, 4)),
+        ("Least relevant: [4] > [5]\nMost relevant: [1] > [2] > [3]", (0, 1, 2, 3, 4)),
+        ("Compared with [2], [1] > [3] > [4] > [5]", (0, 2, 3, 4, 1)),
+        ("[4] > [5]. [1] > [2] > [3]", (0, 1, 2, 3, 4)),
+    ],
+)
+def test_guesses_and_comparisons_are_no_part_of_a_ranking(text: str, order: tuple[int, ...]):
+    assert ranked(text, NUMBERS[:5]) == (order, ["missing"])
 
 
 def test_a_few_mentions_are_no_ranking():

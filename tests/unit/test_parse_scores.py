@@ -143,6 +143,10 @@ def test_any_text_gives_a_score_within_the_bounds_or_none(text: str, cut_off: bo
         ("Final score: 7. A score of 10 would need more detail.", 7),
         ("score: 7, max score: 10", 7),
         ("I give it a score of 8.", 8),
+        ("The passage covers only 2 of the aspects, so a score of 6 would be appropriate.", 6),
+        ("The passage has 3 relevant facts. I assign it the maximum score: 10.", 10),
+        ("I think a score of 8 would be fair.", 8),
+        ("Relevance score: (7 = relevant)", 7),
     ],
 )
 def test_one_score(text: str, score: float):
@@ -285,3 +289,11 @@ def test_an_entrys_own_list_is_none_of_the_entries():
     parsed = parse_items(text, 3)
     assert (parsed.items, parsed.defects) == (("Depth: how deep", "Recency", "Authority"), ())
     assert parse_items("- Depth\n  1. a\n- Recency", 2).items == ("Depth", "Recency")
+    assert parse_items("  1. A\n  2. B\n", 2).items == ("A", "B")
+    assert parse_items(" 9. A\n10. B", 2).items == ("A", "B")
+    assert parse_items("- Here are criteria:\n1. A\n2. B", 2).items == ("A", "B")
+
+
+def test_a_label_said_thousands_of_times_takes_no_longer():
+    assert parse_label("Both " + "[A], " * 20_000, list("AB")).index == 0
+    assert kinds(parse_label("Both " + "[A], [B], " * 20_000, list("AB"))) == ["unparsed"]

@@ -22,7 +22,7 @@ from rerank_ray.models.engine import padded_length
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.planning import Forecast, compare, load_job, plan, print_forecast
-from rerank_ray.ranking.rankers import Ranker
+from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, candidate_row, inspect_input, write_candidates, write_rows
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings, StoreSettings
@@ -183,6 +183,17 @@ def test_a_run_of_another_config_is_refused(source, tmp_path):
     run.start("label", job(source, model={"seed": 1}), {source: "0"})
     with pytest.raises(RunError, match=r"teacher\.model\.seed: 1 -> 0"):
         plan(job(source), run.uri, sample=4)
+
+
+def test_a_run_that_was_started_can_be_planned(source, tmp_path):
+    """As the label job starts it: with the digests of its prompt and its model beside the input's."""
+    run, settings = RunFolder(uri=str(tmp_path / "run")), job(source)
+    digests = preflight(settings.teacher) | {source: inspect_input(source, CANDIDATES).fingerprint}
+    run.start("label", settings, digests)
+    assert plan(settings, run.uri, sample=4).left == 20
+    run.update(inputs=dict.fromkeys(digests, "0"))
+    with pytest.raises(RunError, match="content of input"):
+        plan(settings, run.uri, sample=4)
 
 
 def test_the_config_tells_which_job_it_is(tmp_path):

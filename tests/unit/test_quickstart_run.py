@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from rerank_ray.evaluate import evaluate_sources
@@ -59,6 +60,15 @@ def test_a_slow_processor_gets_less_and_says_so(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(engine, "computes_bfloat16", lambda device, native=native: native)
         assert _less_where_slow(Console(file=out, width=200)) == expected
     assert out.getvalue().count("no bfloat16 products") == 1
+
+
+def test_on_a_gpu_every_model_reserves_some_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda"))
+    steps = {step.name: step for step in _settings(tmp_path, None).steps}
+    of_models = ("llm-labels", "embedding-labels", "llm", "embedding", "reranked")
+    needs = [getattr(steps[name], steps[name].job).execution.needs.gpus for name in of_models]
+    assert needs == [1.0] * len(of_models)
+    assert steps["student"].distill.execution.needs.gpus == 1.0
 
 
 def test_less_reaches_every_step(tmp_path: Path):

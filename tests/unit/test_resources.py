@@ -30,3 +30,7 @@ def test_training_needs_all_its_workers_or_the_fewest_it_goes_on_with():
 )
 def test_what_is_missing_is_said(there, said):
     assert Resources(cpus=9.5, gpus=2.0).missing_from(there) == said
+
+
+def test_shares_of_gpus_add_up():
+    assert ExecutionSettings(actors=25, gpus_per_actor=0.28).needs.missing_from({"CPU": 99.0, "GPU": 7.0}) is None

@@ -99,6 +99,13 @@ def test_a_changed_input_is_refused(run: RunFolder):
         run.start("label", config(), {"in": "4567"})
 
 
+def test_a_run_of_a_version_that_noted_fewer_inputs_goes_on(run: RunFolder):
+    run.start("label", config(), INPUTS)
+    run.start("label", config(), INPUTS | {"prompt yes_no": "89ab"})
+    with pytest.raises(RunError, match="content of input prompt yes_no: '89ab' -> 'cdef'"):
+        run.start("label", config(), INPUTS | {"prompt yes_no": "cdef"})
+
+
 def test_another_job_is_refused(run: RunFolder):
     run.start("label", config(), INPUTS)
     with pytest.raises(RunError, match="is a label run, not rerank: use another --run folder"):

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models import attention
 from rerank_ray.models.attention import gated_attention
 from rerank_ray.models.bi_encoder import BiEncoder
 from rerank_ray.models.cross_encoder import CrossEncoder
@@ -129,9 +130,12 @@ def plain_attention(query, key, value, mask, gate, sign) -> torch.Tensor:
     return (logits.softmax(-1) @ value).transpose(1, 2)
 
 
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gated_attention_equals_the_plain_one_with_its_gradients(masked: bool):
-    """In float64, per head gates of either sign, with and without padding: output and all four gradients."""
+def test_gated_attention_equals_the_plain_one_with_its_gradients(masked: bool, multiple: int, monkeypatch):
+    """In float64, per head gates of either sign, with and without padding: output and all four gradients. So too where
+    heads are widened to a multiple of 8, as on a GPU."""
+    monkeypatch.setattr(attention, "width_multiple", lambda device: multiple)
     random = torch.Generator().manual_seed(0)
     shape = (3, HEADS, 7, 8)
     query, key, value = (torch.randn(shape, generator=random, dtype=torch.float64) for _ in range(3))

@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Pair
 from rerank_ray.models.scalar_head import ScalarHead
-from rerank_ray.models.student import Student, StudentPrompt, adapt, load_student, new_student, trained_parameters
-from rerank_ray.settings.models import ModelSettings, ScalarHeadSettings
+from rerank_ray.models.student import Student, StudentPrompt, adapt, new_student, trained_parameters
+from rerank_ray.settings.models import ScalarHeadSettings
 from rerank_ray.settings.student import StudentSettings
 
 CHAT = StudentPrompt(text="{query} | {passage} ? Yes or No", labels=("Yes", "No"))
@@ -231,13 +231,3 @@ def test_dropout_that_is_a_number_in_attention_is_set_too(tmp_path: Path):
     student.train()
     with torch.no_grad():
         torch.testing.assert_close(student(**batch), student(**batch), rtol=0, atol=0)
-
-
-def test_a_shorter_max_length_of_a_ranker_cuts_a_student_shorter(tiny_bert: Path, tmp_path: Path):
-    start(tiny_bert, "linear", max_length=32, max_query_length=8).save(tmp_path / "student")
-    long = ["dog " * 40]
-    for asked, tokens in ((16, 16), (64, 32)):
-        student = load_student(ModelSettings(path=str(tmp_path / "student"), max_length=asked))
-        assert len(student.encode(["cat"], long)[0]["input_ids"]) == tokens
-    with pytest.raises(ModelError, match="max_length 8 leaves no room for a document beside a query's 8 tokens"):
-        load_student(ModelSettings(path=str(tmp_path / "student"), max_length=8))

@@ -130,6 +130,8 @@ def test_a_query_is_read_off_the_texts_first_line(text, query):
         ("", False, DefectKind.EMPTY),
         ("<think>what could", True, DefectKind.EMPTY),
         ("I'm sorry, but I can't help with that.", False, DefectKind.REFUSAL),
+        ("Unfortunately, I cannot write a query for this passage.", False, DefectKind.REFUSAL),
+        ("Based on the text, it is not possible to write a question.", False, DefectKind.REFUSAL),
         ("Query:", False, DefectKind.UNPARSED),
         ("???", False, DefectKind.UNPARSED),
         ("why do cats sle", True, DefectKind.CUT_OFF),

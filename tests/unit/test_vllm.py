@@ -138,6 +138,24 @@ class TestOnTheStandIn:
         ):
             assert yes - no == pytest.approx(expected[0] - expected[1], abs=1e-4)
 
+    def test_a_replica_ends_with_its_engine(self, tiny_llama, monkeypatch):
+        """The engine is another process: a replica without one would turn row after row into an error."""
+
+        class EngineDeadError(Exception):
+            pass
+
+        def dead(*_, **__):
+            raise EngineDeadError("EngineCore encountered an issue")
+
+        def leave(code: int):
+            raise SystemExit(code)
+
+        one = backend(tiny_llama)
+        monkeypatch.setattr(one._llm, "generate", dead)
+        monkeypatch.setattr("os._exit", leave)
+        with pytest.raises(SystemExit, match="1"):
+            one.run([NextToken(prompt=PROMPTS[0], labels=("Yes", "No"))])
+
     def test_log_likelihoods_equal_hf_causals(self, tiny_llama):
         calls = [LogLikelihood(prompt=p, continuation=" alpha beta") for p in PROMPTS]
         for result, expected in zip(backend(tiny_llama).run(calls), reference(tiny_llama, calls), strict=True):

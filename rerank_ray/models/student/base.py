@@ -128,7 +128,7 @@ class Student(nn.Module):
         if packed and self.packs and "attention_mask" in batch:
             # On the CPU: how many they are is the shape of what follows.
             batch["places"] = batch["attention_mask"].flatten().nonzero()[:, 0]
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return {name: engine.moved(tensor, device) for name, tensor in batch.items()}
 
     def truncated(self, layer: int, *, alone: bool = False) -> Student:
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.

@@ -43,7 +43,6 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
     folder = source.resolved.folder
     if folder is not None and (folder / DESCRIPTION).exists():
         description = StudentDescription.model_validate_json((folder / DESCRIPTION).read_text())
-        description = _cut_to(description, settings)
         heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
         return _READ[description.head](source, description, heads, dtype).eval()
     model, info = source.load(AutoModelForSequenceClassification, dtype, output_loading_info=True)
@@ -62,19 +61,6 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         max_query_length=max_query_length or max_length // 2,
     )
     return _linear_class(source)(description, source.tokenizer, model).eval()
-
-
-def _cut_to(description: StudentDescription, settings: ModelSettings) -> StudentDescription:
-    """The student with the settings' `max_length`, where they give one and it is shorter than the student's own."""
-    asked = settings.max_length
-    if "max_length" not in settings.model_fields_set or asked >= description.max_length:
-        return description
-    if asked <= description.max_query_length:
-        raise ModelError(
-            f"{settings.path}: max_length {asked} leaves no room for a document beside a query's "
-            f"{description.max_query_length} tokens"
-        )
-    return description.model_copy(update={"max_length": asked})
 
 
 def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None, *, weights: bool = True) -> Student:

@@ -6,6 +6,7 @@ import copy
 import re
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -60,13 +61,20 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     """The model with its adapters added to its weights: a copy, or the model itself when it has none."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    # In the CPU's memory: beside the model there may be no room for a second one on its GPU.
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, {number: _on_cpu(t) for number, t in tensors.items()})
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, module.get_base_layer())
     return model
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.student.base import Student
 
 GRAPH = "model.onnx"
+_LARGEST_GRAPH = 2**31
 _EXAMPLES = (["query", "another query"], ["a document", "a document of some more words"])
 
 
@@ -67,19 +68,29 @@ def _quantise(graph: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    whole = graph.with_name("whole.onnx")
+    whole, weights = graph.with_name("whole.onnx"), graph.with_name("whole.onnx.data")
     model = onnx.load(graph)
+    # torch writes the weights of a large model beside its graph, and a graph can't hold more than 2 GiB.
+    graph.with_name(f"{graph.name}.data").unlink(missing_ok=True)
     # The shapes that the exporter noted down are of the example; the quantiser takes them for promises.
     del model.graph.value_info[:]
-    onnx.save(model, whole)
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    onnx.save(model, whole, save_as_external_data=True, location=weights.name)
     # Linear layers on one vector a pair, of heads, are Gemm nodes: small, and worth their precision.
     heads = [
         f"{node.name}{suffix}" for node in model.graph.node if node.op_type == "Gemm" for suffix in ("", "_MatMul")
     ]
     quantize_dynamic(
-        whole, graph, weight_type=QuantType.QInt8, nodes_to_exclude=heads, extra_options={"DefaultTensorType": 1}
+        whole,
+        graph,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=heads,
+        # Embeddings stay as they are, so that little may be saved.
+        use_external_data_format=size > _LARGEST_GRAPH,
+        extra_options={"DefaultTensorType": 1},
     )
     whole.unlink()
+    weights.unlink()
 
 
 class _LastLayer(nn.Module):
