@@ -80,6 +80,8 @@ def audit(
     for name, uri in sources.items():
         if not np.isin(inspect_input(uri, LABELS).id_hashes, summary.id_hashes).any():
             raise InputError(f"{others[name]}: has no query in common with {run}")
+        if name in ("shuffled", "repeat") and _teacher(uri) != _teacher(data):
+            raise InputError(f"{others[name]}: is of another teacher than {run}: name it with --against")
     if not summary.rows:
         raise InputError(f"{run}: has no rows: there is nothing to audit")
     judgments = read_qrels(qrels, BadLines()) if qrels else None

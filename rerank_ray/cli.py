@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options = _parser().parse_args(arguments)
     # Off a terminal rich would wrap at 80 columns and break paths in two.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # Ids and paths may have brackets, which are no markup.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     try:
         options.command(options, console)
     except RerankRayError as error:

@@ -116,6 +116,9 @@ def convert(
                 if FORMATS[form].by_role and not (entry.positives and entry.negatives):
                     conversion.skipped["without a negative" if entry.positives else "without a positive"] += 1
                     continue
+                if not with_scores and all(c.label is None for c in labels.candidate_list.candidates):
+                    conversion.skipped["without a known gain"] += 1
+                    continue
                 file.write(FORMATS[form].lines(entry, with_scores).encode())
                 conversion.add(labels)
             conversion.check(source)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import yaml
 
+from rerank_ray import storage
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
@@ -39,10 +40,12 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         ConfigError: not a student, OUT is in the way, int8 of another form, or the extra `onnx` is missing.
         ModelError: the student has no head on that layer, or its architecture can't be exported in this form.
     """
-    description_of(student)
+    student = str(description_of(student).parent)
     if int8 and form != "onnx":
         raise ConfigError("--int8 is of --format onnx; the weights of transformers' folders stay as they are")
-    folder = Path(out)
+    folder = storage.local_path(out)
+    if folder is None:
+        raise ConfigError(f"{out}: an export is written to this machine's disk: name a folder, and copy it from there")
     if folder.exists() and not overwrite:
         raise ConfigError(f"{out}: is there already; --overwrite replaces it")
     model = load_student(ModelSettings(path=student))

@@ -275,14 +275,22 @@ def _write(
     parameters: dict[str, str | int | float | None],
 ) -> IngestSummary:
     without: list[str] = []
+    judged = False
 
     def rows() -> Iterator[dict]:
+        nonlocal judged
         for query, found in lists:
+            judged = judged or query.query_id in qrels
             if not found:
                 without.append(query.query_id)
                 continue
             row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
             yield schema.candidate_row(with_gains(row, qrels.get(query.query_id, {})) if qrels else row)
+        if qrels and not judged:
+            raise InputError(
+                f"{', '.join(sources)}: the qrels name none of these queries, but {next(iter(qrels))!r}: these are "
+                "another set's qrels"
+            )
 
     return write_ingest(
         rows(),

@@ -85,7 +85,7 @@ def ingest_triples(
         raise ConfigError("triples of ids need queries and corpus, triples of texts neither: give both or none")
     check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
-    gathered = read_triples(files, bad, depth)
+    gathered = read_triples(files, bad, depth, ids=queries is not None)
     labels = _labels_of_texts(gathered, bad) if queries is None else _labels_of_ids(gathered, queries, corpus, bad)
     return _write_labels(
         labels,

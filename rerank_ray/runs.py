@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import posixpath
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,9 @@ class RunFolder:
         if not before:
             if storage.list_files(self.data, ".parquet"):
                 raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another --run folder")
+            _, folder = storage.open_filesystem(self.uri)
+            if any(posixpath.dirname(path) == folder for path in storage.list_files(self.uri, ".parquet")):
+                raise RunError(f"{self.uri}: holds Parquet, which a run would hide: use another --run folder")
         else:
             self.check_same(kind, settings, inputs, fixed)
         storage.write_text(self.path(CONFIG), dump(settings))
@@ -120,7 +124,10 @@ class RunFolder:
         if folder is None:
             yield
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(f"{self.uri}: is or lies below a file, and a run is a folder: use another --run") from error
         with (folder / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -263,7 +263,8 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
     paths = storage.list_files(uri, ".parquet")
     if not paths:
         found = "holds no .parquet file" if storage.exists(uri) else "does not exist"
-        raise InputError(f"{uri}: the input {found}; `rerank-ray ingest … --out {uri}` writes one")
+        maker = "label CONFIG --run" if expected is LABELS else "ingest … --out"
+        raise InputError(f"{uri}: the input {found}; `rerank-ray {maker} {uri}` writes one")
     digest = hashlib.sha256()
     hashes: list[np.ndarray] = []
     for path in paths:

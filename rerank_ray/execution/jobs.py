@@ -9,6 +9,7 @@ import time
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, passed_bounds
@@ -119,7 +120,7 @@ def finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict)
 
 
 def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dict) -> None:
-    table = Table(title=run.uri, show_header=False)
+    table = Table(title=Text(run.uri), show_header=False)
     usage = counts.usage
     rows = {
         "rows": f"{counts.rows:,} = {counts.ok:,} ok + {counts.errors:,} with error",
@@ -134,7 +135,7 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
     }
     for name, value in rows.items():
         if value and (usage["calls"] or not name.endswith(("calls", "tokens"))):
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
     console.print(table)
 
 

@@ -13,12 +13,14 @@ from rich.console import Console
 
 from rerank_ray import storage
 from rerank_ray.config import Settings
+from rerank_ray.errors import InputError
 from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.execution.synthesis_job import synthesize
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
 from rerank_ray.ingest_labels import LIST_READERS, ingest_lists, ingest_rank_distillm, ingest_triples
+from rerank_ray.metrics.evaluation import parse_metric
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
@@ -31,6 +33,9 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
 
     A step that fails ends the pipeline; started again it goes on there.
     """
+    for step in settings.steps:
+        if step.evaluate is not None:
+            _check_evaluation(step.evaluate, step.name)
     results = {}
     folders = {step.name: RunFolder(uri=storage.join(run_uri, step.name)) for step in settings.steps}
     left = [step for step in settings.steps if folders[step.name].state().get("state") != "done"]
@@ -40,6 +45,14 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
             job_settings = _with_references(getattr(step, step.job), run_uri)
             results[step.name] = _JOBS[step.job](job_settings, storage.join(run_uri, step.name), console)
     return results
+
+
+def _check_evaluation(settings: EvaluateSettings, step: str) -> None:
+    """The last step's faults, found before the first step's work."""
+    for metric in settings.metrics:
+        parse_metric(metric)
+    if not storage.exists(settings.qrels):
+        raise InputError(f"{settings.qrels}: no such qrels file (step {step})")
 
 
 def _needs(steps: Sequence[StepSettings]) -> Resources:

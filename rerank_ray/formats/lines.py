@@ -47,12 +47,12 @@ class BadLines:
     """What happens to lines that can't be used: the first one stops the reading, or all are skipped and counted.
 
     Attributes:
-        skip: count bad lines instead of raising.
+        skip: count bad lines instead of raising; None where a command has no option for it.
         count: the bad lines so far.
         listed: the first 100 of them.
     """
 
-    def __init__(self, *, skip: bool = False) -> None:
+    def __init__(self, *, skip: bool | None = None) -> None:
         self.skip = skip
         self.count = 0
         self.listed: list[BadLine] = []
@@ -65,7 +65,8 @@ class BadLines:
         """
         where = f"{path}:{line_number}" if isinstance(line_number, int) else f"{path}: {line_number}"
         if not self.skip:
-            raise InputError(f"{where}: {reason}: {fix}; --skip-bad-lines leaves such lines out and lists them")
+            hint = "" if self.skip is None else "; --skip-bad-lines leaves such lines out and lists them"
+            raise InputError(f"{where}: {reason}: {fix}{hint}")
         self.count += 1
         if len(self.listed) < LISTED_BAD_LINES:
             self.listed.append(BadLine(where=where, reason=reason))

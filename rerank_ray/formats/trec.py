@@ -53,7 +53,8 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
     """Read a run (`qid Q0 docid rank score tag`) as query id -> entries, ordered by the rank column.
 
     The rank column is what the first stage returned. (trec_eval ignores it and sorts by score; where the two differ,
-    scores were tied or rounded.) Equal ranks keep the file's order. Queries come in the order of their first line,
+    scores were tied or rounded.) Where a query's ranks are all the same nobody set them, and its scores count. Equal
+    ranks, or scores, keep the file's order. Queries come in the order of their first line,
     which need not be followed by the query's other lines: the run is held in memory, without texts.
 
     Raises:
@@ -74,7 +75,12 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
     run: dict[str, list[RunEntry]] = {}
     for query_id, entry in parsed(path, bad, parse):
         run.setdefault(query_id, []).append(entry)
-    return {query_id: tuple(sorted(entries, key=lambda e: e.rank)) for query_id, entries in run.items()}
+    return {query_id: _in_order(entries) for query_id, entries in run.items()}
+
+
+def _in_order(entries: list[RunEntry]) -> tuple[RunEntry, ...]:
+    has_ranks = len({e.rank for e in entries}) > 1
+    return tuple(sorted(entries, key=lambda e: e.rank if has_ranks else -e.score))
 
 
 def read_qrels(path: str, bad: BadLines) -> dict[str, dict[str, float]]:

@@ -45,9 +45,17 @@ class Triples:
 
 
 def read_triples(
-    paths: Sequence[str], bad: BadLines, depth: int | None = None, *, bytes_per_pass: int = BYTES_PER_PASS
+    paths: Sequence[str],
+    bad: BadLines,
+    depth: int | None = None,
+    *,
+    ids: bool = False,
+    bytes_per_pass: int = BYTES_PER_PASS,
 ) -> Iterator[Triples]:
     """Gather the lines of each query; queries come in the order of their first line, pass by pass.
+
+    Args:
+        ids: the columns are ids; texts that are nothing but numbers are taken for forgotten ones, and refused.
 
     Raises:
         InputError: other than three columns, an empty one, or a passage that is positive and negative (bad lines).
@@ -57,7 +65,7 @@ def read_triples(
         gathered: dict[str, Triples] = {}
         for path in paths:
             # The first pass has reported the lines that can't be parsed.
-            for line, query, positive, negative in _lines(path, BadLines(skip=True) if number else bad):
+            for line, query, positive, negative in _lines(path, BadLines(skip=True) if number else bad, ids):
                 if share_of(query, passes) != number:
                     continue
                 try:
@@ -67,7 +75,7 @@ def read_triples(
         yield from (triples for triples in gathered.values() if triples.positives)
 
 
-def _lines(path: str, bad: BadLines) -> Iterator[tuple[int, str, str, str]]:
+def _lines(path: str, bad: BadLines, ids: bool) -> Iterator[tuple[int, str, str, str]]:
     def parse(number: int, line: str) -> tuple[int, str, str, str]:
         columns = line.split("\t")
         if len(columns) != 3:
@@ -75,6 +83,8 @@ def _lines(path: str, bad: BadLines) -> Iterator[tuple[int, str, str, str]]:
         for name, column in zip(("query", "positive", "negative"), columns, strict=True):
             if not column.strip():
                 raise Fault(f"the {name} is empty", "give it or leave the line out")
+        if not ids and all(column.strip().isdecimal() for column in columns):
+            raise Fault("all columns are numbers", "these are ids: give --queries and --corpus, which have their texts")
         return number, *columns
 
     return parsed(path, bad, parse)

@@ -25,7 +25,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 
 from pydantic import model_validator
 
@@ -237,13 +236,13 @@ def find_template(name: str) -> Template:
     folder = resources.files("rerank_ray.prompts") / "templates"
     builtin = folder / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
+        path = name
     elif builtin.is_file():
-        path = Path(str(builtin))
+        path = str(builtin)
     else:
         known = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir())
         raise ConfigError(f"prompt: no built-in template '{name}'; known: {', '.join(known)}, or give a .yaml path")
-    return validate(Template, read_yaml(path), source=str(path))
+    return validate(Template, read_yaml(path), source=path)
 
 
 def load_template(name: str, method: str) -> Template:

@@ -68,16 +68,16 @@ def test_scores_by_hand(tmp_path: Path):
 
 
 def test_defects_are_those_of_the_run(tmp_path: Path):
-    """Two refusals in one of two rows, six calls."""
+    """Two refusals in one of two rows, eight calls."""
     refusals = tuple(Defect(kind=DefectKind.REFUSAL, detail="x") for _ in range(2))
     scores = Scores(scores=(1.0, 2.0, NAN), defects=refusals)
     rows = [
         candidate_row(make_list("q1")) | label_columns("t", scores, Usage(calls=6)),
-        label_row(make_list("q2"), [1.0, 2.0, 3.0]),
+        candidate_row(make_list("q2")) | label_columns("t", Scores(scores=(1.0, 2.0, 3.0)), Usage(calls=2)),
     ]
     rates = audit(write_labels(tmp_path / "a", rows))["rates"]
     assert rates["defects"] == {"refusal": {"per_row": 1.0, "rows_affected": 0.5}}
-    assert rates["parse_failure"] == {"per_call": pytest.approx(1 / 3), "rows_affected": 0.5}
+    assert rates["parse_failure"] == {"per_call": pytest.approx(1 / 4), "rows_affected": 0.5}
 
 
 def reordered(row: CandidateList, order: Sequence[int]) -> CandidateList:

@@ -188,8 +188,8 @@ def test_either_layout_of_qrels_is_recognised_by_its_first_line(tmp_path):
 # TREC
 
 
-def test_a_run_is_ordered_by_its_rank_column_and_equal_ranks_keep_the_files_order(tmp_path):
-    """Scores run against the ranks here, and the lines of q2 stand between those of q1."""
+def test_a_run_is_ordered_by_its_rank_column_and_by_scores_where_nobody_set_ranks(tmp_path):
+    """Scores run against q1's ranks, and the lines of q2, whose ranks are all 0, stand between those of q1."""
     path = write(
         tmp_path / "run",
         "q1 Q0 b 2 9.0 t\nq2\tQ0\tx\t0\t-1.5\tt\nq1 Q0 a 1 3.0 t\nq2 Q0 w 0 7 t\n  q1  Q0  c 3 4.0 t  \n",
@@ -197,7 +197,7 @@ def test_a_run_is_ordered_by_its_rank_column_and_equal_ranks_keep_the_files_orde
     run = trec.read_run(path, BadLines())
     assert {q: [(e.doc_id, e.score, e.line_number) for e in entries] for q, entries in run.items()} == {
         "q1": [("a", 3.0, 3), ("b", 9.0, 1), ("c", 4.0, 5)],
-        "q2": [("x", -1.5, 2), ("w", 7.0, 4)],
+        "q2": [("w", 7.0, 4), ("x", -1.5, 2)],
     }
 
 
@@ -356,6 +356,14 @@ def test_any_bytes_parse_or_give_an_input_error_with_path_and_line(tmp_path, con
             place = str(error).removeprefix(path)
             assert place.startswith((":", ": entry "))
             assert place.lstrip(": entry")[0].isdigit()
+
+
+def test_only_commands_with_the_option_recommend_it(tmp_path: Path):
+    path = write(tmp_path / "run", "q1 Q0 a x 1.0 t\n")
+    for bad, recommended in ((BadLines(), False), (BadLines(skip=False), True)):
+        with pytest.raises(InputError) as caught:
+            trec.read_run(path, bad)
+        assert ("--skip-bad-lines" in str(caught.value)) is recommended
 
 
 @pytest.mark.parametrize(

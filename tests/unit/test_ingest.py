@@ -111,6 +111,9 @@ def test_hits_files_are_concatenated_cut_to_the_depth_and_labelled(tmp_path):
     second = tmp_path / "b.json"
     second.write_text(json.dumps([hits_entry("q2", "d1")]))
     qrels = write_lines(tmp_path / "qrels", "q1 0 d1 0", "q1 0 d3 3", "q9 0 d1 1")
+    others = write_lines(tmp_path / "others", "q9 0 d1 1")
+    with pytest.raises(InputError, match="the qrels name none of these queries, but 'q9'"):
+        ingest_hits([first, str(second)], others, out=str(tmp_path / "none"))
     summary = ingest_hits([first, str(second)], qrels, out=str(tmp_path / "out"), depth=2)
     assert rows(tmp_path / "out") == {
         "q1": [("d1", "text of d1", 0.0), ("d2", "text of d2", None)],

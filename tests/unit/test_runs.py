@@ -176,3 +176,18 @@ def test_a_finished_run_stands_for_its_data(run: RunFolder):
 def test_any_other_input_stands_for_itself(tmp_path: Path):
     assert resolve_input(str(tmp_path)) == str(tmp_path)
     assert resolve_input(str(tmp_path / "a.parquet")) == str(tmp_path / "a.parquet")
+
+
+def test_a_folder_of_candidates_is_no_run_folder(run: RunFolder):
+    """`resolve_input` would take the folder for the run, whose data is another ranking."""
+    Path(run.uri).mkdir(parents=True, exist_ok=True)
+    Path(run.uri, "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match="holds Parquet, which a run would hide"):
+        run.start("label", config(), INPUTS)
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path):
+    (tmp_path / "qrels.txt").write_text("")
+    run = RunFolder(uri=str(tmp_path / "qrels.txt"))
+    with pytest.raises(RunError, match="a run is a folder"), run.locked():
+        pass

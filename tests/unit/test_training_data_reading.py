@@ -256,3 +256,12 @@ def test_an_ingest_is_a_training_set_and_can_be_replaced(tmp_path):
         ingest_lists("flagembedding", [str(tmp_path / "f")], **arguments)
     ingest_lists("tevatron", [write_lines(tmp_path / "t", GOOD["tevatron"])], **arguments, overwrite=True)
     assert [x.candidate_list.query.query_id for x in stored(tmp_path / "out")] == ["1"]
+
+
+def test_triples_of_ids_are_not_taken_for_texts(tmp_path):
+    """MS MARCO's qidpidtriples are all digits: a student would learn to rank "7" for "1"."""
+    path = tmp_path / "triples.tsv"
+    path.write_text("1\t7\t9\n")
+    with pytest.raises(InputError, match=r"triples\.tsv:1: all columns are numbers: these are ids: give --queries"):
+        list(read_triples([str(path)], BadLines(skip=False)))
+    assert len(list(read_triples([str(path)], BadLines(skip=False), ids=True))) == 1

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rerank_ray import storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
@@ -167,9 +168,11 @@ def description_of(folder: str) -> Path:
     """The file that describes a student.
 
     Raises:
-        ConfigError: the folder has none.
+        ConfigError: the folder has none, or lies on another filesystem.
     """
-    path = Path(folder, DESCRIPTION)
+    if (local := storage.local_path(folder)) is None:
+        raise ConfigError(f"{folder}: a student is read from this machine's disk here: copy its folder first")
+    path = local / DESCRIPTION
     if not path.exists():
         raise ConfigError(f"{folder}: not a student of ours: it has no {DESCRIPTION}")
     return path
