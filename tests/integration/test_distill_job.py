@@ -91,7 +91,7 @@ def test_texts_of_an_exit_warm_up_are_an_input_of_the_run(labels, base, tmp_path
     training_jobs.distill(settings(labels, base, student=student, max_steps=2), str(run), console)
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
-    assert set(state["inputs"]) == {"labels", "texts"}
+    assert set(state["inputs"]) == {"labels", "texts", str(base)}
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [-2, -1, 0, 2]
     assert load_student(ModelSettings(path=str(run / "student"), max_length=48)).layers == (2, 3)
