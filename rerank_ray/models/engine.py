@@ -79,13 +79,13 @@ def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
-@functools.cache
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on the device. To a GPU it goes by way of pinned memory, or the CPU would wait for all that the GPU
     still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+@functools.cache
 def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -231,3 +232,13 @@ def test_what_fails_ahead_is_raised_in_its_turn():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_what_was_moved_is_not_kept():
+    """Every batch of a run goes this way: one that stays is memory that grows until there is none."""
+    tensor = torch.zeros(3)
+    kept = weakref.ref(tensor)
+    moved = engine.moved(tensor, torch.device("cpu"))
+    assert moved.tolist() == [0.0, 0.0, 0.0]
+    del tensor, moved
+    assert kept() is None
