@@ -172,14 +172,15 @@ def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     """
     fs, _ = storage.open_filesystem(checkpoint_uri)
     suffix = ".pending.parquet"
-    pending = storage.list_files(checkpoint_uri, suffix)
+    checkpoints = set(storage.list_files(checkpoint_uri, ".parquet"))
+    pending = [path for path in checkpoints if path.endswith(suffix)]
     prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(suffix) for p in pending)
     for path in storage.list_files(data_uri, ".parquet") if prefixes else ():
         if path.rsplit("/", 1)[-1].startswith(prefixes):
             fs.delete_file(path)
-    committed = set(storage.list_files(checkpoint_uri, ".parquet")) if pending else set()
     for path in pending:
         twin = path.removesuffix(suffix) + ".parquet"
-        if twin in committed:
+        if twin in checkpoints:
             fs.delete_file(twin)
+        # Last: by it a call that was stopped half-way is known.
         fs.delete_file(path)

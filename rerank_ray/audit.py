@@ -77,10 +77,11 @@ def audit(
     sources = {name: resolve_ended(uri) for name, uri in others.items()}
     data = resolve_ended(run)
     summary = inspect_input(data, LABELS)
+    teacher = _teacher(data) if summary.rows else None
     for name, uri in sources.items():
         if not np.isin(inspect_input(uri, LABELS).id_hashes, summary.id_hashes).any():
             raise InputError(f"{others[name]}: has no query in common with {run}")
-        if name in ("shuffled", "repeat") and _teacher(uri) != _teacher(data):
+        if name in ("shuffled", "repeat") and _teacher(uri) != teacher:
             raise InputError(f"{others[name]}: is of another teacher than {run}: name it with --against")
     if not summary.rows:
         raise InputError(f"{run}: has no rows: there is nothing to audit")
@@ -100,7 +101,7 @@ def audit(
         raise InputError(f"{qrels}: none of its queries is in {run}: these are another set's qrels")
     return {
         "run": run,
-        "teacher": _teacher(data),
+        "teacher": teacher,
         "counts": counts.to_dict(),
         "rates": counts.rates(),
         "scores": scores.report(),

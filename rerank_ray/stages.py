@@ -90,11 +90,11 @@ class RankStage(_Stage):
         if isinstance(result, str):
             return replace(nothing, error=result)
         if result.scores is None:
-            ranking, defects = replace(nothing, error=result.error), result.defects
+            ranking = replace(nothing, error=result.error)
         else:
-            ranking, defects = ranking_of(result.request, result.scores, self.ranker.name), result.scores.defects
+            ranking = ranking_of(result.request, result.scores, self.ranker.name)
             ranking = replace(ranking, exit_layer=self.ranker.exit_layer)
-        return replace(ranking, defects=tuple(map(str, defects)), usage=result.usage)
+        return replace(ranking, defects=tuple(map(str, result.all_defects)), usage=result.usage)
 
 
 class WriteStage(_Stage):

@@ -336,9 +336,5 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
             f"{', '.join(settings.input)}: no training query ({len(data.train)} of them) has candidates with different "
             "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
         )
-    if data.held_out_without_gain == len(data.validation):
-        raise InputError(
-            f"{', '.join(settings.input)}: none of {len(data.validation)} held-out queries has a candidate with a "
-            "known gain: ingest with qrels, which set the candidates' 'label', or raise validation.fraction"
-        )
+    data.require_held_out_gains(settings.input, "raise validation.fraction")
     return data

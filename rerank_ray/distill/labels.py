@@ -122,6 +122,15 @@ class LabelSet:
                 "validation.fraction or seed"
             )
 
+    def require_held_out_gains(self, uris: Sequence[str], otherwise: str) -> None:
+        """Raise `InputError` where there is no held-out row to validate on by known gains; `otherwise` is another fix
+        than qrels."""
+        if self.held_out_without_gain == len(self.validation):
+            raise InputError(
+                f"{', '.join(uris)}: none of {len(self.validation)} held-out queries has a candidate with a known "
+                f"gain: ingest with qrels, which set the candidates' 'label', or {otherwise}"
+            )
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Training positions [rows, 2] of one epoch: row groups shuffled, then rows within windows of 16 groups."""
         random = np.random.default_rng([seed, epoch])

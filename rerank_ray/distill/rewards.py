@@ -7,13 +7,13 @@ is one token and needs no end: a ranker reads that token's logits. Gains are 0 o
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from rerank_ray.metrics import agreement
 from rerank_ray.prompts.parse import parse_permutation, parse_scores, split_reasoning
 
 CUTOFF = 10
@@ -146,12 +146,7 @@ def _answer(text: str, reasoning: bool) -> str | None:
 
 def ndcg(order: Sequence[int], gains: Sequence[float]) -> float:
     """nDCG@10 with linear gains; 0 when no passage has one."""
-    ideal = _dcg(sorted(gains, reverse=True))
-    return _dcg([gains[i] for i in order]) / ideal if ideal else 0.0
-
-
-def _dcg(gains: Sequence[float]) -> float:
-    return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:CUTOFF]))
+    return agreement.ndcg([gains[i] for i in order], gains, CUTOFF) or 0.0
 
 
 def recall(order: Sequence[int], gains: Sequence[float]) -> float:

@@ -452,18 +452,14 @@ def check_labels(data: LabelSet, settings: DistillSettings) -> None:
             instructions of their own, which the student's prompt would not show.
     """
     check_objective(data, settings.objective)
-    where = ", ".join(settings.input)
-    if settings.validation.gains == "labels" and data.held_out_without_gain == len(data.validation):
-        raise InputError(
-            f"{where}: validation.gains: labels, and none of {len(data.validation)} held-out queries has a candidate "
-            "with a known gain: ingest with qrels, which set the candidates' 'label', or set it to teacher"
-        )
+    if settings.validation.gains == "labels":
+        data.require_held_out_gains(settings.input, "set validation.gains to teacher")
     student = settings.student
     if data.with_instruction and student.head in _PROMPTED and "{instruction}" in _template(student).text:
         raise InputError(
-            f"{where}: {data.with_instruction} training queries have an instruction of their own; a student with head "
-            f"{student.head} keeps its template's one, so teacher and student would read different prompts: "
-            "leave 'instruction' out of the candidates and write it into the template"
+            f"{', '.join(settings.input)}: {data.with_instruction} training queries have an instruction of their own; "
+            f"a student with head {student.head} keeps its template's one, so teacher and student would read different "
+            "prompts: leave 'instruction' out of the candidates and write it into the template"
         )
 
 

@@ -108,9 +108,26 @@ def rank_rows(
     _finish_retry(run, retry_errors)
     delete_uncommitted(run.data, run.checkpoint)
     done = _checkpointed(run)
-    if done == source.rows:
+    if done < source.rows:
+        timings = _rank_rest(run, source_uri, source, ranker, output, execution, done, store)
+    else:
         # Nothing is left but to count: the run was stopped there, or its limits were raised.
-        return count_output(run.data, source.rows), run.state().get("timings") or nothing_done()
+        timings = run.state().get("timings") or nothing_done()
+    storage.delete_directory(run.path("attempts"))
+    return count_output(run.data, source.rows), timings
+
+
+def _rank_rest(
+    run: RunFolder,
+    source_uri: str,
+    source: InputSummary,
+    ranker: RankerSettings | QueryWriterSettings,
+    output: Output,
+    execution: ExecutionSettings,
+    done: int,
+    store: StoreSettings | None,
+) -> dict:
+    """Rank the rows that are not done; returns this start's timings."""
     started = time.monotonic()
     with session(execution.needs), ProgressDisplay(run.uri, source.rows, done) as progress:
         try:
@@ -123,11 +140,10 @@ def rank_rows(
             ) from error
         timings = progress.throughput()
     delete_uncommitted(run.data, run.checkpoint)
-    storage.delete_directory(run.path("attempts"))
     if store is not None:
         tidy(store)
     timings["seconds_of_last_start"] = round(time.monotonic() - started, 2)
-    return count_output(run.data, source.rows), timings
+    return timings
 
 
 def _execute(

@@ -37,9 +37,7 @@ def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> 
         if step.evaluate is not None:
             _check_evaluation(step.evaluate, step.name)
     results = {}
-    folders = {step.name: RunFolder(uri=storage.join(run_uri, step.name)) for step in settings.steps}
-    left = [step for step in settings.steps if folders[step.name].state().get("state") != "done"]
-    with session(_needs(left)):
+    with session(_needs([step for step in settings.steps if not _is_done(step, run_uri)])):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)
@@ -53,6 +51,10 @@ def _check_evaluation(settings: EvaluateSettings, step: str) -> None:
         parse_metric(metric)
     if not storage.exists(settings.qrels):
         raise InputError(f"{settings.qrels}: no such qrels file (step {step})")
+
+
+def _is_done(step: StepSettings, run_uri: str) -> bool:
+    return RunFolder(uri=storage.join(run_uri, step.name)).state().get("state") == "done"
 
 
 def _needs(steps: Sequence[StepSettings]) -> Resources:

@@ -28,6 +28,7 @@ from rerank_ray.distill.train import World, train, with_inputs
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.models import engine
+from rerank_ray.prompts.render import names_a_file
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.distill import DistillSettings, TrainingExecutionSettings
 
@@ -115,8 +116,8 @@ def absolute_if_there(path: str) -> str:
 
 
 def absolute_template(name: str) -> str:
-    """A template's file made absolute; a built-in one's name as it is, even where a folder is called so."""
-    return storage.absolute(name) if name.endswith((".yaml", ".yml")) else name
+    """A template's file made absolute; a built-in one's name as it is."""
+    return storage.absolute(name) if names_a_file(name) else name
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from rerank_ray import storage
@@ -117,21 +118,22 @@ def check_ids(uri: str) -> None:
         with open_parquet(fs, path) as file:
             row = 0
             for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=["query_id", doc_id_path(file, path)]):
-                doc_ids = pc.struct_field(pc.list_flatten(batch["candidates"]), 0)
-                for what, ids, rows in (
-                    ("query id", batch["query_id"], None),
-                    ("doc id", doc_ids, pc.list_parent_indices(batch["candidates"])),
-                ):
-                    # Of a null or empty id a row's own error tells.
-                    bad = pc.indices_nonzero(pc.match_substring_regex(ids, _NOT_IN_AN_ID.pattern))
-                    if len(bad):
-                        where = bad[0].as_py()
-                        number = row + (where if rows is None else rows[where].as_py())
-                        raise InputError(
-                            f"{path}: row {number}: {what} {ids[where].as_py()!r} has blanks, which a TREC run can't "
-                            "hold: give it another, or set `trec_run: false`"
-                        )
+                lists = batch["candidates"]
+                _refuse_blanks(path, "query id", batch["query_id"], range(row, row + batch.num_rows))
+                doc_ids = pc.struct_field(pc.list_flatten(lists), 0)
+                _refuse_blanks(path, "doc id", doc_ids, pc.add(pc.list_parent_indices(lists), row))
                 row += batch.num_rows
+
+
+def _refuse_blanks(path: str, what: str, ids: pa.Array, rows: Sequence | pa.Array) -> None:
+    """`rows` are the ids' in the file. Of a null or empty id a row's own error tells."""
+    bad = pc.indices_nonzero(pc.match_substring_regex(ids, _NOT_IN_AN_ID.pattern))
+    if len(bad):
+        where = bad[0].as_py()
+        raise InputError(
+            f"{path}: row {rows[where]}: {what} {ids[where].as_py()!r} has blanks, which a TREC run can't hold: give "
+            "it another, or set `trec_run: false`"
+        )
 
 
 def write_run(rankings: Iterable[Ranking], path: str, tag: str | None = None) -> int:

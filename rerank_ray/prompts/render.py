@@ -227,6 +227,11 @@ def builtin_templates() -> dict[str, Template]:
     return {name: find_template(name) for name in names}
 
 
+def names_a_file(name: str) -> bool:
+    """Whether a template's name is a YAML file's path, and not a built-in one's, whatever folder is called so."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def find_template(name: str) -> Template:
     """Read a built-in template by name, or a YAML file by path.
 
@@ -235,7 +240,7 @@ def find_template(name: str) -> Template:
     """
     folder = resources.files("rerank_ray.prompts") / "templates"
     builtin = folder / f"{name}.yaml"
-    if name.endswith((".yaml", ".yml")):
+    if names_a_file(name):
         path = name
     elif builtin.is_file():
         path = str(builtin)

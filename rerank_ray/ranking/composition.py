@@ -49,8 +49,7 @@ class _Merged:
         """Add a child's outcome over these candidates; returns its scores, or None when it failed."""
         self.usage = self.usage + outcome.usage
         scores = outcome.scores
-        defects = scores.defects if scores else outcome.defects
-        self.defects += [replace(d, detail=f"{child.path}: {d.detail}") for d in defects]
+        self.defects += [replace(d, detail=f"{child.path}: {d.detail}") for d in outcome.all_defects]
         if scores is None:
             self.error = f"{child.path}: {outcome.error}"
             return None

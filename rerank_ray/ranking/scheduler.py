@@ -29,6 +29,11 @@ class Outcome:
     defects: tuple[Defect, ...] = ()
     """Of a list with `error`: what the method found wrong; other lists have theirs in `scores`."""
 
+    @property
+    def all_defects(self) -> tuple[Defect, ...]:
+        """What the method found wrong, wherever it stands."""
+        return self.scores.defects if self.scores else self.defects
+
 
 @dataclass(slots=True)
 class _Progress:
