@@ -21,7 +21,8 @@ from dataclasses import replace
 import torch
 from harness import publish
 
-from rerank_ray.distill.train import StepData, Trainer, World
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import StepData, Trainer
 from rerank_ray.records import Candidate, CandidateList, Query, Scores
 from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
 from rerank_ray.settings.distill import DistillSettings

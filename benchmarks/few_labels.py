@@ -24,7 +24,8 @@ import torch
 from harness import publish, reranked_ndcg
 
 from rerank_ray.distill.checkpoints import STUDENT
-from rerank_ray.distill.train import World, train
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import train
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import CrossEncoderSettings

@@ -30,8 +30,9 @@ import torch
 from harness import publish, reranked_ndcg, scored
 
 from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.parallel import World
 from rerank_ray.distill.sampling import sample_group
-from rerank_ray.distill.train import Trainer, World
+from rerank_ray.distill.train import Trainer
 from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.settings.distill import DistillSettings

@@ -18,12 +18,13 @@ import torch.distributed
 
 from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import set_learning_rate
+from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy_trainer import PolicyTrainer
 from rerank_ray.distill.rewards import HIGHEST_GRADE, Reward
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.tasks import gains_of, make_task
-from rerank_ray.distill.train import Report, World
+from rerank_ray.distill.train import Report
 from rerank_ray.errors import InputError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Answer, Generate, Prompt

@@ -12,9 +12,9 @@ from torch import nn
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.optimizer import make_optimizer
-from rerank_ray.distill.parallel import sum_gradients
+from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.distill.policy import Policy
-from rerank_ray.distill.train import Report, World
+from rerank_ray.distill.train import Report
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
 

@@ -16,12 +16,13 @@ import torch.distributed
 
 from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import set_learning_rate
+from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.policy_trainer import PolicyTrainer
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, check_objective, objective
-from rerank_ray.distill.train import Report, World
+from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError, label_ids

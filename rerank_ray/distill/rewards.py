@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rerank_ray.metrics import agreement
-from rerank_ray.prompts.parse import parse_permutation, parse_scores, split_reasoning
+from rerank_ray.prompts.parse.answer import split_reasoning
+from rerank_ray.prompts.parse.permutation import parse_permutation
+from rerank_ray.prompts.parse.scores import parse_scores
 
 CUTOFF = 10
 HIGHEST_GRADE = 10.0

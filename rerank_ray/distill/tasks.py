@@ -8,7 +8,7 @@ from typing import Protocol
 from rerank_ray.distill import rewards
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.models.protocol import Answer, Prompt
-from rerank_ray.prompts.parse import parse_score
+from rerank_ray.prompts.parse.scores import parse_score
 from rerank_ray.prompts.passages import shown_passage
 from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels

@@ -30,22 +30,13 @@ from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
-from rerank_ray.distill.targets import Targets, Term, check_objective, objective, term_names, validation_ndcg
+from rerank_ray.distill.start import check_labels, first_student, open_label_set
+from rerank_ray.distill.targets import Targets, Term, objective, term_names, validation_ndcg
 from rerank_ray.errors import InputError
 from rerank_ray.models import engine
-from rerank_ray.models.student import (
-    Encoded,
-    Student,
-    StudentPrompt,
-    adapt,
-    load_student,
-    new_student,
-    trained_parameters,
-)
-from rerank_ray.prompts.render import Template, load_template
+from rerank_ray.models.student import Encoded, Student, trained_parameters
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
-from rerank_ray.settings.student import StudentSettings
 
 Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
@@ -114,7 +105,7 @@ class Trainer:
         self.device = engine.pick_device("auto")
         self.dtype = engine.pick_dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
-        self.student = _student(settings.student, resume).to(self.device)
+        self.student = first_student(settings.student, resume).to(self.device)
         self.warm_up_metrics = self._warm_up(report) if resume is None else {}
         optimizer = make_optimizer(self.student, settings.optimizer)
         self.trained = trained_parameters(self.student)
@@ -442,87 +433,3 @@ class _Scorer(nn.Module):
 
 def _sum_and_count(term: Term) -> torch.Tensor:
     return torch.stack([term.loss.detach().double().sum(), (~term.skipped).sum().double()])
-
-
-def check_labels(data: LabelSet, settings: DistillSettings) -> None:
-    """Refuse labels that can't serve these settings, before anything is trained.
-
-    Raises:
-        InputError: as `check_objective`; or no held-out query has a known gain to validate on; or queries have
-            instructions of their own, which the student's prompt would not show.
-    """
-    check_objective(data, settings.objective)
-    if settings.validation.gains == "labels":
-        data.require_held_out_gains(settings.input, "set validation.gains to teacher")
-    student = settings.student
-    if data.with_instruction and student.head in _PROMPTED and "{instruction}" in _template(student).text:
-        raise InputError(
-            f"{', '.join(settings.input)}: {data.with_instruction} training queries have an instruction of their own; "
-            f"a student with head {student.head} keeps its template's one, so teacher and student would read different "
-            "prompts: leave 'instruction' out of the candidates and write it into the template"
-        )
-
-
-def open_label_set(settings: DistillSettings) -> LabelSet:
-    """The labels and the texts beside them; reads all of the files."""
-    warming = settings.student.exit_warm_up
-    texts = warming.texts if warming else ()
-    return LabelSet.open(settings.input, settings.validation.fraction, settings.seed, texts)
-
-
-def with_inputs(settings: DistillSettings, change: Callable[[str], str]) -> DistillSettings:
-    """The settings with the URIs of their labels and texts changed."""
-    student = settings.student
-    if student.exit_warm_up is not None:
-        texts = tuple(change(uri) for uri in student.exit_warm_up.texts)
-        student = student.model_copy(update={"exit_warm_up": student.exit_warm_up.model_copy(update={"texts": texts})})
-    return settings.model_copy(update={"input": [change(uri) for uri in settings.input], "student": student})
-
-
-def check_student(settings: StudentSettings) -> None:
-    """Find what config and tokenizer can tell of a student that can't be started, without reading a weight.
-
-    Raises:
-        ConfigError: no such prompt, or a bad one.
-        ModelError: the model is missing, can't carry the head, or lacks the layers that are asked for.
-    """
-    adapt(new_student(settings, _prompt(settings), weights=False), settings)
-
-
-def _student(settings: StudentSettings, resume: Path | None) -> Student:
-    # A checkpoint's folder has LoRA merged into the weights; the adapters are in the trainer's state.
-    if resume is not None and settings.lora is None:
-        saved = {"path": str(resume / checkpoints.STUDENT), "revision": None}
-        student = load_student(settings.model_settings().model_copy(update=saved))
-    else:
-        student = new_student(settings, _prompt(settings))
-    adapt(student, settings)
-    # Read from a file, weights begin anywhere in memory, and a product's last bit can hang on where.
-    for parameter in student.parameters():
-        parameter.data = parameter.data.clone()
-    return student
-
-
-_PROMPTED = ("yes_no", "token_logit")
-
-
-def _template(settings: StudentSettings) -> Template:
-    return load_template(settings.prompt, "yes_no")
-
-
-def _prompt(settings: StudentSettings) -> StudentPrompt | None:
-    """The template as the student keeps it: its instruction is part of it, and the labels are what it is scored by.
-
-    Raises:
-        ConfigError: no such template, or a bad one.
-    """
-    if settings.head not in _PROMPTED:
-        return None
-    template = _template(settings)
-    return StudentPrompt(
-        text=template.text.replace("{instruction}", template.instruction),
-        system=template.system,
-        chat=template.chat,
-        prefill=template.prefill,
-        labels=template.labels if settings.head == "yes_no" else (settings.token,),
-    )

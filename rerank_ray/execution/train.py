@@ -24,7 +24,9 @@ from rerank_ray import storage
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import MetricsLog, summary_line
-from rerank_ray.distill.train import World, train, with_inputs
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.start import with_inputs
+from rerank_ray.distill.train import train
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.models import engine

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 
 from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.train import check_labels, check_student, open_label_set, with_inputs
+from rerank_ray.distill.start import check_labels, check_student, open_label_set, with_inputs
 from rerank_ray.models.resolve import resolve
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings

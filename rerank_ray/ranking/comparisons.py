@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rerank_ray.models.protocol import Failure, Result
-from rerank_ray.prompts.parse import parse_label, split_reasoning, whole_turn
+from rerank_ray.prompts.parse.answer import split_reasoning, whole_turn
+from rerank_ray.prompts.parse.words import parse_label
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 
 

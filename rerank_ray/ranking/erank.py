@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 
 from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, LogLikelihood, Prompt, Result
-from rerank_ray.prompts.parse import answer_span, is_stated, parse_score, split_reasoning
+from rerank_ray.prompts.parse.answer import answer_span, split_reasoning
+from rerank_ray.prompts.parse.scores import is_stated, parse_score
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
 from rerank_ray.records import CandidateList, Defect, DefectKind

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
-from rerank_ray.prompts.parse import parse_score_rows, split_reasoning
+from rerank_ray.prompts.parse.answer import split_reasoning
+from rerank_ray.prompts.parse.scores import parse_score_rows
 from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.listwise import check_fits, first_stage_scores, scores_to_show

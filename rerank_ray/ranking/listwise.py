@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator, Sequence
 
 from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
-from rerank_ray.prompts.parse import Permutation, parse_permutation, split_reasoning
+from rerank_ray.prompts.parse.answer import split_reasoning
+from rerank_ray.prompts.parse.permutation import Permutation, parse_permutation
 from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.orders import scores_of_order

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
-from rerank_ray.prompts.parse import ParsedItems, parse_items
+from rerank_ray.prompts.parse.words import ParsedItems, parse_items
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.groupwise import UNGRADED, group_calls, read_groups, split
 from rerank_ray.ranking.listwise import check_fits

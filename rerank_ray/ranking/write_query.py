@@ -6,7 +6,7 @@ import hashlib
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Generate
-from rerank_ray.prompts.parse import parse_query
+from rerank_ray.prompts.parse.words import parse_query
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Scores

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, NextToken, Result
-from rerank_ray.prompts.parse import parse_label, whole_turn
+from rerank_ray.prompts.parse.answer import whole_turn
+from rerank_ray.prompts.parse.words import parse_label
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.pointwise import Steps, Value, score_each, scores_from
 from rerank_ray.records import CandidateList

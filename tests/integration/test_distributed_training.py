@@ -26,7 +26,8 @@ from transformers import BertConfig, BertModel
 
 from rerank_ray import config
 from rerank_ray.distill.labels import LabelSet
-from rerank_ray.distill.train import World, train
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import train
 from rerank_ray.settings.distill import DistillSettings
 
 STRATEGIES = ["ddp", "zero2", "zero3"]

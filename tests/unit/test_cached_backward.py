@@ -9,7 +9,8 @@ import torch
 from fixtures.teachable import settings
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from rerank_ray.distill.train import Trainer, World
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import Trainer
 
 
 def gradients(trainer: Trainer) -> list[torch.Tensor]:

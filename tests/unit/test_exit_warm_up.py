@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from rerank_ray.distill.exit_warm_up import draw, vary, warm_up
 from rerank_ray.distill.metrics_log import summary_line
-from rerank_ray.distill.train import Trainer, World
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import Trainer
 from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.schema import write_candidates

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels, reinforce
 from rerank_ray.distill.metrics_log import policy_summary_line
+from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
-from rerank_ray.distill.train import World
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Generate, Prompt

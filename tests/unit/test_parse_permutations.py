@@ -9,13 +9,10 @@ from fixtures.answers import LETTERS, NUMBERS, identifier_lists, kinds, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.prompts.parse import (
-    parse_label,
-    parse_permutation,
-    parse_score,
-    parse_scores,
-    split_reasoning,
-)
+from rerank_ray.prompts.parse.answer import split_reasoning
+from rerank_ray.prompts.parse.permutation import parse_permutation
+from rerank_ray.prompts.parse.scores import parse_score, parse_scores
+from rerank_ray.prompts.parse.words import parse_label
 from rerank_ray.records import DefectKind
 
 

@@ -10,13 +10,8 @@ from fixtures.answers import NUMBERS, identifier_lists, kinds, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.prompts.parse import (
-    parse_items,
-    parse_label,
-    parse_score,
-    parse_score_rows,
-    parse_scores,
-)
+from rerank_ray.prompts.parse.scores import parse_score, parse_score_rows, parse_scores
+from rerank_ray.prompts.parse.words import parse_items, parse_label
 
 # Scores by identifier
 

@@ -13,6 +13,7 @@ from fixtures.students import start
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
+from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.rationale import (
     ExplanationTerm,
@@ -22,7 +23,7 @@ from rerank_ray.distill.rationale import (
     distill_rationales,
     open_terms,
 )
-from rerank_ray.distill.train import World
+from rerank_ray.distill.start import student_prompt
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.models.protocol import Generate, NextToken
@@ -240,12 +241,7 @@ def test_texts_that_do_not_fit_are_skipped(tiny_llama: Path):
 def test_a_second_adapter_goes_on_a_first(tiny_llama: Path, tmp_path: Path, head: str):
     """DeAR: the first stage's adapter, saved alone, is added to its base; the second stage trains one of its own."""
     first = StudentSettings(base=str(tiny_llama), head=head, max_length=256, lora={**LORA, "save": "adapter"})
-    prompt = None
-    if head == "yes_no":
-        from rerank_ray.distill.train import _prompt
-
-        prompt = _prompt(first)
-    student = start(tiny_llama, head, prompt=prompt, max_length=256)
+    student = start(tiny_llama, head, prompt=student_prompt(first), max_length=256)
     adapt(student, first)
     with torch.no_grad():
         for name, parameter in student.named_parameters():

@@ -13,7 +13,8 @@ from fixtures.tiny_models import WORDS, tiny_bert_folder, tiny_bert_tokenizer, t
 from transformers import DebertaV2Config, DebertaV2Model, ElectraConfig, ElectraModel
 
 from rerank_ray import config
-from rerank_ray.distill.train import Trainer, World
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.train import Trainer
 from rerank_ray.models.student import load_student
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.distill import DistillSettings

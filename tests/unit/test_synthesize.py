@@ -17,7 +17,7 @@ from rerank_ray import config
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models.protocol import Answer, Failure
 from rerank_ray.prompt import show
-from rerank_ray.prompts.parse import parse_query
+from rerank_ray.prompts.parse.words import parse_query
 from rerank_ray.prompts.render import Template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.write_query import QueryWriter, passage_of

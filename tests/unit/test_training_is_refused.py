@@ -11,8 +11,9 @@ from fixtures.rows import write_labels
 from fixtures.teachable import settings, teachable
 
 from rerank_ray.distill.labels import LabelSet
-from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.train import Trainer, World, check_labels, check_student
+from rerank_ray.distill.parallel import World, check_installed
+from rerank_ray.distill.start import check_labels, check_student
+from rerank_ray.distill.train import Trainer
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
 from rerank_ray.settings.student import StudentSettings
