@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rerank_ray import storage
 from rerank_ray.errors import ConfigError
@@ -21,6 +21,16 @@ class Settings(BaseModel):
     """Base of every config model: unknown keys are errors, values are fixed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_in_part(cls, content: Any) -> Any:
+        """A group of settings that is given in part keeps the rest of its default here, and not its class's."""
+        if not isinstance(content, dict):
+            return content
+        defaults = {n: f.default for n, f in cls.model_fields.items() if isinstance(f.default, Settings)}
+        given = {name: content[name] for name in defaults if isinstance(content.get(name), dict)}
+        return content | {name: defaults[name].model_dump(exclude_unset=True) | value for name, value in given.items()}
 
 
 S = TypeVar("S", bound=Settings)

@@ -169,3 +169,8 @@ def with_gains(candidate_list: CandidateList, gains: dict[str, float]) -> Candid
         candidate_list,
         candidates=tuple(replace(c, label=gains.get(c.doc_id)) for c in candidate_list.candidates),
     )
+
+
+def storable(text: str | None) -> str | None:
+    """A model's words as files and tokenizers take them: half of a surrogate pair, which JSON can hold, is "?" then."""
+    return text and text.encode("utf-8", "replace").decode()

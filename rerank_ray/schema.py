@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError, RowError
-from rerank_ray.records import Candidate, CandidateList, Defect, Labels, Query, Ranking, Scores, Usage
+from rerank_ray.records import Candidate, CandidateList, Defect, Labels, Query, Ranking, Scores, Usage, storable
 
 VERSION = 1
 ROWS_PER_GROUP = 16
@@ -216,10 +216,10 @@ def label_columns(
         "teacher": teacher,
         "scores": scores and scores.scores,
         "uncertainty": scores and scores.uncertainty,
-        "rationales": scores and scores.rationales,
-        "defects": [str(d) for d in (scores.defects if scores else defects)],
+        "rationales": scores and scores.rationales and [storable(text) for text in scores.rationales],
+        "defects": [storable(str(d)) for d in (scores.defects if scores else defects)],
         "usage": asdict(usage),
-        "error": error,
+        "error": storable(error),
     }
 
 
@@ -230,9 +230,9 @@ def ranking_row(ranking: Ranking) -> dict:
         "scores": ranking.scores,
         "exit_layer": ranking.exit_layer,
         "model": ranking.model,
-        "defects": ranking.defects,
+        "defects": [storable(defect) for defect in ranking.defects],
         "usage": asdict(ranking.usage),
-        "error": ranking.error,
+        "error": storable(ranking.error),
     }
 
 
@@ -261,6 +261,8 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
     """
     fs, _ = storage.open_filesystem(uri)
     paths = storage.list_files(uri, ".parquet")
+    if paths and not paths[0].endswith(".parquet"):
+        raise InputError(f"{uri}: a job reads files that are called *.parquet; rename it")
     if not paths:
         found = "holds no .parquet file" if storage.exists(uri) else "does not exist"
         maker = "label CONFIG --run" if expected is LABELS else "ingest … --out"

@@ -14,7 +14,7 @@ from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.ranking.write_query import passage_of
-from rerank_ray.records import CandidateList, Ranking, Usage, ranking_of
+from rerank_ray.records import CandidateList, Ranking, Usage, ranking_of, storable
 from rerank_ray.schema import (
     CANDIDATES,
     LABELS,
@@ -122,7 +122,7 @@ class WriteStage(_Stage):
             else:
                 query = result.scores.rationales[0] if result.scores else None
                 columns = label_columns(self.ranker.name, result.scores, result.usage, result.error, result.defects)
-                rows.append(row | {"query": query} | columns)
+                rows.append(row | {"query": storable(query)} | columns)
         return pa.Table.from_pylist(
             [{name: row[name] for name in WRITTEN_QUERIES.names} for row in rows], schema=WRITTEN_QUERIES
         )

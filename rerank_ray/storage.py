@@ -39,13 +39,6 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.abspath(text)
 
 
-def rejoin(uri: str | os.PathLike[str], path: str) -> str:
-    """The URI of a path that `list_files(uri, …)` returned."""
-    address, options = _options_apart(uri)
-    scheme, separator, _ = address.partition("://")
-    return f"{scheme}://{path}{options}" if separator else path
-
-
 def exists(uri: str | os.PathLike[str]) -> bool:
     fs, path = open_filesystem(uri)
     return fs.get_file_info(path).type != pafs.FileType.NotFound
@@ -139,6 +132,7 @@ def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
         with fs.open_output_stream(partial) as stream:
             yield stream
     except BaseException:
-        delete_file(rejoin(uri, partial))
+        if fs.get_file_info(partial).type == pafs.FileType.File:
+            fs.delete_file(partial)
         raise
     fs.move(partial, path)

@@ -30,14 +30,16 @@ from rerank_ray.schema import (
 
 _GROUPS_PER_WINDOW = 16
 Row = TypeVar("Row")
+RowGroup = tuple[str, str, int]
+"""A folder's or a file's URI, a file's path in its filesystem, and a row group's number in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSet:
     """Where the labelled rows lie: `positions` [rows, 2] of (row-group number, row in the group)."""
 
-    groups: tuple[tuple[str, int], ...]
-    """(URI, row group) of each group number."""
+    groups: tuple[RowGroup, ...]
+    """Of each group number."""
     train: np.ndarray
     validation: np.ndarray
     unlabelled: int
@@ -70,7 +72,7 @@ class LabelSet:
         Raises:
             InputError: unreadable files, another schema, a query id used twice, or too few labelled rows to split.
         """
-        groups: list[tuple[str, int]] = []
+        groups: list[RowGroup] = []
         none = np.empty((0, 2), dtype=np.int32)
         train, validation = [none], [none]
         counts = dict.fromkeys(("unlabelled", "unscored", "held_out_without_gain", *_COUNTED_FACTS), 0)
@@ -100,7 +102,7 @@ class LabelSet:
                     lowest = min([lowest, *(f.lowest for f in trained)])
                     highest = max([highest, *(f.highest for f in trained)])
                     counts["held_out_without_gain"] += sum(not facts[row].has_gain for _, row in validation[-1])
-                    groups.append((storage.rejoin(uri, file), group))
+                    groups.append((uri, file, group))
         label_set = cls(
             groups=tuple(groups),
             train=np.concatenate(train),
@@ -132,7 +134,11 @@ class LabelSet:
             )
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Training positions [rows, 2] of one epoch: row groups shuffled, then rows within windows of 16 groups."""
+        """Training positions [rows, 2] of one epoch: row groups shuffled, then rows within windows of 16 groups.
+
+        The same files give the same order. Labels of the same rows made again need not: replicas write rows as they are
+        done, and a run that was resumed has other files.
+        """
         random = np.random.default_rng([seed, epoch])
         numbers = self.train[:, 0]
         shuffled_groups = random.permutation(np.unique(numbers))
@@ -172,7 +178,7 @@ class Steps:
 class RowReader(Generic[Row]):
     """Reads rows by position, keeping the row groups of two windows."""
 
-    def __init__(self, groups: Sequence[tuple[str, int]], schema: pa.Schema, from_row: Callable[[dict], Row]) -> None:
+    def __init__(self, groups: Sequence[RowGroup], schema: pa.Schema, from_row: Callable[[dict], Row]) -> None:
         self._groups, self._columns, self._from_row = groups, schema.names, from_row
         self._rows = functools.lru_cache(maxsize=2 * _GROUPS_PER_WINDOW)(self._read_group)
 
@@ -186,8 +192,8 @@ class RowReader(Generic[Row]):
             yield self._from_row(self._rows(int(group))[int(row)])
 
     def _read_group(self, number: int) -> list[dict]:
-        uri, group = self._groups[number]
-        fs, path = storage.open_filesystem(uri)
+        uri, path, group = self._groups[number]
+        fs, _ = storage.open_filesystem(uri)
         with pq.ParquetFile(path, filesystem=fs) as file:
             return file.read_row_group(group, columns=self._columns).to_pylist()
 
@@ -196,8 +202,8 @@ class RowReader(Generic[Row]):
 class TextLists:
     """Candidate lists whose texts alone are read, by number: of labels, of candidates, or of both."""
 
-    groups: tuple[tuple[str, int], ...]
-    """(URI, row group) of each group number."""
+    groups: tuple[RowGroup, ...]
+    """Of each group number."""
     positions: np.ndarray
     """[lists, 2] of (row-group number, row in the group)."""
     fingerprint: str
@@ -209,7 +215,7 @@ class TextLists:
         Raises:
             InputError: unreadable files, another schema, or no row that is not held out.
         """
-        groups: list[tuple[str, int]] = []
+        groups: list[RowGroup] = []
         positions = [np.empty((0, 2), dtype=np.int32)]
         digest = hashlib.sha256()
         for uri in uris:
@@ -219,7 +225,7 @@ class TextLists:
                 for group, rows in _row_groups(uri, file, lambda *_: ["query_id"]):
                     held = _held_out([row["query_id"] for row in rows], held_out, seed)
                     positions.append(_positions(len(groups), ~held))
-                    groups.append((storage.rejoin(uri, file), group))
+                    groups.append((uri, file, group))
         found = cls(groups=tuple(groups), positions=np.concatenate(positions), fingerprint=digest.hexdigest()[:16])
         if not len(found.positions):
             raise InputError(f"{', '.join(uris)}: holds no list to read texts from whose query is not held out")

@@ -41,6 +41,9 @@ from rerank_ray.settings.rationale import (
 class Term(Protocol):
     """One part of the objective."""
 
+    settings: TermSettings
+    template: Template
+
     def teaches(self, labels: Labels) -> bool:
         """Whether a list has what the term learns from."""
         ...
@@ -138,6 +141,11 @@ class ScoreTerm:
 _TERMS: dict[str, type] = {"permutation": PermutationTerm, "explanation": ExplanationTerm, "score": ScoreTerm}
 
 
+def make_terms(settings: RationaleSettings) -> list[Term]:
+    """Raises `ConfigError` when a term's template is not there, or is written for another method."""
+    return [_TERMS[term.kind](term) for term in settings.terms]
+
+
 def _turn(rationale: str, answer: str, template: Template) -> str:
     text = f"<think>\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
     return text.removeprefix(template.prefill)
@@ -176,11 +184,11 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
         ConfigError: a term's template is not there, or is written for another method.
     """
     sets = []
-    for number, term in enumerate(settings.terms):
+    for number, (term, made) in enumerate(zip(settings.terms, make_terms(settings), strict=True)):
         data = LabelSet.open(term.input, settings.validation.fraction, settings.seed)
         if isinstance(term, ScoreTermSettings):
             check_objective(data, term.objective)
-        kept = _kept(data, _TERMS[term.kind](term).teaches)
+        kept = _kept(data, made.teaches)
         if len(kept.train) == 0 or len(kept.validation) == 0:
             raise InputError(
                 f"terms.{number} ({term.kind}): of {len(data.train)} training and {len(data.validation)} held-out "
@@ -229,7 +237,7 @@ class RationaleTrainer(PolicyTrainer):
         self, settings: RationaleSettings, world: World, resume: Path | None, data: Sequence[LabelSet] | None = None
     ) -> None:
         self.data = list(data or open_terms(settings))
-        self.terms: list[Term] = [_TERMS[term.kind](term) for term in settings.terms]
+        self.terms = make_terms(settings)
         self.readers = [d.reader() for d in self.data]
         self.steps = [Steps(d, settings.seed, settings.queries_per_step) for d in self.data]
         longest = max(steps.per_epoch for steps in self.steps)

@@ -81,6 +81,11 @@ def first_student(settings: StudentSettings, resume: Path | None) -> Student:
     return student
 
 
+def prompt_digest(settings: StudentSettings) -> dict[str, str]:
+    """What a resumed run must find again: the template, by name, of a student that is asked a prompt."""
+    return {f"prompt {settings.prompt}": _template(settings).digest} if settings.head in _PROMPTED else {}
+
+
 def _template(settings: StudentSettings) -> Template:
     return load_template(settings.prompt, "yes_no")
 

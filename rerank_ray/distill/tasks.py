@@ -10,7 +10,7 @@ from rerank_ray.distill.rewards import Reward
 from rerank_ray.models.protocol import Answer, Prompt
 from rerank_ray.prompts.parse.scores import parse_score
 from rerank_ray.prompts.passages import shown_passage
-from rerank_ray.prompts.render import load_template
+from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import (
     ERankRewardSettings,
@@ -24,6 +24,8 @@ from rerank_ray.settings.reinforce import (
 
 class Task(Protocol):
     """`indices` are the query's candidates that are shown, in the prompt's order."""
+
+    template: Template
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         """What is asked: one prompt, or one a candidate."""

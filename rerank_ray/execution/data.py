@@ -162,6 +162,8 @@ def _execute(
     rows = ray.data.read_parquet(
         list(source.files),
         filesystem=fs,
+        # By default a folder named `query=…` would put its name in the place of that column.
+        partitioning=None,
         schema=(PASSAGES if output == "queries" else CANDIDATES).remove_metadata(),
         num_cpus=_READ_CPUS,
     )

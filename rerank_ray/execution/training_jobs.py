@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 
 from rerank_ray.distill.parallel import check_installed
-from rerank_ray.distill.start import check_labels, check_student, open_label_set, with_inputs
+from rerank_ray.distill.start import check_labels, check_student, open_label_set, prompt_digest, with_inputs
 from rerank_ray.models.resolve import resolve
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
@@ -23,7 +23,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     absolute = with_absolute_paths(settings)
     labels = open_label_set(absolute)
     base = resolve(settings.student.model_settings()).identity
-    inputs = {"labels": labels.fingerprint, settings.student.base: base}
+    inputs = {"labels": labels.fingerprint, settings.student.base: base} | prompt_digest(settings.student)
     if labels.texts:
         inputs["texts"] = labels.texts.fingerprint
     check_labels(labels, absolute)
@@ -57,18 +57,17 @@ def reinforce(settings: ReinforceSettings, run_uri: str, console: Console) -> Ru
     from rerank_ray.execution.policy import with_absolute_paths
 
     settings = settings.model_copy(update={"input": [resolve_input(uri) for uri in settings.input]})
-    make_task(settings.reward)
+    template = make_task(settings.reward).template
     absolute = with_absolute_paths(settings)
     labels = open_labels(absolute)
     counts = {"training_queries": len(labels.train), "validation_queries": len(labels.validation)}
-    return _train_policy(
-        "reinforce", settings, absolute, labels, {"labels": labels.fingerprint}, counts, run_uri, console
-    )
+    digests = {"labels": labels.fingerprint, f"prompt {settings.reward.prompt}": template.digest}
+    return _train_policy("reinforce", settings, absolute, labels, digests, counts, run_uri, console)
 
 
 def distill_rationales(settings: RationaleSettings, run_uri: str, console: Console) -> RunFolder:
     """Train a language model on what teachers wrote: the run's `student/` holds the best step's."""
-    from rerank_ray.distill.rationale import open_terms, term_names
+    from rerank_ray.distill.rationale import make_terms, open_terms, term_names
     from rerank_ray.execution.policy import with_absolute_paths
 
     terms = [t.model_copy(update={"input": [resolve_input(uri) for uri in t.input]}) for t in settings.terms]
@@ -76,19 +75,20 @@ def distill_rationales(settings: RationaleSettings, run_uri: str, console: Conso
     absolute = with_absolute_paths(settings)
     data = open_terms(absolute)
     named = dict(zip(term_names(settings.terms), data, strict=True))
-    fingerprints = {name: labels.fingerprint for name, labels in named.items()}
+    digests = {name: labels.fingerprint for name, labels in named.items()}
+    digests |= {f"prompt {term.settings.prompt}": term.template.digest for term in make_terms(settings)}
     counts = {
         name: {"training_queries": len(labels.train), "validation_queries": len(labels.validation)}
         for name, labels in named.items()
     }
-    return _train_policy("distill-rationales", settings, absolute, data, fingerprints, counts, run_uri, console)
+    return _train_policy("distill-rationales", settings, absolute, data, digests, counts, run_uri, console)
 
 
-def _train_policy(kind, settings, absolute, data, fingerprints, counts, run_uri: str, console: Console) -> RunFolder:
+def _train_policy(kind, settings, absolute, data, digests, counts, run_uri: str, console: Console) -> RunFolder:
     """What the jobs that train a language model share; `absolute` are the settings with paths that workers can use."""
     from rerank_ray.execution.policy import train_policy
 
-    inputs = fingerprints | {settings.policy.base: resolve(settings.policy.model_settings()).identity}
+    inputs = digests | {settings.policy.base: resolve(settings.policy.model_settings()).identity}
     run = RunFolder(uri=run_uri)
     with run.locked():
         before = run.start(kind, settings, inputs)

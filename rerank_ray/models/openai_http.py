@@ -17,7 +17,7 @@ from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
-from rerank_ray.records import Usage
+from rerank_ray.records import Usage, storable
 from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
 
 # vLLM's stand-in for −∞, which JSON can't carry: no probability at all.
@@ -254,11 +254,12 @@ class _Choice(BaseModel):
     def generated(self) -> str | Failure:
         """The text; reasoning that the server split off is put back in front, where methods look for it."""
         if self.message is None:
-            return Failure(reason="unexpected answer: neither message nor text") if self.text is None else self.text
+            nothing = Failure(reason="unexpected answer: neither message nor text")
+            return nothing if self.text is None else storable(self.text)
         if self.message.refusal:
             return Failure(reason=f"the model refuses: {' '.join(self.message.refusal.split())[:200]}")
         reasoning = self.message.reasoning or self.message.reasoning_content
-        return (f"<think>{reasoning}</think>" if reasoning else "") + (self.message.content or "")
+        return storable((f"<think>{reasoning}</think>" if reasoning else "") + (self.message.content or ""))
 
     def log_probability(self) -> float | None:
         """Of the whole text: the sum over its tokens; None when the server does not report them all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,14 @@ def test_replicas_get_equal_batches_whatever_the_row_groups(make_candidates, tmp
     files = (tmp_path / "run" / "data").glob("*.parquet")
     assert sorted(pq.read_metadata(f).num_rows for f in files) == [2, 4, 4, 4, 4, 4]
     assert rows_of(tmp_path / "run") == undisturbed(source, settings)
+
+
+def test_a_folders_name_is_no_column(make_candidates, tmp_path, console):
+    """Readers of Hive partitions would put "expanded" in the place of every query."""
+    source = shutil.copytree(make_candidates(8), tmp_path / "query=expanded" / "candidates=100")
+    settings = label_settings(str(source))
+    jobs.label(settings, str(tmp_path / "run"), console)
+    assert rows_of(tmp_path / "run") == undisturbed(str(source), settings)
 
 
 def test_a_second_start_is_a_no_op_and_another_config_is_refused(make_candidates, tmp_path, console):

@@ -20,6 +20,7 @@ from rerank_ray.errors import ConfigError
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.settings.pipeline import PipelineSettings
+from rerank_ray.settings.reinforce import ReinforceSettings
 
 
 class Circle(Settings):
@@ -34,6 +35,12 @@ class Square(Settings):
 
     shape: Literal["square"] = "square"
     side: PositiveInt = 1
+
+
+class NamedSquare(Square):
+    """A square with a name."""
+
+    name: str = ""
 
 
 class Drawing(Settings):
@@ -241,6 +248,26 @@ def test_overrides_that_are_refused(override: str, said: str):
         apply_overrides({"a": 1, "list": [{"x": 1}, 5]}, [override])
     assert str(caught.value).startswith(f"--set {override}: ")
     assert said in str(caught.value)
+
+
+def test_a_group_that_is_given_in_part_keeps_the_rest_of_its_default():
+    """A default of the place is not the class's: `side` is 4 here, whatever else of the group is set."""
+
+    class Frame(Settings):
+        """A group with a default of its own."""
+
+        inner: NamedSquare = NamedSquare(side=4)
+
+    assert Frame.model_validate({"inner": {"name": "x"}}).inner == NamedSquare(side=4, name="x")
+    assert Frame.model_validate({"inner": {"side": 2}}).inner == NamedSquare(side=2)
+    assert Frame.model_validate({"inner": {}}).inner == Frame().inner
+    assert validate(Frame, apply_overrides({}, ["inner.name=y"]), "f.yaml").inner == NamedSquare(side=4, name="y")
+
+
+def test_a_reinforced_run_with_another_rate_keeps_its_schedule():
+    content = read_yaml("configs/reinforce/smollm2.yaml") | {"optimizer": {"learning_rate": 5e-6}}
+    optimizer = validate(ReinforceSettings, expand(content, "x"), "x").optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.decay) == (5e-6, 0.0, "constant")
 
 
 def test_a_file_with_overrides_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

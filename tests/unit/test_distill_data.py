@@ -108,6 +108,14 @@ def test_split_and_order_depend_on_ids_and_seed_alone(tmp_path: Path):
     assert set(query_ids(data, LabelSet.open([str(tmp_path / "a")], 0.3, seed=6).validation)) != held_out
 
 
+def test_labels_behind_a_uri_are_read_through_it(tmp_path: Path):
+    """Its escapes, host and options are lost once a file's path in the filesystem is taken out of it."""
+    folder = write_set(tmp_path / "my labels", 30)
+    data = LabelSet.open([f"file://{folder.replace(' ', '%20')}"], 0.2, seed=0)
+    plain = LabelSet.open([folder], 0.2, seed=0)
+    assert query_ids(data, data.order(0, 0)) == query_ids(plain, plain.order(0, 0))
+
+
 def test_what_the_rows_lack_is_counted(tmp_path: Path):
     """A row without any score is neither trained on nor held out; the rest are counted by what they lack."""
     lacks = {

@@ -117,6 +117,13 @@ def test_reasoning_that_the_server_split_off_stands_in_front_again(serve):
         assert backend(stub).run([generate()])[0].value == "<think>2 says it</think>[2] > [1]"
 
 
+def test_half_of_a_surrogate_pair_is_a_question_mark(serve):
+    """JSON can escape one, and no file or tokenizer takes it."""
+    for reply in (chat_reply("[2] \ud83d> [1]"), chat_reply("", reasoning="fine \ud83d")):
+        (answer,) = backend(serve(always(reply))).run([generate()])
+        assert answer.value in ("[2] ?> [1]", "<think>fine ?</think>")
+
+
 def test_a_refusal_and_a_content_filter_are_failures(serve):
     replies = [chat_reply(None, refusal="I can't help with that."), chat_reply("half an", finish="content_filter")]
     stub = serve(lambda e: e.send(replies[e.body["max_tokens"] % 2]))

@@ -17,8 +17,18 @@ from hypothesis import strategies as st
 
 from rerank_ray import schema
 from rerank_ray.errors import InputError, RowError
+from rerank_ray.prompts.parse.scores import parse_scores
 from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Ranking, Scores, Usage
-from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, inspect_input
+from rerank_ray.schema import (
+    CANDIDATES,
+    LABELS,
+    RANKINGS,
+    candidate_row,
+    inspect_input,
+    label_columns,
+    ranking_row,
+    write_rows,
+)
 
 # Round trips
 
@@ -237,6 +247,28 @@ def test_further_columns_and_other_item_names_are_allowed(tmp_path: Path):
     pq.write_table(table, tmp_path / "a.parquet")
     assert inspect_input(str(tmp_path), CANDIDATES).rows == 1
     assert list(schema.read_candidates(str(tmp_path))) == [make_list("q1")]
+
+
+def test_a_file_that_a_job_would_not_read(tmp_path: Path):
+    """Ray Data reads files called *.parquet alone."""
+    write_rows([candidate_row(make_list("q1"))], str(tmp_path), CANDIDATES)
+    (file,) = tmp_path.glob("*.parquet")
+    other = file.rename(tmp_path / "lists.pq")
+    with pytest.raises(InputError, match=r"lists\.pq: a job reads files that are called \*\.parquet; rename it"):
+        inspect_input(str(other), CANDIDATES)
+
+
+def test_words_that_no_file_takes():
+    """A model's JSON may name a passage with half of a surrogate pair; its batch can be written all the same."""
+    defects = parse_scores('{"1": 7, "\\ud83d": 3}', ["1"], low=0, high=10).defects
+    assert "\ud83d" in str(defects[0])
+    scores = Scores(scores=(1.0, 2.0, 3.0), rationales=("so \udc00",), defects=defects)
+    labelled = candidate_row(make_list("q1")) | label_columns("test", scores, error="no \ud83d")
+    (row,) = pa.Table.from_pylist([labelled], schema=LABELS).to_pylist()
+    assert (row["defects"], row["rationales"], row["error"]) == (["out_of_range: ?"], ["so ?"], "no ?")
+    ranking = Ranking(query_id="q1", doc_ids=(), scores=None, model="m", defects=tuple(map(str, defects)))
+    (row,) = pa.Table.from_pylist([ranking_row(replace(ranking, error="no \ud83d"))], schema=RANKINGS).to_pylist()
+    assert (row["defects"], row["error"]) == (["out_of_range: ?"], "no ?")
 
 
 def test_no_input_and_an_empty_folder(tmp_path: Path):

@@ -16,8 +16,3 @@ from rerank_ray import storage
 )
 def test_a_path_below_a_folder(folder: str, joined: str):
     assert storage.join(folder, "data", "a.parquet") == joined
-
-
-def test_the_address_of_a_listed_file_keeps_the_options():
-    assert storage.rejoin("s3://bucket/run?region=x", "bucket/run/data/a") == "s3://bucket/run/data/a?region=x"
-    assert storage.rejoin("runs/x", "/home/runs/x/a") == "/home/runs/x/a"

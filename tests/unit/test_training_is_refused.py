@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from fixtures.rows import write_labels
 from fixtures.teachable import settings, teachable
+from rich.console import Console
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import World, check_installed
 from rerank_ray.distill.start import check_labels, check_student
 from rerank_ray.distill.train import Trainer
-from rerank_ray.errors import ConfigError, InputError, ModelError
+from rerank_ray.errors import ConfigError, InputError, ModelError, RunError
+from rerank_ray.execution import training_jobs
 from rerank_ray.settings.distill import DistillExecutionSettings, DistillSettings
+from rerank_ray.settings.rationale import RationaleSettings
+from rerank_ray.settings.reinforce import ReinforceSettings
 from rerank_ray.settings.student import StudentSettings
 
 
@@ -122,3 +128,59 @@ def test_what_does_not_go_together_is_refused(labels: str, tiny_bert: Path, wron
         content[section] = content[section] | values
     with pytest.raises(ValueError, match=message):
         DistillSettings.model_validate(content)
+
+
+def template(name: str, file: Path) -> Path:
+    file.write_text((resources.files("rerank_ray.prompts") / "templates" / f"{name}.yaml").read_text())
+    return file
+
+
+def distilled(tmp_path: Path, labels: str, tiny_llama: Path, prompt: Path) -> Callable[[], object]:
+    student = {"base": str(tiny_llama), "head": "yes_no", "prompt": str(prompt), "max_length": 128, "lora": {}}
+    chosen = settings(labels, tiny_llama, student=student)
+    return lambda: training_jobs.distill(chosen, str(tmp_path / "run"), Console(quiet=True))
+
+
+def reinforced(tmp_path: Path, labels: str, tiny_llama: Path, prompt: Path) -> Callable[[], object]:
+    chosen = ReinforceSettings.model_validate(
+        {
+            "input": [labels],
+            "policy": {"base": str(tiny_llama), "max_length": 128},
+            "reward": {"kind": "prorank", "prompt": str(prompt)},
+        }
+    )
+    return lambda: training_jobs.reinforce(chosen, str(tmp_path / "run"), Console(quiet=True))
+
+
+def told(tmp_path: Path, labels: str, tiny_llama: Path, prompt: Path) -> Callable[[], object]:
+    chosen = RationaleSettings.model_validate(
+        {
+            "policy": {"base": str(tiny_llama), "max_length": 128},
+            "terms": [{"kind": "score", "input": [labels], "prompt": str(prompt)}],
+        }
+    )
+    return lambda: training_jobs.distill_rationales(chosen, str(tmp_path / "run"), Console(quiet=True))
+
+
+@pytest.mark.parametrize(("job", "name"), [(distilled, "yes_no"), (reinforced, "prorank"), (told, "yes_no")])
+def test_training_does_not_go_on_with_another_prompt(
+    labels: str, tiny_llama: Path, tmp_path: Path, monkeypatch, job: Callable, name: str
+):
+    """The config says the same; what is in the file that it names does not. Its last steps would learn another task."""
+
+    class Training(Exception):
+        """Everything was checked, and training began."""
+
+    def begin(*_, **__):
+        raise Training
+
+    monkeypatch.setattr("rerank_ray.execution.train.train_student", begin)
+    monkeypatch.setattr("rerank_ray.execution.policy.train_policy", begin)
+    prompt = template(name, tmp_path / "mine.yaml")
+    start = job(tmp_path, labels, tiny_llama, prompt)
+    for _ in range(2):
+        with pytest.raises(Training):
+            start()
+    prompt.write_text(prompt.read_text() + "\ninstruction: Find another thing.\n")
+    with pytest.raises(RunError, match=rf"content of input prompt {prompt}: '\w+' -> '\w+'"):
+        start()
