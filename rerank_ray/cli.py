@@ -54,8 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         job.add_argument("config", metavar="CONFIG", help="YAML file")
         job.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a value")
         job.add_argument("--run", metavar="FOLDER", help="run folder (default: runs/ and the config's name)")
-        if name in ("label", "rerank"):
-            job.add_argument("--retry-errors", action="store_true", help="do rows with `error` again")
+        if name in ("label", "rerank", "synthesize", "pipeline"):
+            whose = "" if name in ("label", "rerank") else ", where they made a step fail"
+            job.add_argument("--retry-errors", action="store_true", help=f"do rows with `error` again{whose}")
         job.set_defaults(command=_JOBS[name])
     plan = commands.add_parser("plan", help="what a label or rerank job will take, from a sample of its rows")
     plan.add_argument("config", metavar="CONFIG", help="YAML file of the job")
@@ -233,14 +234,6 @@ def _run_folder(options: argparse.Namespace) -> str:
     return options.run or f"runs/{Path(options.config).stem}"
 
 
-def _pipeline(options: argparse.Namespace, console: Console) -> None:
-    from rerank_ray import config
-    from rerank_ray.execution.pipeline import run_pipeline
-    from rerank_ray.settings.pipeline import PipelineSettings
-
-    run_pipeline(config.load(PipelineSettings, options.config, options.set), _run_folder(options), console)
-
-
 _JOBS = {
     "label": _job("jobs:LabelSettings", "jobs:label"),
     "distill": _job("distill:DistillSettings", "training_jobs:distill"),
@@ -248,7 +241,7 @@ _JOBS = {
     "reinforce": _job("reinforce:ReinforceSettings", "training_jobs:reinforce"),
     "rerank": _job("jobs:RerankSettings", "jobs:rerank"),
     "synthesize": _job("synthesize:SynthesizeSettings", "synthesis_job:synthesize"),
-    "pipeline": _pipeline,
+    "pipeline": _job("pipeline:PipelineSettings", "pipeline:run_pipeline"),
 }
 
 

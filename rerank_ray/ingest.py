@@ -1,6 +1,6 @@
 """Outside formats to candidate Parquet: BEIR folders (with BM25), hits files, TREC runs, and several of these merged.
 
-Each function streams candidate lists into `out` and writes `out/ingest.json` last: a folder without it is an
+Each function streams candidate lists into `out` and writes `out/ingest.json` last: until then it says that this is an
 unfinished ingest, which the next one replaces.
 """
 
@@ -23,9 +23,8 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.records import Candidate, CandidateList, Query, with_gains
 from rerank_ray.retrieval import bm25
 from rerank_ray.retrieval.hydrate import fetch, hydrate
-from rerank_ray.runs import resolve_input
+from rerank_ray.runs import INGEST_SUMMARY, INGEST_UNFINISHED, ingest_ended, resolve_input
 
-SUMMARY_FILE = "ingest.json"
 _PART = re.compile(r"part-\d{5}\.parquet")
 
 Qrels = dict[str, dict[str, float]]
@@ -235,7 +234,7 @@ def ingest_merge(
     check_depth(depth)
     sources = [resolve_input(uri) for uri in inputs]
     for uri, source in zip(inputs, sources, strict=True):
-        if storage.absolute(source) == storage.absolute(out):
+        if storage.is_same(source, out):
             raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
     check_out(out, overwrite)
     lists = ((query, candidates[:depth]) for query, candidates in merge.read_merged(sources, method))
@@ -348,7 +347,7 @@ def write_ingest(
         schema_version=schema.VERSION,
     )
     text = json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
-    storage.write_text(storage.join(out, SUMMARY_FILE), text)
+    storage.write_text(storage.join(out, INGEST_SUMMARY), text)
     return summary
 
 
@@ -363,9 +362,10 @@ def check_out(out: str, overwrite: bool) -> None:
             raise InputError(
                 f"{path}: a Parquet file that no ingest wrote; jobs would read it too: name another folder"
             )
-    if parts and not overwrite and storage.exists(storage.join(out, SUMMARY_FILE)):
+    if parts and not overwrite and storage.exists(storage.join(out, INGEST_SUMMARY)) and ingest_ended(out):
         raise InputError(
-            f"{out}: already holds an ingest ({SUMMARY_FILE} is there): --overwrite replaces it, or name another folder"
+            f"{out}: already holds an ingest ({INGEST_SUMMARY} says so): --overwrite replaces it, or name another "
+            "folder"
         )
 
 
@@ -381,8 +381,8 @@ def _is_part(fs: pa.fs.FileSystem, folder: str, path: str) -> bool:
 
 
 def _clear_out(out: str) -> None:
-    """Delete an earlier ingest, its summary first, so that a crash from here on leaves an unfinished one."""
+    """Delete an earlier ingest; whatever ends this one from here on leaves it unfinished."""
     fs, _ = storage.open_filesystem(out)
-    storage.delete_file(storage.join(out, SUMMARY_FILE))
+    storage.write_text(storage.join(out, INGEST_SUMMARY), INGEST_UNFINISHED)
     for path in storage.list_files(out, ".parquet"):
         fs.delete_file(path)

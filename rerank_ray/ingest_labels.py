@@ -88,7 +88,7 @@ def ingest_triples(
     gathered = read_triples(files, bad, depth, ids=queries is not None)
     labels = _labels_of_texts(gathered, bad) if queries is None else _labels_of_ids(gathered, queries, corpus, bad)
     return _write_labels(
-        labels,
+        (_cut(made, depth) for made in labels),
         out,
         kind="triples",
         sources=[*files, *([queries, corpus] if queries else [])],

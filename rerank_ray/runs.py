@@ -21,7 +21,10 @@ from rerank_ray.errors import RunError
 
 CONFIG, STATE = "config.yaml", "run.json"
 _VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
-_CHANGEABLE = ("execution", "limits", "store")
+INGEST_SUMMARY = "ingest.json"
+INGEST_UNFINISHED = '{"state": "unfinished"}\n'
+"""What the summary is until its ingest has ended."""
+_CHANGEABLE = ("execution", "limits", "store", "trec_run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ class RunFolder:
     def start(self, kind: str, settings: Settings, inputs: dict[str, str], fixed: Sequence[str] = ()) -> dict:
         """Create the run or check that it may be resumed; returns its state before this start.
 
-        `execution`, `limits` and `store` may change between starts; anything that changes an output may not.
+        `execution`, `limits`, `store` and `trec_run` may change between starts; what changes a row may not.
 
         Args:
             kind: the job's name.
@@ -144,15 +147,25 @@ def resolve_input(uri: str) -> str:
     """A run folder stands for its data; anything else for itself.
 
     Raises:
-        RunError: the run is not finished, so its data is not all there.
+        RunError: the run, or the ingest, is not finished, so its data is not all there.
     """
+    if not storage.is_directory(uri):
+        return uri
     run = RunFolder(uri=uri)
-    state = run.state() if storage.is_directory(uri) else {}
+    state = run.state()
     if not state:
+        if not ingest_ended(uri):
+            raise RunError(f"{uri}: this ingest did not end: start it again before using its output")
         return uri
     if state["state"] != "done":
         raise RunError(f"{uri}: this {state['kind']} run is {state['state']}: start it again before using its output")
     return run.data
+
+
+def ingest_ended(folder: str) -> bool:
+    """Whether an ingest into a folder came to its end; true where none was begun."""
+    summary = storage.join(folder, INGEST_SUMMARY)
+    return not storage.exists(summary) or storage.read_text(summary) != INGEST_UNFINISHED
 
 
 def resolve_ended(uri: str) -> str:

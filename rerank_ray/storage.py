@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+_COPIED_BYTES = 16 * 2**20
+
 
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """Split a URI or local path into a pyarrow filesystem and the path inside it."""
@@ -37,6 +39,12 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     """A local path from the root, for processes that run in another folder; URIs stay as they are."""
     text = os.fspath(uri)
     return text if "://" in text else os.path.abspath(text)
+
+
+def is_same(uri: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two addresses, spelled differently perhaps, are of one place."""
+    (fs, path), (other_fs, other_path) = open_filesystem(uri), open_filesystem(other)
+    return fs.equals(other_fs) and path.rstrip("/") == other_path.rstrip("/")
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:
@@ -120,7 +128,7 @@ def digest(uri: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
-    """A stream that becomes the file when it is whole; after an exception the file is as it was before.
+    """A stream that becomes the file when it is whole; after an exception there is no torn one.
 
     A name that ends in a compression's suffix (`.gz`) is compressed so.
     """
@@ -131,8 +139,28 @@ def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
     try:
         with fs.open_output_stream(partial) as stream:
             yield stream
+        _move(fs, partial, path)
     except BaseException:
         if fs.get_file_info(partial).type == pafs.FileType.File:
             fs.delete_file(partial)
         raise
-    fs.move(partial, path)
+
+
+def _move(fs: pafs.FileSystem, source: str, target: str) -> None:
+    if fs.type_name != "s3":
+        fs.move(source, target)
+        return
+    # There pyarrow asks for a copy in one request, which S3 refuses for more than 5 GiB.
+    try:
+        with (
+            fs.open_input_stream(source, compression=None) as reader,
+            fs.open_output_stream(target, compression=None) as writer,
+        ):
+            while block := reader.read(_COPIED_BYTES):
+                writer.write(block)
+    except BaseException:
+        # Closing the stream has made a file of what was copied.
+        if fs.get_file_info(target).type == pafs.FileType.File:
+            fs.delete_file(target)
+        raise
+    fs.delete_file(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -29,6 +30,7 @@ from rerank_ray.schema import (
 )
 
 _GROUPS_PER_WINDOW = 16
+_ID_OF_REPEATED_TEXT = re.compile(r"([0-9a-f]{16})-[0-9]+")
 Row = TypeVar("Row")
 RowGroup = tuple[str, str, int]
 """A folder's or a file's URI, a file's path in its filesystem, and a row group's number in it."""
@@ -316,5 +318,8 @@ def _held_out(query_ids: Sequence[str], share: float, seed: int) -> np.ndarray:
 
 def _fraction(query_id: str, seed: int) -> float:
     """A number in [0, 1) that depends on the query and the seed alone."""
-    digest = hashlib.blake2b(f"{seed}:{query_id}".encode(), digest_size=8).digest()
+    # Lists of one text that came without ids share what their ids begin with: all of them, or none, are held out.
+    of_text = _ID_OF_REPEATED_TEXT.fullmatch(query_id)
+    key = of_text[1] if of_text else query_id
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -28,20 +28,26 @@ from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSe
 from rerank_ray.settings.resources import Resources
 
 
-def run_pipeline(settings: PipelineSettings, run_uri: str, console: Console) -> dict[str, Any]:
+def run_pipeline(
+    settings: PipelineSettings, run_uri: str, console: Console, *, retry_errors: bool = False
+) -> dict[str, Any]:
     """Run every step that is not finished; returns what each step's job returned, by step name.
 
-    A step that fails ends the pipeline; started again it goes on there.
+    A step that fails ends the pipeline; started again it goes on there, with `retry_errors` by doing the rows that
+    failed once more.
     """
     for step in settings.steps:
         if step.evaluate is not None:
             _check_evaluation(step.evaluate, step.name)
     results = {}
-    with session(_needs([step for step in settings.steps if not _is_done(step, run_uri)])):
+    folders = {step.name: storage.join(run_uri, step.name) for step in settings.steps}
+    with session(_needs([step for step in settings.steps if _state(folders[step.name]) != "done"])):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)
-            results[step.name] = _JOBS[step.job](job_settings, storage.join(run_uri, step.name), console)
+            folder = folders[step.name]
+            again = {"retry_errors": True} if retry_errors and _may_retry(step, folder) else {}
+            results[step.name] = _JOBS[step.job](job_settings, folder, console, **again)
     return results
 
 
@@ -53,8 +59,13 @@ def _check_evaluation(settings: EvaluateSettings, step: str) -> None:
         raise InputError(f"{settings.qrels}: no such qrels file (step {step})")
 
 
-def _is_done(step: StepSettings, run_uri: str) -> bool:
-    return RunFolder(uri=storage.join(run_uri, step.name)).state().get("state") == "done"
+def _state(folder: str) -> str | None:
+    return RunFolder(uri=folder).state().get("state")
+
+
+def _may_retry(step: StepSettings, folder: str) -> bool:
+    """Not a step that is done: those after it have read its output. A synthesis knows of its own two runs."""
+    return step.job == "synthesize" or (step.job in ("label", "rerank") and _state(folder) == "failed")
 
 
 def _needs(steps: Sequence[StepSettings]) -> Resources:

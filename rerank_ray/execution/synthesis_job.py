@@ -33,11 +33,14 @@ from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.synthesize import LEFT_OUT, draw_passages, finds_back, retrieve, usable_queries
 
 
-def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> RunFolder:
+def synthesize(
+    settings: SynthesizeSettings, run_uri: str, console: Console, *, retry_errors: bool = False
+) -> RunFolder:
     """Write queries for passages of a collection: the run's `data/` holds those that find back, with candidates.
 
     The models' work, in `written/` and `round_trip/`, is kept row by row; `passages/`, `retrieved/` and `data/` follow
-    from it and are made anew by a start that finds the run unfinished.
+    from it and are made anew by a start that finds the run unfinished. `retry_errors` does the failed rows again of
+    that one of the two that failed.
     """
     inputs = preflight(settings.writer) | {settings.corpus: _digest(settings.corpus)}
     if settings.round_trip is not None:
@@ -51,7 +54,7 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         started = time.monotonic()
-        written, counts = _write_queries(settings, run)
+        written, counts = _write_queries(settings, run, retry_errors)
         left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
         rows = read_rows(written.data, WRITTEN_QUERIES.names)
         queries = list(usable_queries(rows, settings.max_copied_words, left_out))
@@ -59,7 +62,7 @@ def synthesize(settings: SynthesizeSettings, run_uri: str, console: Console) -> 
         storage.delete_directory(retrieved)
         found = write_candidates(retrieve(queries, settings, left_out), retrieved)
         if found and settings.round_trip is not None:
-            kept = _found_back(settings, run, retrieved, console, left_out)
+            kept = _found_back(settings, run, retrieved, console, left_out, retry_errors)
         else:
             kept = read_candidates(retrieved)
         storage.delete_directory(run.data)
@@ -86,7 +89,7 @@ def _digest(path: str) -> str:
         raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}): give a TSV or JSONL file") from error
 
 
-def _write_queries(settings: SynthesizeSettings, run: RunFolder) -> tuple[RunFolder, Counts]:
+def _write_queries(settings: SynthesizeSettings, run: RunFolder, retry_errors: bool) -> tuple[RunFolder, Counts]:
     """The writer's finished run over the drawn passages, and its totals."""
     passages, written = run.path("passages"), RunFolder(uri=run.path("written"))
     if not written.state():
@@ -103,7 +106,7 @@ def _write_queries(settings: SynthesizeSettings, run: RunFolder) -> tuple[RunFol
         settings.writer,
         "queries",
         settings.execution,
-        retry_errors=False,
+        retry_errors=retry_errors and before.get("state") == "failed",
         store=settings.store,
     )
     finish(written, counts, settings.limits, timings)
@@ -111,7 +114,12 @@ def _write_queries(settings: SynthesizeSettings, run: RunFolder) -> tuple[RunFol
 
 
 def _found_back(
-    settings: SynthesizeSettings, run: RunFolder, retrieved: str, console: Console, left_out: Counter[str]
+    settings: SynthesizeSettings,
+    run: RunFolder,
+    retrieved: str,
+    console: Console,
+    left_out: Counter[str],
+    retry_errors: bool,
 ) -> Iterator[CandidateList]:
     """The candidate lists in which the round trip's ranker finds the passage again, in their order."""
     job = LabelSettings(
@@ -121,7 +129,9 @@ def _found_back(
         limits=settings.limits,
         store=settings.store,
     )
-    labels = label(job, run.path("round_trip"), console)
+    round_trip = run.path("round_trip")
+    failed = RunFolder(uri=round_trip).state().get("state") == "failed"
+    labels = label(job, round_trip, console, retry_errors=retry_errors and failed)
     kept: set[str] = set()
     for row in read_scored(labels.data):
         if row["error"] is not None:

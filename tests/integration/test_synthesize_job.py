@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.stub_server import Exchange, chat_reply, serving
 
 from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
+from rerank_ray.execution.pipeline import run_pipeline
 from rerank_ray.execution.synthesis_job import synthesize
 from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES, inspect_input, read_candidates, read_rows
+from rerank_ray.settings.pipeline import PipelineSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.stages import RankStage, WriteStage
 from rerank_ray.synthesize import draw_passages
@@ -133,3 +137,35 @@ def start_driver(file: Path, run: Path) -> subprocess.Popen:
     """A job in its own process, with its own Ray."""
     command = [sys.executable, "-m", "rerank_ray.cli", "synthesize", str(file), "--run", str(run)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_pipeline_does_the_failed_rows_of_the_step_that_ended_it_again(tmp_path, console):
+    """A server refuses eleven of forty passages, for a while; what it answered is not asked again."""
+    refused = "number3"
+    asked: list[str] = []
+
+    def behave(exchange: Exchange) -> None:
+        words = re.findall(r"number\d+(?: \w+)+", exchange.body["messages"][-1]["content"])
+        asked.extend(words)  # none in the question that a replica tries the server with
+        if refused and words and words[0].startswith(refused):
+            exchange.send({"error": {"message": "not now"}}, status=400)
+        else:
+            exchange.send(chat_reply(" ".join("".join(words).split()[:4])))
+
+    with serving(behave) as stub:
+        model = {"kind": "openai_http", "url": stub.url, "model": "stub"}
+        settings = settings_of(tmp_path).model_dump(mode="json") | {"writer": {"model": model}}
+        pipeline = PipelineSettings.model_validate({"steps": [{"name": "queries", "synthesize": settings}]})
+        run = tmp_path / "run"
+        for retry_errors in (False, False, True):
+            with pytest.raises(RunError, match="use --retry-errors"):
+                run_pipeline(pipeline, str(run), console, retry_errors=retry_errors)
+        assert len(asked) == 40 + 11
+        refused = ""
+        run_pipeline(pipeline, str(run), console, retry_errors=True)
+        assert len(asked) == 40 + 11 + 11
+        run_pipeline(pipeline, str(run), console, retry_errors=True)
+        assert len(asked) == 40 + 11 + 11
+    counts = json.loads((run / "queries" / "run.json").read_text())["counts"]
+    assert counts["queries"] == 40
+    assert counts["left_out"]["not_written"] == 0

@@ -20,6 +20,8 @@ from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.distill.tasks import gains_of
 from rerank_ray.errors import InputError
+from rerank_ray.formats.training_data import TrainingLists
+from rerank_ray.records import Candidate, Query
 from rerank_ray.schema import LABELS, write_candidates
 from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
 
@@ -106,6 +108,21 @@ def test_split_and_order_depend_on_ids_and_seed_alone(tmp_path: Path):
     held_out = set(query_ids(data, data.validation))
     assert {i for i in query_ids(moved, moved.validation) if i.startswith("q")} == held_out
     assert set(query_ids(data, LabelSet.open([str(tmp_path / "a")], 0.3, seed=6).validation)) != held_out
+
+
+def test_all_lists_of_one_text_are_on_one_side(tmp_path: Path):
+    """Training data without ids has a list for each positive of a query: none may be held out while another teaches."""
+    lists = TrainingLists()
+    rows = []
+    for n in range(180):
+        query = Query(query_id="", text=f"query {n % 60}")
+        made = lists.labels("f", n, query, [Candidate(doc_id=f"d{i}", text=f"text {i}") for i in range(2)], [1.0, 0.0])
+        rows.append(label_row(made.candidate_list, made.scores))
+    data = LabelSet.open([write_labels(tmp_path / "a", rows)], 0.3, 5)
+    train, held_out = ({i[:16] for i in query_ids(data, side)} for side in (data.train, data.validation))
+    assert not train & held_out
+    assert len(train | held_out) == 60
+    assert len(held_out) > 5
 
 
 def test_labels_behind_a_uri_are_read_through_it(tmp_path: Path):

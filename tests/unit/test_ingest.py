@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rerank_ray import schema
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
-from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_trec
+from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_merge, ingest_trec
+from rerank_ray.runs import INGEST_UNFINISHED, ingest_ended, resolve_input
 
 
 def write_lines(path: Path, *lines: str | dict) -> str:
@@ -127,7 +128,7 @@ def test_a_query_in_two_hits_files_is_an_error_that_names_both(tmp_path):
     files = [write_lines(tmp_path / name, hits_entry("q1", "d1")) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(InputError, match=r"b\.jsonl: query 'q1' is also in .*a\.jsonl"):
         ingest_hits(files, out=str(tmp_path / "out"), skip_bad_lines=True)
-    assert not (tmp_path / "out" / "ingest.json").exists()
+    assert not ingest_ended(str(tmp_path / "out"))
 
 
 @pytest.fixture
@@ -175,11 +176,33 @@ def test_a_finished_ingest_is_kept_unless_overwritten_and_an_unfinished_one_is_r
     ingest_hits([new], out=str(out), overwrite=True)
     assert list(rows(out)) == ["q3"]
 
-    (out / "ingest.json").unlink()
+    (out / "ingest.json").write_text(INGEST_UNFINISHED)
     (out / "part-00007.parquet").write_bytes(b"PAR1 torn")
     ingest_hits([old], out=str(out))
     assert list(rows(out)) == ["q1", "q2"]
     assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "part-00000.parquet"]
+
+
+def test_what_an_ingest_left_that_did_not_end_is_no_input(tmp_path):
+    """Its rows are whole Parquet, and a job over them would end as if they were all."""
+    lines = [hits_entry(f"q{i}", "d1") for i in range(100)]
+    out = str(tmp_path / "out")
+    with pytest.raises(InputError, match=r"a\.jsonl:101"):
+        ingest_hits([write_lines(tmp_path / "a.jsonl", *lines, "not json")], out=out)
+    assert 0 < len(rows(tmp_path / "out")) < 100
+    with pytest.raises(RunError, match="out: this ingest did not end: start it again"):
+        resolve_input(out)
+    ingest_hits([write_lines(tmp_path / "b.jsonl", *lines)], out=out)
+    assert len(rows(Path(resolve_input(out)))) == 100
+
+
+@pytest.mark.parametrize("spelled", ["{0}", "{0}/", "file://{0}", "file://{0}/"])
+def test_a_merge_does_not_delete_its_input(tmp_path, spelled: str):
+    folder = str(tmp_path / "x")
+    ingest_hits([write_lines(tmp_path / "a.jsonl", hits_entry("q1", "d1"))], out=folder)
+    with pytest.raises(InputError, match="is also the folder to write to"):
+        ingest_merge([spelled.format(folder)], out=folder, overwrite=True)
+    assert list(rows(tmp_path / "x")) == ["q1"]
 
 
 def test_a_failed_overwrite_leaves_no_summary_behind(tmp_path):
@@ -188,7 +211,7 @@ def test_a_failed_overwrite_leaves_no_summary_behind(tmp_path):
     broken = write_lines(tmp_path / "broken.jsonl", hits_entry("q2", "d1"), "not json")
     with pytest.raises(InputError, match=r"broken\.jsonl:2"):
         ingest_hits([broken], out=str(out), overwrite=True)
-    assert not (out / "ingest.json").exists()
+    assert not ingest_ended(str(out))
 
 
 @pytest.mark.parametrize("name", ["other.parquet", "part-00000.parquet", "sub/part-00000.parquet"])
@@ -206,7 +229,7 @@ def test_nothing_to_ingest_a_file_as_folder_and_a_depth_of_zero_are_refused(tmp_
     empty = write_lines(tmp_path / "empty.jsonl")
     with pytest.raises(InputError, match="nothing was ingested: 0 queries"):
         ingest_hits([empty], out=str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "ingest.json").exists()
+    assert not ingest_ended(str(tmp_path / "out"))
     with pytest.raises(InputError, match="is a file"):
         ingest_hits([empty], out=empty)
     with pytest.raises(ConfigError, match="depth=0"):

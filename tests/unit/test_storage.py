@@ -1,5 +1,9 @@
 """Addresses of files: local paths and URIs, with options or without."""
 
+import gzip
+from pathlib import Path
+
+import pyarrow.fs as pafs
 import pytest
 
 from rerank_ray import storage
@@ -16,3 +20,36 @@ from rerank_ray import storage
 )
 def test_a_path_below_a_folder(folder: str, joined: str):
     assert storage.join(folder, "data", "a.parquet") == joined
+
+
+@pytest.mark.parametrize("other", ["/a/b", "/a/b/", "file:///a/b", "file:///a/b/", "/a/../a/b"])
+def test_one_place_has_several_addresses(other: str):
+    assert storage.is_same("/a/b", other)
+    assert not storage.is_same("/a", other)
+
+
+class Bucket:
+    """Local files that say they are S3's, where moving a large file is refused."""
+
+    type_name = "s3"
+
+    def __init__(self) -> None:
+        self.files = pafs.LocalFileSystem()
+
+    def move(self, source: str, target: str) -> None:
+        raise OSError("the specified copy source is larger than the maximum allowable size")
+
+    def __getattr__(self, name: str):
+        return getattr(self.files, name)
+
+
+def test_a_new_file_on_s3_is_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "open_filesystem", lambda uri: (Bucket(), str(uri)))
+    monkeypatch.setattr(storage, "_COPIED_BYTES", 1000)
+    for content in (b"one", b"x" * 2500):
+        with storage.new_file(str(tmp_path / "run.trec.gz")) as stream:
+            stream.write(content)
+        assert gzip.decompress((tmp_path / "run.trec.gz").read_bytes()) == content
+    with pytest.raises(KeyboardInterrupt), storage.new_file(str(tmp_path / "run.trec.gz")):
+        raise KeyboardInterrupt
+    assert [f.name for f in tmp_path.iterdir()] == ["run.trec.gz"]

@@ -173,6 +173,13 @@ def test_any_number_of_passes_gathers_the_same_triples(tmp_path, lines):
     assert {(t.query, p) for t in whole.values() for p in t.positives} == {line[:2] for line in lines}
 
 
+def test_the_depth_of_triples_is_that_of_their_lists(tmp_path):
+    """Positives that come after the list is full go too."""
+    lines = [f"q\tp{p}\tn{n}" for n, p in enumerate((1, 1, 2, 3))]
+    summary = ingest_triples([write_lines(tmp_path / "t.tsv", *lines)], out=str(tmp_path / "out"), depth=2)
+    assert (summary.rows, summary.candidates, summary.labelled_pairs) == (1, 2, 2)
+
+
 def test_bad_triples_are_counted_once_whatever_the_passes(tmp_path):
     path = write_lines(tmp_path / "t.tsv", *TRIPLES, "q1\tb\tz", "q1 a b", "q2\t \td", "q3\tx\tx")
     with pytest.raises(InputError, match=r"t\.tsv:6: passage 'b' is a negative on line 1 of"):
