@@ -79,8 +79,8 @@ def main() -> None:
         title="Adaptive exits of a layer-wise student",
         about=f"BM25's lists of TREC-DL 2019, one thread, CPU seconds. `lost`: nDCG@10 against all layers, ± its "
         f"standard error over the {len(requests)} queries. Calibrated for a loss of at most {options.max_loss} with "
-        f"90 % confidence on {report.lists} held-out lists of SPLADE against SPLADE's order, where the layers "
-        f"{' · '.join(map(str, layers))} have {' · '.join(f'{v:.3f}' for v in report.ndcg)}: "
+        f"some 90 % confidence by Student's t on {report.lists} held-out lists of SPLADE against SPLADE's order, where "
+        f"the layers {' · '.join(map(str, layers))} have {' · '.join(f'{v:.3f}' for v in report.ndcg)}: "
         "what is promised holds of lists like those.",
         rows=rows,
         facts={

@@ -51,7 +51,7 @@ def calibrate_exit(
         student: its folder.
         labels: a label run on queries that the student was not trained on; None takes the queries that the student's
             own distillation run, whose folder it lies in, held out.
-        max_loss: nDCG@10 that lists may lose on average against the last layer, with 90 % confidence.
+        max_loss: nDCG@10 that lists may lose on average against the last layer, with some 90 % confidence.
         gains: nDCG@10 against the teacher (its rank r has gain 11 − r for r ≤ 10) or against known gains.
         limit: read so many rows at most.
 

@@ -351,7 +351,8 @@ def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
             margin = found.margins[number]
             told += ": not tried" if margin is None else f", {margin:.4f} and more below their list's tenth score"
         console.print(told, highlight=False)
-    lost = f"{found.loss:.4f}, below {found.loss_bound:.4f} with 90 % confidence ({report.lists} lists)"
+    lost = f"{found.loss:.4f}, below {found.loss_bound:.4f} with some 90 % confidence by Student's t"
+    lost += f" ({report.lists} lists, of which {found.losing:.0%} lose anything: the fewer, the less it says)"
     computed = f"{found.layers_computed:.2f} of {report.layers[-1]} layers are computed"
     console.print(f"{computed}; nDCG@10 lost: {lost}", highlight=False)
 

@@ -145,8 +145,7 @@ class Policy(nn.Module):
 
 def _start(source: Source) -> PreTrainedModel:
     """The base in float32; where the folder holds adapters alone, they are added to the model that they are for."""
-    folder = source.resolved.folder
-    if folder is None or not (folder / lora.CONFIG).exists():
+    if not source.has_adapters:
         return source.start(AutoModelForCausalLM, None)
     model = source.read(AutoModelForCausalLM, torch.float32)
     model.new_names = frozenset()

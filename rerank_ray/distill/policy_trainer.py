@@ -15,6 +15,7 @@ from rerank_ray.distill.optimizer import make_optimizer
 from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.train import Report
+from rerank_ray.errors import RunError
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
 
@@ -56,12 +57,21 @@ class PolicyTrainer:
                 self.validate_and_report(report)
 
     def update(self) -> float:
-        """Take the optimizer's step on the gradient of all workers; returns its norm before clipping."""
+        """Take the optimizer's step on the gradient of all workers; returns its norm before clipping.
+
+        Raises:
+            RunError: the gradient is not finite; every worker finds the same.
+        """
         for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         sum_gradients(self.trained, self.world)
         norm = nn.utils.clip_grad_norm_(self.trained, self.settings.optimizer.clip_norm)
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"step {self.progress.step}: the gradient's norm is {float(norm)}: training has diverged: lower "
+                "optimizer.learning_rate"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)

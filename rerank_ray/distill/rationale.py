@@ -23,7 +23,7 @@ from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, check_objective, objective
 from rerank_ray.distill.train import Report
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError, label_ids
 from rerank_ray.prompts.passages import shown_passages
@@ -278,7 +278,10 @@ class RationaleTrainer(PolicyTrainer):
         sums = self.over_workers(sums)
         if (sums[:, 1] == 0).any():
             raise InputError("no held-out text of a term fits policy.max_length: raise it")
-        return (sums[:, 0] / sums[:, 1]).tolist()
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+        if not all(map(math.isfinite, means)):
+            raise RunError(f"the model's held-out losses are {means}: training has diverged: lower learning_rate")
+        return means
 
     def validate_and_report(self, report: Report) -> None:
         progress, names = self.progress, term_names(self.settings.terms)

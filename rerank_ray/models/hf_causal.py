@@ -13,7 +13,7 @@ from rerank_ray.models import decoding, engine
 from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.gguf_header import read_once
-from rerank_ray.models.loading import load
+from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
     Answer,
@@ -77,7 +77,7 @@ class HFCausal:
             self.tokenizer = load(AutoTokenizer, resolved, settings)
             if loaded:
                 dtype = engine.pick_dtype(settings.dtype, self.device)
-                model = load(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
+                model = load_adapted(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()
         self.model = model
         self.parameters = engine.count_parameters(self.model)
         if loaded:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, Enc
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
-from rerank_ray.models.loading import load
+from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
@@ -57,7 +57,7 @@ class HFSeq2Seq:
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
-        self.model = load(AutoModelForSeq2SeqLM, resolved, settings, dtype=dtype).to(self.device).eval()
+        self.model = load_adapted(AutoModelForSeq2SeqLM, resolved, settings, dtype=dtype).to(self.device).eval()
         if self.model.config.model_type not in _FAMILY:
             raise ModelError(
                 f"{settings.path}: model type '{self.model.config.model_type}' is none of {sorted(_FAMILY)}, "

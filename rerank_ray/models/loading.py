@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import transformers
@@ -10,7 +11,7 @@ from transformers.utils import cached_file, logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.gguf_header import read_once
-from rerank_ray.models.resolve import ResolvedModel
+from rerank_ray.models.resolve import ADAPTER_FILE, ResolvedModel, resolve
 from rerank_ray.settings.models import ModelSettings
 
 # Workers load models side by side; their bars would overwrite the job's own progress.
@@ -36,6 +37,19 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error
+
+
+def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
+    """As `load`; where a folder holds adapters alone, the model that they are for, with the adapters added to it."""
+    file = None if resolved.folder is None else resolved.folder / ADAPTER_FILE
+    if file is None or not file.exists():
+        return load(auto_class, resolved, settings, **arguments)
+    from rerank_ray.models.student.lora import with_adapter
+
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    location = {"path": adapter["base_model_name_or_path"], "revision": adapter["revision"]}
+    base = settings.model_copy(update=location)
+    return with_adapter(load_adapted(auto_class, resolve(base), base, **arguments), resolved.folder)
 
 
 def read_beside(resolved: ResolvedModel, name: str) -> str | None:

@@ -24,12 +24,14 @@ from rerank_ray.distill.rationale import (
     open_terms,
 )
 from rerank_ray.distill.start import student_prompt
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.losses.pairwise import ranknet
+from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
 from rerank_ray.records import Scores
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
+from rerank_ray.settings.models import HFCausalSettings
 from rerank_ray.settings.rationale import PermutationTermSettings, RationaleSettings, TermSettings
 from rerank_ray.settings.reinforce import PolicySettings
 from rerank_ray.settings.student import StudentSettings
@@ -258,3 +260,33 @@ def test_a_second_adapter_goes_on_a_first(tiny_llama: Path, tmp_path: Path, head
     torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
     assert (states - plain).abs().max() > 1e-2
     assert {n.split(".")[-3] for n, p in second.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_adapters_saved_alone_are_read_by_what_ranks_and_by_a_third_stage(tiny_llama: Path, tmp_path: Path):
+    """Each stage's folder names the one before as its base; what writes and what trains on see all adapters."""
+    settings = {"max_length": 256, "dtype": "float32", "lora": {**LORA, "save": "adapter"}}
+    base, ids, seen = tiny_llama, torch.tensor([[5, 9, 200, 31]]), []
+    for stage in ("first", "second"):
+        trained = Policy(PolicySettings(base=str(base), **settings))
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+            seen.append(trained.model(ids).logits)
+        base = tmp_path / stage
+        trained.save(base)
+        assert not (base / "model.safetensors").exists()
+        ranking = HFCausal(HFCausalSettings(path=str(base), max_length=256, dtype="float32"))
+        third = Policy(PolicySettings(base=str(base), **settings))
+        with torch.no_grad():
+            for model in (ranking.model, third.model):
+                torch.testing.assert_close(model(ids).logits, seen[-1], atol=1e-4, rtol=1e-4)
+    assert (seen[1] - seen[0]).abs().max() > 1e-2
+
+
+def test_training_that_diverges_ends_there(listwise: str, tiny_llama: Path):
+    """With weights that are no numbers every later step and validation would be paid for nothing."""
+    rate = {"learning_rate": 1e38, "warmup_fraction": 0.0, "decay": "constant"}
+    chosen = settings(tiny_llama, {"kind": "permutation", "input": [listwise]}, optimizer=rate)
+    with pytest.raises(RunError, match="training has diverged: lower"):
+        distill_rationales(chosen, World(), lambda metrics, folder: None)

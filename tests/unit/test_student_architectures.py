@@ -9,6 +9,7 @@ import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
 from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder, tiny_t5_folder
 from safetensors.torch import load_file
+from tokenizers import processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -61,6 +62,24 @@ def as_theirs(folder: Path, queries: list[str], documents: list[str]) -> list[to
         list(zip(queries, documents, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False
     )
     return [logits, torch.as_tensor(predicted)]
+
+
+@pytest.mark.parametrize("pads_with", ["</s>", None])
+def test_texts_that_end_with_the_padding_token_have_the_same_last_token_elsewhere(tmp_path: Path, pads_with):
+    """As Qwen3-Embedding's do: transformers takes a text's last token that is no padding for its last."""
+    base = tiny_llama_folder(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.pad_token = pads_with
+    tokenizer.save_pretrained(base)
+    student = stirred(start(base, "linear", max_length=400, max_query_length=40))
+    student.save(tmp_path / "student")
+    queries = [f"query: {q}" for q in QUERIES]
+    documents = [f"document: {d}" for d in DOCUMENTS]
+    for found in as_theirs(tmp_path / "student", queries, documents):
+        torch.testing.assert_close(found, scores(student)[-1], atol=1e-5, rtol=1e-4)
 
 
 # Decoders with a scalar head

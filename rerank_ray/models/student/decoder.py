@@ -26,6 +26,7 @@ class DecoderStudent(LinearStudent):
         super().__init__(description, tokenizer, model)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._pad_with_another_than_the_last()
         model.config.pad_token_id = tokenizer.pad_token_id
         # These models take no segments, and some tokenizers would hand them over.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -39,6 +40,17 @@ class DecoderStudent(LinearStudent):
             self.instructed = InstructedPairs(
                 tokenizer, description.instruction, description.max_length, description.max_query_length, "student"
             )
+
+    def _pad_with_another_than_the_last(self) -> None:
+        """Where texts end with the padding token, readers of the folder would take the one before for the last."""
+        tokenizer = self.tokenizer
+        last = super().encode([""], [""])[0]["input_ids"][-1:]
+        if last != [tokenizer.pad_token_id]:
+            return
+        others = [t for t in tokenizer.all_special_tokens if [tokenizer.convert_tokens_to_ids(t)] != last]
+        if not others:
+            raise ModelError("the tokenizer ends texts with the token it pads with, and has no other special token")
+        tokenizer.pad_token = others[0]
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         if self.instructed is None:

@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.settings.student import LoraSettings
 
-CONFIG = "adapter_config.json"
-
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, *, base: str, revision: str | None) -> None:
     """Freeze the model, all but what its checkpoint did not have, and put adapters on its linear layers.

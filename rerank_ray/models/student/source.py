@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.loading import load
-from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.models.student import lora
+from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.resolve import ADAPTER_FILE, ResolvedModel, resolve
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -56,18 +54,18 @@ class Source:
         causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return causal and not self.is_seq2seq
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a folder holds adapters alone, and not the model that they are for."""
+        return self.resolved.folder is not None and (self.resolved.folder / ADAPTER_FILE).exists()
+
     def load(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
         return load(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
 
     def read(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
         """A saved student's model; adapters that were saved alone are added to the model they are for."""
-        folder = self.resolved.folder
-        if not (folder / lora.CONFIG).exists():
-            return self.load(auto_class, dtype, **arguments)
-        adapter = json.loads((folder / lora.CONFIG).read_text())
-        location = {"path": adapter["base_model_name_or_path"], "revision": adapter["revision"]}
-        base = Source.open(self.settings.model_copy(update=location))
-        return lora.with_adapter(base.load(auto_class, dtype, **{"config": self.config} | arguments), folder)
+        arguments = {"config": self.config} | arguments if self.has_adapters else arguments
+        return load_adapted(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
 
     def start(self, auto_class, layers: int | Sequence[int] | None, **arguments) -> PreTrainedModel:
         """The pretrained weights in float32, for training; `new_names` of it are the parameters they did not have.
