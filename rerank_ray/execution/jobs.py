@@ -30,6 +30,8 @@ from rerank_ray.schema import (
 )
 from rerank_ray.settings.jobs import CombineSettings, LabelSettings, LimitSettings, RerankSettings
 
+_TREC_RUN = "run.trec"
+
 
 def label(settings: LabelSettings, run_uri: str, console: Console, *, retry_errors: bool = False) -> RunFolder:
     """Score candidate lists with a teacher: the run's `data/` holds the labels."""
@@ -58,7 +60,8 @@ def _rank_job(
     run = RunFolder(uri=run_uri)
     with run.locked():
         before = run.start(kind, settings, inputs)
-        if before.get("state") == "done" and not retry_errors:
+        lacks_trec_run = writes_trec_run and not storage.exists(run.path(_TREC_RUN))
+        if before.get("state") == "done" and not retry_errors and not lacks_trec_run:
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         run.update(state="running")
@@ -78,7 +81,7 @@ def _rank_job(
         # Before the run is done, or a kill would leave one without.
         if writes_trec_run:
             write_run(
-                (ranking_from_row(r) for r in _ranked_rows(run)), run.path("run.trec"), tag=run_uri.rsplit("/", 1)[-1]
+                (ranking_from_row(r) for r in _ranked_rows(run)), run.path(_TREC_RUN), tag=run_uri.rsplit("/", 1)[-1]
             )
         finish(run, counts, settings.limits, timings)
     return run

@@ -47,7 +47,7 @@ def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, *
     from rerank_ray.models.student.lora import with_adapter
 
     adapter = json.loads(file.read_text(encoding="utf-8"))
-    location = {"path": adapter["base_model_name_or_path"], "revision": adapter["revision"]}
+    location = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
     base = settings.model_copy(update=location)
     return with_adapter(load_adapted(auto_class, resolve(base), base, **arguments), resolved.folder)
 

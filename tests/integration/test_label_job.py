@@ -238,6 +238,19 @@ def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, consol
     assert next(line.split()[:4] for line in lines if line.startswith("q0019 ")) == ["q0019", "Q0", "d0", "1"]
 
 
+def test_a_trec_run_may_be_asked_for_afterwards(make_candidates, tmp_path, console):
+    """It is made of the rankings that are there, and none of them is made again."""
+    source, run = make_candidates(20), tmp_path / "run"
+    content = {"input": source, "ranker": {"method": "first_stage"}}
+    jobs.rerank(config.validate(RerankSettings, content | {"trec_run": False}, "test"), str(run), console)
+    assert not (run / "run.trec").exists()
+    before = json.loads((run / "run.json").read_text())
+    jobs.rerank(config.validate(RerankSettings, content, "test"), str(run), console)
+    after = json.loads((run / "run.json").read_text())
+    assert len((run / "run.trec").read_text().splitlines()) == 100
+    assert (after["state"], after["timings"]) == ("done", before["timings"])
+
+
 def test_a_rerank_run_is_done_when_its_trec_run_is_there(make_candidates, tmp_path, console, monkeypatch):
     """Stopped while it is written, the next start writes it, and ranks nothing again."""
     source, run = make_candidates(20), tmp_path / "run"
