@@ -33,5 +33,9 @@ class ModelError(RerankRayError):
     """A model that can't be found, loaded, or asked for what a method needs."""
 
 
+class UnavailableError(ModelError):
+    """A model that no call can reach, or that refuses every one alike: no fault of a row."""
+
+
 class RunError(RerankRayError):
     """A run that can't be started, resumed or accounted for."""

@@ -15,7 +15,7 @@ from random import Random
 import httpx2
 from pydantic import SecretStr
 
-from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.errors import ConfigError, UnavailableError
 from rerank_ray.models.protocol import Failure
 from rerank_ray.settings.models import OpenAIHTTPSettings
 
@@ -88,7 +88,7 @@ class HTTPClient:
         """Send all requests, at most `concurrency` at once; answers in their order.
 
         Raises:
-            ModelError: the server can't be reached, or refuses the key, the model or the path.
+            UnavailableError: the server can't be reached, or refuses the key, the model or the path.
             ConfigError: there is a budget of tokens, and the server does not count them.
         """
         return self._runner.run(self._post_all(requests))
@@ -125,7 +125,7 @@ class HTTPClient:
             if attempt < tries:
                 await asyncio.sleep(wait)
         if outcome.gone:
-            raise ModelError(f"{self.settings.url}: {outcome.reason}")
+            raise UnavailableError(f"{self.settings.url}: {outcome.reason}")
         return Failure(reason=f"{outcome.reason} (attempt {tries} of {tries})")
 
     def _spent(self) -> str | None:
@@ -155,7 +155,7 @@ class HTTPClient:
             return self._counted(response)
         reason = f"HTTP {response.status_code}: {self._quoted(_message(response))}"
         if response.status_code in _HOPELESS:
-            raise ModelError(f"{url}: {reason}")
+            raise UnavailableError(f"{url}: {reason}")
         if response.status_code in _RETRIED:
             return _Again(reason=reason, after=_retry_after(response.headers.get("Retry-After")))
         return Failure(reason=reason)

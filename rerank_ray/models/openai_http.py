@@ -47,6 +47,7 @@ class OpenAIHTTP:
         self.name = f"openai_http:{settings.model}@{urlsplit(settings.url).hostname}"
         offered = {Generate: True, NextToken: settings.top_logprobs > 0, LogLikelihood: settings.echo}
         self.answers = frozenset(kind for kind, yes in offered.items() if yes)
+        self.tells_log_probabilities = settings.logprobs
         self._tokenizer, self._encoder = _local_tokenizer(settings)
         self._client = HTTPClient(settings)
         self._probe()

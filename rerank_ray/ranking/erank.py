@@ -11,7 +11,7 @@ from rerank_ray.prompts.parse.answer import answer_span, split_reasoning
 from rerank_ray.prompts.parse.scores import is_stated, parse_score
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
-from rerank_ray.records import CandidateList, Defect, DefectKind
+from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query
 from rerank_ray.settings.rankers import ERankSettings
 
 _HIGHEST = 10
@@ -35,6 +35,9 @@ class ERank:
     def __init__(self, settings: ERankSettings, backend: Backend) -> None:
         self.settings = settings
         self.template = load_template(settings.prompt, "erank")
+        if hasattr(backend, "check_fits"):
+            shortest = self.template.prompt(Query(query_id="", text="query"), Candidate(doc_id="", text="passage"))
+            backend.check_fits(shortest, settings.max_tokens)
         self.needs = frozenset({Generate, LogLikelihood} if settings.score == "weighted" else {Generate})
         form = f"score={settings.score}:temperature={settings.temperature:g}:seed={settings.seed}"
         self.name = f"erank:{backend.name}:prompt={self.template.digest}:{form}"

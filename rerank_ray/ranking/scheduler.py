@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from rerank_ray.errors import RerankRayError
+from rerank_ray.errors import RerankRayError, UnavailableError
 from rerank_ray.models.protocol import Answer, Backend, Call, Failure, Result
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, Scores, Usage
@@ -77,9 +77,14 @@ def run(method, backend: Backend | None, requests: Sequence[CandidateList]) -> l
 
     A backend that raises is asked again for each query alone, so that one query can't take its neighbours down. When
     every query fails alone, nothing is wrong with the queries and the exception is raised.
+
+    Raises:
+        UnavailableError: as the backend does; however few the queries are, the next ones would fare alike.
     """
     try:
         return _run(method, backend, requests)
+    except UnavailableError:
+        raise
     except Exception as error:
         if len(requests) == 1:
             return [_failed(requests[0], error)]
@@ -92,6 +97,8 @@ def run(method, backend: Backend | None, requests: Sequence[CandidateList]) -> l
 def _run_alone(method, backend: Backend | None, request: CandidateList) -> Outcome | Exception:
     try:
         return _run(method, backend, [request])[0]
+    except UnavailableError:
+        raise
     except Exception as error:
         return error
 

@@ -30,6 +30,11 @@ class YesNo:
         self.needs = frozenset({Generate if self.generates else NextToken})
         if hasattr(backend, "check_labels") and not self.generates:
             backend.check_labels(self.template.labels)
+        if self.generates and not getattr(backend, "tells_log_probabilities", True):
+            raise ConfigError(
+                f"score: sampled: {backend.name} is not asked for the log-probability of what it writes: set logprobs: "
+                "true, or top_logprobs and score: log_odds"
+            )
         if settings.score == "logit" and not getattr(backend, "tells_raw_logits", False):
             raise ConfigError(
                 f"score: logit: {backend.name} tells log-probabilities, which leave each prompt's own constant out; "

@@ -15,10 +15,11 @@ from fixtures.stub_server import Behaviour, Exchange, chat_reply, serving
 from pydantic import ValidationError
 
 from rerank_ray import config
-from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.errors import ConfigError, ModelError, UnavailableError
 from rerank_ray.models.http_client import Pace, Request, _retry_after
 from rerank_ray.models.openai_http import OpenAIHTTP
 from rerank_ray.models.protocol import Failure
+from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, candidate_row
 from rerank_ray.settings.jobs import LabelSettings
@@ -216,6 +217,22 @@ def test_what_every_call_would_meet_stops_the_job(serve, status):
     with pytest.raises(ModelError, match=f"chat/completions: HTTP {status}: no such model m"):
         OpenAIHTTP(settings(stub))
     assert len(stub.requests) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_key_that_is_revoked_is_no_rows_error(serve, count: int):
+    """However few rows a batch has: all others would be written as errors too, at the cost of going through them."""
+    stub = serve(lambda e: e.send(chat_reply("yes", top={"Yes": -1.0, "No": -2.0}), 200 if e.number == 0 else 401))
+    stage = RankStage(YesNoSettings(model=settings(stub, top_logprobs=2)), "labels")
+    rows = [candidate_row(make_list(f"q{i}")) for i in range(count)]
+    with pytest.raises(UnavailableError, match="HTTP 401"):
+        stage(pa.Table.from_pylist(rows, schema=CANDIDATES))
+
+
+def test_sampled_scores_are_refused_where_the_probability_is_not_asked_for(serve):
+    model = settings(serve(always(chat_reply("Yes"))))
+    with pytest.raises(ConfigError, match=r"score: sampled: .* set logprobs: true"):
+        Ranker(YesNoSettings(model=model, score="sampled"))
 
 
 def test_such_an_error_ends_the_other_calls_at_once(serve):

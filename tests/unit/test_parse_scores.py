@@ -268,6 +268,29 @@ def test_numbers_as_labels():
     assert parse_label("[3, 5]", NUMBERS).index is None
 
 
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("Passage A does not answer the query.", None),
+        ("Passage B is not relevant to the query. The other one is.", None),
+        ("Passage A isn’t about the query.", None),
+        ("Passage A is less relevant.", None),
+        ("The best one is passage A, since passage B does not name the year.", 0),
+        ("The best one is passage A. It does not name the year.", 0),
+    ],
+)
+def test_a_passage_of_which_something_is_denied_is_not_the_choice(text: str, index: int | None):
+    assert parse_label(text, list("ABC")).index == index
+
+
+@pytest.mark.parametrize(
+    "text", ["Passage A is less relevant than", "Passage A talks about dogs, whereas the query asks about the"]
+)
+def test_prose_that_was_cut_off_chooses_nothing(text: str):
+    parsed = parse_label(text, list("ABC"), cut_off=True)
+    assert (parsed.index, kinds(parsed)) == (None, ["cut_off"])
+
+
 def test_a_label_that_was_cut_off():
     """A label that was given is one, whatever was to follow; reasoning that was cut off gives none."""
     assert parse_label("B. The passage", list("ABC"), cut_off=True).defects == ()

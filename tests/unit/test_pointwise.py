@@ -14,7 +14,7 @@ from fixtures.rows import make_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_ray.errors import ConfigError
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Result
 from rerank_ray.prompts.render import load_template
@@ -24,7 +24,7 @@ from rerank_ray.ranking.fine_grained import FineGrained
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.yes_no import YesNo
 from rerank_ray.records import Candidate, Query, Usage, ranking_of
-from rerank_ray.settings.models import FakeSettings
+from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import ERankSettings, FineGrainedSettings, YesNoSettings
 
 MODEL = FakeSettings()
@@ -428,3 +428,10 @@ def test_proranks_format():
         "relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:",
     )
     assert template.labels == ("1", "0")
+
+
+def test_an_answer_that_leaves_no_room_for_the_prompt_is_refused_at_the_start(tiny_llama: Path):
+    """Otherwise every row of the job would be an error."""
+    model = HFCausalSettings(path=str(tiny_llama), max_length=1024)
+    with pytest.raises(ModelError, match=r"the prompt takes .* max_length leaves"):
+        Ranker(ERankSettings(model=model, max_tokens=1024))

@@ -13,6 +13,8 @@ _ANOTHER_LABEL = re.compile(
     r"[\s\]]*+(?:[,/&|]|and\b|or\b)[\s\[,]*+(?:(?:and|or)\b)?[\s\[]*+(?:(?:passage|document)\s*+\[?)?(\w++)",
     re.I,
 )
+# "Passage A does not answer the query": what is said of a passage until the clause's end.
+_DENIED = re.compile(r"\]?[^.;:,\n\[]{0,60}?(?:\b(?:not|less|least|no|irrelevant|neither|nor)\b|n['’]t\b)", re.I)
 _QUERY_MARKS = re.compile(
     r"\A[\s*#\"“`]*+(?:(?:[0-9]{1,2}[.)]|[-•])\s++)?(?:(?:search\s++)?(?:query|question)(?:\s++[0-9]++)?\s*+:[\s*]*+)?",
     re.I,
@@ -45,10 +47,12 @@ class ParsedQuery:
 
 
 def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> ParsedLabel:
-    """The one label that a text names, alone or as "Passage A", "[A]", "A."; two different ones name none.
+    """The one label that a text names, alone or as "Passage A", "[A]", "A."; two different ones name none, nor does one
+    of which something is denied.
 
     Args:
-        cut_off: the text ended at its token limit; a defect only where it names no label.
+        cut_off: the text ended at its token limit; then only a label at its beginning counts, for prose may have been
+            on its way to the other one.
     """
     _, answer = split_reasoning(text)
     index_of = {label.upper(): i for i, label in enumerate(labels)}
@@ -57,12 +61,12 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
     if start and start[1].upper() in index_of and _stands_alone(answer, start, index_of):
         return ParsedLabel(index=index_of[start[1].upper()])
     kind = nothing_in(answer)
-    if kind is None:
+    if kind is None and not cut_off:
         choices = "|".join(re.escape(n) for n in sorted(labels, key=len, reverse=True))
         pattern = rf"(\b(?:not|neither|nor)\s++(?:the\s++)?)?(?:\[\s*+|\b(?:passage|document)\s++\[?)({choices})(?!\w)"
         named: set[int] = set()
         for mention in re.finditer(pattern, answer, re.I):
-            if len(named) < 2 and not mention[1]:
+            if len(named) < 2 and not mention[1] and not _DENIED.match(answer, mention.end()):
                 named |= {index_of[mention[2].upper()], *_joined_to(answer, mention.end(), index_of)}
         if len(named) == 1:
             return ParsedLabel(index=named.pop())
