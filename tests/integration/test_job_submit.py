@@ -107,24 +107,43 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     }
     # Not below pytest's folder: Ray's sockets lie in it, and their paths may be 107 characters long.
     with tempfile.TemporaryDirectory(prefix="rr-", ignore_cleanup_errors=True) as temporary:
+        address, head = start_head(Path(temporary), environment, base)
+        try:
+            yield Workspace(address=address, environment=environment, folder=base / "work", data=data)
+        finally:
+            stop(head)
+
+
+def start_head(temporary: Path, environment: dict[str, str], folder: Path) -> tuple[str, subprocess.Popen]:
+    """Start a cluster that takes jobs: its dashboard's address, and the process.
+
+    On a busy machine Ray gives its own start up after 50 seconds; it is tried three times.
+    """
+    faults: list[str] = []
+    for attempt in range(1, 4):
         gcs, dashboard, agent, agent_grpc, client = free_ports(5)
         command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--num-gpus=0", "--node-ip-address=127.0.0.1"]
         command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
         command += [f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"]
-        command += ["--include-dashboard=true", "--disable-usage-stats", f"--temp-dir={temporary}"]
+        command += ["--include-dashboard=true", "--disable-usage-stats", f"--temp-dir={temporary / str(attempt)}"]
         command += [f"--object-store-memory={150 * 2**20}"]
-        log = base / "ray-start.log"
+        log = folder / f"ray-start-{attempt}.log"
         with log.open("w") as file:
             head = subprocess.Popen(
-                command, env=environment, cwd=base, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         address = f"http://127.0.0.1:{dashboard}"
         try:
             wait_until_up(address, head, log)
-            yield Workspace(address=address, environment=environment, folder=base / "work", data=data)
-        finally:
+            return address, head
+        except AssertionError as error:
             stop(head)
+            faults.append(str(error))
+        except BaseException:
+            stop(head)
+            raise
+    raise AssertionError("\n".join(faults))
 
 
 def free_ports(count: int) -> list[int]:
