@@ -145,7 +145,7 @@ class Policy(nn.Module):
 
 def _start(source: Source) -> PreTrainedModel:
     """The base in float32; where the folder holds adapters alone, they are added to the model that they are for."""
-    if not source.has_adapters:
+    if source.resolved.adapter_file is None:
         return source.start(AutoModelForCausalLM, None)
     model = source.read(AutoModelForCausalLM, torch.float32)
     model.new_names = frozenset()

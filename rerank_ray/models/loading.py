@@ -11,7 +11,7 @@ from transformers.utils import cached_file, logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.gguf_header import read_once
-from rerank_ray.models.resolve import ADAPTER_FILE, ResolvedModel, resolve
+from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.settings.models import ModelSettings
 
 # Workers load models side by side; their bars would overwrite the job's own progress.
@@ -41,12 +41,11 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
 
 def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
     """As `load`; where a folder holds adapters alone, the model that they are for, with the adapters added to it."""
-    file = None if resolved.folder is None else resolved.folder / ADAPTER_FILE
-    if file is None or not file.exists():
+    if resolved.adapter_file is None:
         return load(auto_class, resolved, settings, **arguments)
     from rerank_ray.models.student.lora import with_adapter
 
-    adapter = json.loads(file.read_text(encoding="utf-8"))
+    adapter = json.loads(resolved.adapter_file.read_text(encoding="utf-8"))
     location = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
     base = settings.model_copy(update=location)
     return with_adapter(load_adapted(auto_class, resolve(base), base, **arguments), resolved.folder)

@@ -19,7 +19,7 @@ from rerank_ray.settings.models import ModelSettings
 
 PACKAGE_SCHEME = "package://"
 _DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 256, 16 << 10
-_MODEL_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+_MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,12 @@ class ResolvedModel:
         path = Path(self.source)
         return path if path.is_dir() else None
 
+    @property
+    def adapter_file(self) -> Path | None:
+        """Of a local folder that holds adapters alone, and not the model that they are for: what names that model."""
+        file = None if self.folder is None else self.folder / _ADAPTER_FILE
+        return file if file is not None and file.exists() else None
+
 
 def resolve(settings: ModelSettings) -> ResolvedModel:
     """Find what `path` and `revision` mean, without loading weights or asking a hub.
@@ -63,7 +69,7 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
 def resolve_adapter(settings: ModelSettings) -> ResolvedModel | None:
     """The same for the LoRA adapter that `adapter` names, if it names one."""
     adapter = getattr(settings, "adapter", None)
-    return None if adapter is None else _resolve(adapter, None, settings, ADAPTER_FILE)
+    return None if adapter is None else _resolve(adapter, None, settings, _ADAPTER_FILE)
 
 
 def _resolve(reference: str, revision: str | None, settings: ModelSettings, config_file: str) -> ResolvedModel:

@@ -14,7 +14,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
-from rerank_ray.models.resolve import ADAPTER_FILE, ResolvedModel, resolve
+from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import VLLMSettings
@@ -44,7 +44,7 @@ class VLLM:
         resolved = resolve(settings)
         if resolved.gguf_file is not None:
             raise ModelError(f"{settings.path}: kind vllm runs safetensors checkpoints; GGUF files run with hf_causal")
-        if resolved.folder is not None and (resolved.folder / ADAPTER_FILE).exists():
+        if resolved.adapter_file is not None:
             raise ModelError(
                 f"{settings.path}: holds adapters alone, which kind vllm does not run: hf_causal does, or train with "
                 "lora.save: merged"

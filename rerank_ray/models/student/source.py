@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.loading import load, load_adapted
-from rerank_ray.models.resolve import ADAPTER_FILE, ResolvedModel, resolve
+from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -54,17 +54,12 @@ class Source:
         causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return causal and not self.is_seq2seq
 
-    @property
-    def has_adapters(self) -> bool:
-        """Whether a folder holds adapters alone, and not the model that they are for."""
-        return self.resolved.folder is not None and (self.resolved.folder / ADAPTER_FILE).exists()
-
     def load(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
         return load(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
 
     def read(self, auto_class, dtype: torch.dtype, **arguments) -> PreTrainedModel:
         """A saved student's model; adapters that were saved alone are added to the model they are for."""
-        arguments = {"config": self.config} | arguments if self.has_adapters else arguments
+        arguments = {"config": self.config} | arguments if self.resolved.adapter_file else arguments
         return load_adapted(auto_class, self.resolved, self.settings, dtype=dtype, **arguments)
 
     def start(self, auto_class, layers: int | Sequence[int] | None, **arguments) -> PreTrainedModel:
