@@ -18,9 +18,19 @@ from rerank_ray import config, storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.fake import Fake
-from rerank_ray.models.protocol import Answer, Attention, Call, Embed, Generate, LogLikelihood, NextToken, Result
+from rerank_ray.models.protocol import (
+    Answer,
+    Attention,
+    Call,
+    Embed,
+    Generate,
+    LogLikelihood,
+    NextToken,
+    Prompt,
+    Result,
+)
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 from rerank_ray.prompts.render import find_template
 from rerank_ray.ranking.rankers import METHODS, method_class
 from rerank_ray.records import CandidateList, Usage
@@ -78,9 +88,9 @@ def show(
         content["model"] = {"kind": "hf_causal", "path": model}
     content = {"ranker": config.apply_overrides(content, overrides)}
     settings = config.validate(_Shown, content, f"prompt show {template}").ranker
-    tokenizer = _tokenizer(settings.model) if isinstance(settings.model, ModelSettings) else None
+    encoder = _encoder(settings.model) if isinstance(settings.model, ModelSettings) else None
     request = _request(row)
-    call, place = _chosen(_calls(settings, request, _StandIn(tokenizer)), number)
+    call, place = _chosen(_calls(settings, request, _StandIn(encoder)), number)
     facts = [f"query {request.query.query_id!r}: {place} of {method}, {type(call).__name__}"]
     if isinstance(call, NextToken):
         facts.append(f"reads the logits of {', '.join(map(repr, call.labels))} at the next position")
@@ -91,22 +101,22 @@ def show(
     if isinstance(call, Attention):
         less = "" if call.calibration is None else f", less what {call.calibration!r} pays in its place"
         facts.append(f"reads the attention that {call.query!r} pays to each passage{less}")
-    if tokenizer is None:
+    if encoder is None:
         return ShownPrompt(text=_plain(call), facts=tuple(facts))
-    text, more = _encoded(call, tokenizer, settings.model)
+    text, more = _encoded(call, encoder, settings.model)
     return ShownPrompt(text=text, facts=(*facts, *more))
 
 
 class _StandIn(Fake):
     """Answers in the model's place; label words are checked against its tokenizer."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, encoder: PromptEncoder | None) -> None:
         super().__init__(FakeSettings())
-        self.tokenizer = tokenizer
+        self.encoder = encoder
 
-    def check_labels(self, labels: tuple[str, ...]) -> None:
-        if self.tokenizer is not None:
-            label_ids(self.tokenizer, labels)
+    def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
+        if self.encoder is not None:
+            self.encoder.label_ids(prompt, labels)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         return [
@@ -115,12 +125,14 @@ class _StandIn(Fake):
         ]
 
 
-def _tokenizer(settings: ModelSettings):
+def _encoder(settings: ModelSettings) -> PromptEncoder:
     from transformers import AutoTokenizer
 
     from rerank_ray.models.loading import load
 
-    return load(AutoTokenizer, resolve(settings), settings)
+    tokenizer = load(AutoTokenizer, resolve(settings), settings)
+    chat = False if settings.kind == "hf_seq2seq" else getattr(settings, "chat", None)
+    return PromptEncoder(tokenizer, settings.max_length, chat)
 
 
 def _request(row: str) -> CandidateList:
@@ -174,9 +186,9 @@ def _plain(call: Call) -> str:
     return "\n\n".join([*([prompt.system] if prompt.system else []), body]) + prompt.prefill
 
 
-def _encoded(call: Call, tokenizer, model: ModelSettings) -> tuple[str, list[str]]:
+def _encoded(call: Call, encoder: PromptEncoder, model: ModelSettings) -> tuple[str, list[str]]:
     """The decoded token ids of the call's text, with how long it is and what was cut."""
-    prompt = getattr(call, "prompt", None)
+    prompt, tokenizer = getattr(call, "prompt", None), encoder.tokenizer
     if prompt is None:
         return call.text, [f"{len(tokenizer(call.text)['input_ids'])} tokens before any cut"]
     facts = []
@@ -187,13 +199,14 @@ def _encoded(call: Call, tokenizer, model: ModelSettings) -> tuple[str, list[str
     reserved = 0
     if decoder_only:
         reserved = getattr(call, "max_tokens", 0)
+        if isinstance(call, NextToken | LogLikelihood):
+            prompt = encoder.answering(prompt)
         if isinstance(call, LogLikelihood):
-            reserved = len(tokenizer(call.continuation, add_special_tokens=False)["input_ids"])
+            reserved = len(encoder.continuation(call.prompt, call.continuation))
         if isinstance(call, Attention) and call.calibration is not None:
             # Passages are cut until the prompt fits with either text.
             query, calibration = tokenizer([call.query, call.calibration], add_special_tokens=False)["input_ids"]
             reserved = max(0, len(calibration) - len(query))
-    encoder = PromptEncoder(tokenizer, model.max_length, getattr(model, "chat", None) if decoder_only else False)
     fitted = encoder.fit(prompt, reserved)
     if isinstance(fitted, PromptTooLongError):
         raise ModelError(str(fitted))

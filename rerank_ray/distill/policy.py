@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.continuations import turn_end
 from rerank_ray.models.decoding import log_probabilities
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import save_tokenizer
 from rerank_ray.models.student.source import Source
-from rerank_ray.models.tokenizing import turn_end
 from rerank_ray.settings.reinforce import PolicySettings
 
 

@@ -25,7 +25,7 @@ from rerank_ray.distill.targets import Targets, check_objective, objective
 from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.protocol import Prompt
-from rerank_ray.models.tokenizing import PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptTooLongError
 from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
@@ -125,10 +125,12 @@ class ScoreTerm:
 
     def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
         drawn = sample_group(labels, self.settings.sampling, seed, epoch)
-        ids = [_encoded(policy, self._prompt(labels, i), 1) for i in drawn]
+        encoder = policy.backend.encoder
+        prompts = [encoder.answering(self._prompt(labels, i)) for i in drawn]
+        ids = [_encoded(policy, prompt, 1) for prompt in prompts]
         if any(i is None for i in ids):
             return None
-        answers = [[token] for token in label_ids(policy.tokenizer, self.template.labels)]
+        answers = [[token] for token in encoder.label_ids(prompts[0], self.template.labels)]
         logs = [policy.log_probabilities(i, answers) for i in ids]
         scores = torch.stack([of_two[0] - of_two[1] for of_two in logs])
         targets = Targets.of([(labels, drawn)]).to(scores.device)
@@ -164,7 +166,7 @@ def _encoded(policy: Policy, prompt: Prompt, reserved: int) -> list[int] | None:
 
 def _likelihood_loss(policy: Policy, prompt: Prompt, text: str) -> torch.Tensor | None:
     """Mean negative log-likelihood of a text's tokens and of the end of the turn; None where they don't fit."""
-    tokens = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.turn_end(prompt)]
+    tokens = [*policy.backend.encoder.continuation(prompt, text), policy.turn_end(prompt)]
     if len(tokens) >= policy.settings.max_length:
         return None
     ids = _encoded(policy, prompt, len(tokens))

@@ -12,6 +12,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
 from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
+from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
@@ -27,7 +28,7 @@ from rerank_ray.models.protocol import (
     Result,
 )
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
+from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFCausalSettings
 
@@ -39,11 +40,18 @@ class _Row:
     """One call's tokens; the first `shared` are those of prefix `group`, whose keys and values are computed once."""
 
     call: Call
-    prompt: list[int]
-    continuation: list[int]
+    tokens: EncodedCall
     group: int = 0
     shared: int = 0
     cached: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens.prompt
+
+    @property
+    def continuation(self) -> tuple[int, ...]:
+        return self.tokens.continuation
 
     @property
     def held(self) -> int:
@@ -52,7 +60,7 @@ class _Row:
 
     @property
     def computed(self) -> list[int]:
-        return (self.prompt + self.continuation)[self.shared :]
+        return [*self.prompt, *self.continuation][self.shared :]
 
 
 class HFCausal:
@@ -104,7 +112,6 @@ class HFCausal:
             self.answers -= {Attention}
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select)
-        self._label_ids: dict[tuple[str, ...], list[int]] = {}
         self._reader = AttentionReader(self.model, self.encoder, self.runner)
 
     @property
@@ -112,10 +119,9 @@ class HFCausal:
         """Layers, and heads in each; `ModelError` where attention can't be read."""
         return self._reader.shape
 
-    def check_labels(self, labels: tuple[str, ...]) -> None:
-        """Raise `ModelError` unless every label is one token of this tokenizer."""
-        if labels not in self._label_ids:
-            self._label_ids[labels] = label_ids(self.tokenizer, labels)
+    def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
+        """Raise `ModelError` unless every label is one token behind the prompt."""
+        self.encoder.label_ids(prompt, labels)
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit `max_length`."""
@@ -124,29 +130,15 @@ class HFCausal:
     def run(self, calls: Sequence[Call]) -> list[Result]:
         if any(isinstance(call, Attention) for call in calls):
             return answer_apart(calls, Attention, self._reader.run, self.run)
-        continuations = [self._continuation(c) for c in calls]
-        reserved = [
-            call.max_tokens if isinstance(call, Generate) else len(continuation)
-            for call, continuation in zip(calls, continuations, strict=True)
-        ]
-        prompts = self.encoder.encode([c.prompt for c in calls], reserved)
-        results: list[Result | None] = [
-            Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
-        ]
+        encoded = self.encoder.encode_calls(calls)
+        results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
         ready = [i for i, r in enumerate(results) if r is None]
         for generates, runner, forward in ((False, self.runner, self._score), (True, self._writer, self._generate)):
             chosen = [i for i in ready if isinstance(calls[i], Generate) is generates]
-            rows = [_Row(call=calls[i], prompt=prompts[i], continuation=continuations[i]) for i in chosen]
+            rows = [_Row(call=calls[i], tokens=encoded[i]) for i in chosen]
             for i, answer in zip(chosen, self._answers(rows, runner, forward), strict=True):
                 results[i] = answer
         return results
-
-    def _continuation(self, call: Call) -> list[int]:
-        if isinstance(call, NextToken):
-            self.check_labels(call.labels)
-        if not isinstance(call, LogLikelihood):
-            return []
-        return self.tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
 
     def _answers(
         self,
@@ -198,7 +190,7 @@ class HFCausal:
     def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
         """Read one call's value off its logits [positions, vocabulary]."""
         if isinstance(row.call, NextToken):
-            return tuple(logits[0, self._label_ids[row.call.labels]].float().tolist())
+            return tuple(logits[0, list(row.tokens.labels)].float().tolist())
         continuation = torch.tensor(row.continuation, device=logits.device)
         return tuple(decoding.log_probabilities(logits, continuation).tolist())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,10 +11,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, Enc
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
+from rerank_ray.models.continuations import continuation_ids, end_ids, label_ids
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFSeq2SeqSettings
 
@@ -67,12 +69,14 @@ class HFSeq2Seq:
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, chat=False)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
-        self._label_ids: dict[tuple[str, ...], list[int]] = {}
+        self._labels = functools.lru_cache(functools.partial(label_ids, self.tokenizer))
 
-    def check_labels(self, labels: tuple[str, ...]) -> None:
-        """Raise `ModelError` unless every label is one token of this tokenizer."""
-        if labels not in self._label_ids:
-            self._label_ids[labels] = label_ids(self.tokenizer, labels)
+    def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
+        """Raise `ModelError` unless every label is one token behind the prompt's prefill."""
+        self._label_ids(labels, prompt)
+
+    def _label_ids(self, labels: tuple[str, ...], prompt: Prompt) -> list[int]:
+        return self._labels(labels, (prompt.prefill,) * len(labels))
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, fits `max_length`; an answer is the
@@ -93,14 +97,11 @@ class HFSeq2Seq:
         return results
 
     def _row(self, call: Call, prompt: list[int]) -> _Row:
-        if isinstance(call, NextToken):
-            self.check_labels(call.labels)
-        begun = [self.model.config.decoder_start_token_id, *self._tokens(call.prompt.prefill)]
-        continuation = self._tokens(call.continuation) if isinstance(call, LogLikelihood) else []
+        prefill, continuation = call.prompt.prefill, []
+        begun = [self.model.config.decoder_start_token_id, *continuation_ids(self.tokenizer, "", prefill)]
+        if isinstance(call, LogLikelihood):
+            continuation = continuation_ids(self.tokenizer, prefill, call.continuation)
         return _Row(call=call, prompt=prompt, begun=begun, continuation=continuation)
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _run(
         self,
@@ -128,7 +129,7 @@ class HFSeq2Seq:
     def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
         """Read one call's value off its logits [positions, vocabulary]."""
         if isinstance(row.call, NextToken):
-            return tuple(logits[0, self._label_ids[row.call.labels]].float().tolist())
+            return tuple(logits[0, self._label_ids(row.call.labels, row.call.prompt)].float().tolist())
         continuation = torch.tensor(row.continuation, device=logits.device)
         return tuple(decoding.log_probabilities(logits, continuation).tolist())
 

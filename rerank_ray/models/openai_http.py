@@ -16,7 +16,7 @@ from rerank_ray.models.http_client import HTTPClient, Request
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder
 from rerank_ray.records import Usage, storable
 from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
 
@@ -24,6 +24,8 @@ from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
 _NO_PROBABILITY = -9999.0
 # Enough for a greeting: some reasoning models refuse a request whose limit ends them too early.
 _PROBE_TOKENS, _REASONING_PROBE_TOKENS = 16, 1024
+# A completion server writes a token, also where only the prompt is scored.
+_GENERATED = 1
 
 
 class OpenAIHTTP:
@@ -48,11 +50,11 @@ class OpenAIHTTP:
         offered = {Generate: True, NextToken: settings.top_logprobs > 0, LogLikelihood: settings.echo}
         self.answers = frozenset(kind for kind, yes in offered.items() if yes)
         self.tells_log_probabilities = settings.logprobs
-        self._tokenizer, self._encoder = _local_tokenizer(settings)
+        self._encoder = _local_encoder(settings)
         self._client = HTTPClient(settings)
         self._probe()
 
-    def check_labels(self, labels: tuple[str, ...]) -> None:
+    def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
         """Raise `ConfigError` when the server reports fewer tokens than there are labels, and `ModelError` when the
         tokenizer, if there is one, needs several tokens for a label."""
         if len(labels) > self.settings.top_logprobs:
@@ -60,14 +62,14 @@ class OpenAIHTTP:
                 f"{len(labels)} labels need as many log-probabilities, and top_logprobs is "
                 f"{self.settings.top_logprobs}: raise it, if the server allows, or compare fewer passages in one call"
             )
-        if self._tokenizer is not None:
-            label_ids(self._tokenizer, labels)
+        if self._encoder is not None:
+            self._encoder.label_ids(prompt, labels)
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit the context, where there
         is a tokenizer to tell."""
         if self._encoder is not None:
-            self._encoder.check_fits(self._cut(prompt), max_tokens or 1)
+            self._encoder.check_fits(self._cut(prompt), max_tokens, _GENERATED)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         results: list[Any] = self._requests(calls)
@@ -106,20 +108,15 @@ class OpenAIHTTP:
                 raise ConfigError(f"{self.settings.url}: {result.reason}; set {setting}, and use a method without it")
 
     def _requests(self, calls: Sequence[Call]) -> list[Request | Failure]:
-        prompts = [self._cut(c.prompt) for c in calls]
+        calls = [self._cut_call(c) for c in calls]
         if self.settings.api == "chat":
-            return [self._chat_request(c, p) for c, p in zip(calls, prompts, strict=True)]
-        continuations = [self._continuation(c) for c in calls]
-        texts: Sequence[str | list[int] | PromptTooLongError] = [_plain_text(p) for p in prompts]
-        if self._encoder is not None:
-            reserved = [
-                c.max_tokens if isinstance(c, Generate) else len(tokens) or 1
-                for c, tokens in zip(calls, continuations, strict=True)
-            ]
-            texts = self._encoder.encode(prompts, reserved)
+            return [self._chat_request(c) for c in calls]
+        if self._encoder is None:
+            return [self._completion_request(c, _plain_text(c.prompt)) for c in calls]
+        encoded = self._encoder.encode_calls(calls, _GENERATED)
         return [
-            Failure(reason=str(t)) if isinstance(t, PromptTooLongError) else self._completion_request(c, t, tokens)
-            for c, t, tokens in zip(calls, texts, continuations, strict=True)
+            e if isinstance(e, Failure) else self._completion_request(c, [*e.prompt, *e.continuation])
+            for c, e in zip(calls, encoded, strict=True)
         ]
 
     def _cut(self, prompt: Prompt) -> Prompt:
@@ -130,12 +127,14 @@ class OpenAIHTTP:
             else replace(prompt, passages=tuple(_first_words(p, limit) for p in prompt.passages))
         )
 
-    def _continuation(self, call: Call) -> list[int]:
-        if not isinstance(call, LogLikelihood):
-            return []
-        return self._tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
+    def _cut_call(self, call: Call) -> Call:
+        cut = replace(call, prompt=self._cut(call.prompt))
+        if not isinstance(call, LogLikelihood) or call.written_by is None:
+            return cut
+        return replace(cut, written_by=self._cut_call(call.written_by))
 
-    def _chat_request(self, call: NextToken | Generate, prompt: Prompt) -> Request | Failure:
+    def _chat_request(self, call: NextToken | Generate) -> Request | Failure:
+        prompt = call.prompt
         if not prompt.chat:
             return Failure(
                 reason="the template is plain text (chat: false), which a chat API can't take: use api: completions"
@@ -158,10 +157,10 @@ class OpenAIHTTP:
         body |= self._generation(call)
         return Request(path="chat/completions", body=body | self.settings.extra_body)
 
-    def _completion_request(self, call: Call, text: str | list[int], continuation: list[int]) -> Request:
+    def _completion_request(self, call: Call, text: str | list[int]) -> Request:
         body: dict[str, Any] = {"model": self.settings.model, "prompt": text}
         if isinstance(call, LogLikelihood):
-            body |= {"prompt": [*text, *continuation], "echo": True, "logprobs": 1}
+            body |= {"echo": True, "logprobs": 1}
         elif isinstance(call, NextToken):
             body |= {"logprobs": self.settings.top_logprobs}
         elif self.settings.logprobs:
@@ -196,7 +195,8 @@ class OpenAIHTTP:
         elif isinstance(call, NextToken):
             value = _label_values(call.labels, choice.top_logprobs())
         else:
-            value = _continuation_values(choice.logprobs, len(self._continuation(call)))
+            count = len(self._encoder.continuation(call.prompt, call.continuation))
+            value = _continuation_values(choice.logprobs, count)
         if isinstance(value, Failure):
             return value
         usage = parsed.usage.counted()
@@ -308,12 +308,11 @@ def _continuation_values(logprobs: _Logprobs | None, count: int) -> tuple[float,
     return tuple(values)
 
 
-def _local_tokenizer(settings: OpenAIHTTPSettings) -> tuple[Any, PromptEncoder | None]:
+def _local_encoder(settings: OpenAIHTTPSettings) -> PromptEncoder | None:
     if settings.tokenizer is None:
-        return None, None
+        return None
     source = ModelSettings(path=settings.tokenizer)
-    tokenizer = load(AutoTokenizer, resolve(source), source)
-    return tokenizer, PromptEncoder(tokenizer, settings.max_length, settings.chat)
+    return PromptEncoder(load(AutoTokenizer, resolve(source), source), settings.max_length, settings.chat)
 
 
 def _joined(prompt: Prompt) -> str:

@@ -42,10 +42,14 @@ class NextToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLikelihood:
-    """Natural-log probabilities of the continuation's tokens after the prompt; value: tuple of floats, one a token."""
+    """Natural-log probabilities of the continuation's tokens after the prompt; value: tuple of floats, one a token.
+
+    `written_by` is the call whose answer the prompt's prefill is part of: passages are cut as they were for it.
+    """
 
     prompt: Prompt
     continuation: str
+    written_by: Generate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

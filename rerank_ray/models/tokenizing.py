@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.continuations import THINK_BLOCK, answer_lead, continuation_ids, label_ids
+from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt
 
 _SLOT = "\ue000PASSAGE\ue001"
-_THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
+# Characters before an answer that can have a part in its tokens, and more.
+_CONTEXT = 64
 
 
 class PromptTooLongError(Exception):
@@ -24,6 +25,30 @@ class FittedPrompt:
 
     ids: list[int]
     passages: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedCall:
+    """A call's token ids: its prompt's, and those of the labels or of the continuation that it asks about."""
+
+    prompt: list[int]
+    labels: tuple[int, ...] = ()
+    continuation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A call's prompt, the tokens it leaves room for, and those that are known before the prompt's."""
+
+    prompt: Prompt
+    reserved: int
+    labels: tuple[int, ...] = ()
+    continuation: tuple[int, ...] = ()
+
+    def encoded(self, ids: list[int] | PromptTooLongError) -> EncodedCall | Failure:
+        if isinstance(ids, PromptTooLongError):
+            return Failure(reason=str(ids))
+        return EncodedCall(prompt=ids, labels=self.labels, continuation=self.continuation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +74,77 @@ class PromptEncoder:
         self.max_length = max_length
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self._framed = functools.lru_cache(maxsize=4096)(self._frame)
+        self._continued = functools.lru_cache(maxsize=4096)(functools.partial(continuation_ids, tokenizer))
+        self._labelled = functools.lru_cache(maxsize=4096)(functools.partial(label_ids, tokenizer))
+
+    def encode_calls(
+        self, calls: Sequence[NextToken | LogLikelihood | Generate], room: int = 0
+    ) -> list[EncodedCall | Failure]:
+        """Each call's tokens, so that its prompt and what follows it fit `max_length`.
+
+        A text needs its `max_tokens`, a score its continuation and `room` more.
+        """
+        prepared = [self._prepare(call, room) for call in calls]
+        ready = [p for p in prepared if not isinstance(p, Failure)]
+        encoded = iter(self.encode([p.prompt for p in ready], [p.reserved for p in ready]))
+        return [p if isinstance(p, Failure) else p.encoded(next(encoded)) for p in prepared]
+
+    def _prepare(self, call: NextToken | LogLikelihood | Generate, room: int) -> _Prepared | Failure:
+        if isinstance(call, Generate):
+            return _Prepared(prompt=call.prompt, reserved=call.max_tokens)
+        prompt = self.answering(call.prompt)
+        if isinstance(call, NextToken):
+            try:
+                return _Prepared(prompt=prompt, reserved=room, labels=self.label_ids(call.prompt, call.labels))
+            except ModelError as error:
+                return Failure(reason=str(error))
+        if call.written_by is not None:
+            fitted = self.fit(call.written_by.prompt, call.written_by.max_tokens)
+            if isinstance(fitted, PromptTooLongError):
+                return Failure(reason=str(fitted))
+            prompt = replace(prompt, passages=fitted.passages)
+        continuation = self.continuation(call.prompt, call.continuation)
+        return _Prepared(prompt=prompt, reserved=len(continuation) + room, continuation=continuation)
+
+    def answering(self, prompt: Prompt) -> Prompt:
+        """The prompt behind which the model's answer begins, and not its reasoning.
+
+        Where the chat template opens a think block, or writes an empty one (or a channel's name) before an answer, the
+        prompt ends with it; a prefill has its own beginning.
+        """
+        if prompt.prefill or not (prompt.chat and self.chat) or not self._lead.strip():
+            return prompt
+        return replace(prompt, prefill=self._lead)
+
+    def continuation(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+        """The tokens of a text that follows the prompt."""
+        return tuple(self._continued(self._before(prompt, text), self._written_before(prompt) + text))
+
+    def label_ids(self, prompt: Prompt, labels: Sequence[str]) -> tuple[int, ...]:
+        """The token of each label word behind the prompt, where `NextToken` reads it.
+
+        Raises:
+            ModelError: a label is not exactly one token there, or two are the same.
+        """
+        before = tuple(self._before(prompt, label) for label in labels)
+        return tuple(self._labelled(tuple(labels), before, self._written_before(prompt)))
+
+    @functools.cached_property
+    def _lead(self) -> str:
+        return answer_lead(self.tokenizer)
+
+    def _written_before(self, prompt: Prompt) -> str:
+        """The space that the model itself writes before its answer; whatever else leads to it is the prompt's."""
+        return self._lead if prompt.chat and self.chat and not prompt.prefill and not self._lead.strip() else ""
+
+    def _before(self, prompt: Prompt, text: str) -> str:
+        """The end of the prompt, as far as it may decide on the tokens of the text that follows."""
+        prompt = self.answering(prompt)
+        chat = prompt.chat and self.chat
+        end = self._framed(prompt.parts, prompt.system, prompt.prefill, chat)[-1][-_CONTEXT:]
+        # In plain text a word that no space parts from the prompt is one by itself: `▁Yes` for SentencePiece.
+        alone = not chat and not prompt.prefill and not end[-1:].isspace() and not text[:1].isspace()
+        return "" if alone else end
 
     def encode(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[list[int] | PromptTooLongError]:
         """Token ids of each prompt, at most `max_length − reserved` long; passages are cut at a token's end to fit."""
@@ -72,9 +168,10 @@ class PromptEncoder:
             return FittedPrompt(ids=ids, passages=prompt.passages)
         return self._truncated(frame, prompt, self.max_length - reserved, not chat)
 
-    def check_fits(self, prompt: Prompt, reserved: int) -> None:
-        """Raise `ModelError` unless the prompt, its passages cut to a token each where need be, can be encoded."""
-        (encoded,) = self.encode([prompt], [reserved])
+    def check_fits(self, prompt: Prompt, max_tokens: int = 0, room: int = 0) -> None:
+        """Raise `ModelError` unless the prompt, its passages cut to a token each where need be, fits with a text of
+        `max_tokens`, or with a score and its `room`."""
+        (encoded,) = self.encode([prompt if max_tokens else self.answering(prompt)], [max_tokens or room])
         if isinstance(encoded, PromptTooLongError):
             raise ModelError(str(encoded))
 
@@ -82,7 +179,7 @@ class PromptEncoder:
         """The think tag that the chat template opens the model's turn with, where no prefill does; mostly ""."""
         if prompt.prefill or not (prompt.chat and self.chat):
             return ""
-        opened = _THINK_BLOCK.search(self._framed(prompt.parts, prompt.system, prompt.prefill, True)[-1])
+        opened = THINK_BLOCK.search(self._framed(prompt.parts, prompt.system, prompt.prefill, True)[-1])
         return opened[0] if opened and not opened[1] else ""
 
     def _frame(self, parts: tuple[str, ...], system: str | None, prefill: str, chat: bool) -> tuple[str, ...]:
@@ -98,7 +195,9 @@ class PromptEncoder:
             raise ModelError("the tokenizer's chat template changes or repeats the user's text; set chat: false")
         if prefill.startswith("<think>"):
             # Some templates open a think block of their own, or write an empty one; the prefill's takes its place.
-            frame = (*frame[:-1], _THINK_BLOCK.sub("", frame[-1]))
+            frame = (*frame[:-1], THINK_BLOCK.sub("", frame[-1]))
+        elif prefill and not prefill.startswith(self._lead):
+            return self._frame(parts, system, self._lead + prefill, chat)
         return _prefilled(frame, prefill)
 
     def _encode_texts(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
@@ -230,42 +329,3 @@ def _largest_cap(lengths: Sequence[int], room: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-def label_ids(tokenizer, labels: Sequence[str]) -> list[int]:
-    """The token of each label word.
-
-    Raises:
-        ModelError: a label is not exactly one token, so its probability could not be read off one position.
-    """
-    ids = []
-    for label in labels:
-        tokens = tokenizer(label, add_special_tokens=False)["input_ids"]
-        if len(tokens) != 1:
-            pieces = tokenizer.convert_ids_to_tokens(tokens)
-            raise ModelError(
-                f"label {label!r} is {len(tokens)} tokens for this tokenizer ({pieces}): choose a label of one token"
-            )
-        ids.append(tokens[0])
-    if len(set(ids)) != len(ids):
-        raise ModelError(f"labels {list(labels)} are not different tokens")
-    return ids
-
-
-def end_ids(tokenizer, generation_config) -> frozenset[int]:
-    """The tokens that end the model's turn: end-of-sequence tokens, and what the chat template puts after it."""
-    return frozenset({tokenizer.eos_token_id, turn_end(tokenizer), *_as_list(generation_config.eos_token_id)} - {None})
-
-
-def turn_end(tokenizer) -> int | None:
-    """The special token that the chat template puts after the model's turn; None without a template or a token."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SLOT}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SLOT)[2]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in special), None)
-
-
-def _as_list(ids: int | list[int] | None) -> list[int | None]:
-    return ids if isinstance(ids, list) else [ids]

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
+from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import VLLMSettings
 
@@ -65,33 +66,24 @@ class VLLM:
         self._reserved = settings.max_length + 1 - context
         self._ends = sorted(end_ids(self.tokenizer, GenerationConfig.from_model_config(config)))
         self._sampling_params = vllm.SamplingParams
-        self._label_ids: dict[tuple[str, ...], list[int]] = {}
         self._llm = vllm.LLM(max_model_len=context, **_engine_arguments(resolved, settings))
 
-    def check_labels(self, labels: tuple[str, ...]) -> None:
-        """Raise `ModelError` unless every label is one token of this tokenizer."""
-        if labels not in self._label_ids:
-            self._label_ids[labels] = label_ids(self.tokenizer, labels)
+    def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
+        """Raise `ModelError` unless every label is one token behind the prompt."""
+        self.encoder.label_ids(prompt, labels)
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit `max_length`."""
-        self.encoder.check_fits(prompt, max_tokens or self._reserved)
+        self.encoder.check_fits(prompt, max_tokens, self._reserved)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
-        continuations = [self._continuation(c) for c in calls]
-        reserved = [
-            c.max_tokens if isinstance(c, Generate) else len(tokens) + self._reserved
-            for c, tokens in zip(calls, continuations, strict=True)
-        ]
-        prompts = self.encoder.encode([c.prompt for c in calls], reserved)
-        results: list[Result | None] = [
-            Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
-        ]
+        encoded = self.encoder.encode_calls(calls, self._reserved)
+        results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
         ready = [i for i, r in enumerate(results) if r is None]
         try:
             outputs = self._llm.generate(
-                [{"prompt_token_ids": [*prompts[i], *continuations[i]]} for i in ready],
-                [self._parameters(calls[i]) for i in ready],
+                [{"prompt_token_ids": [*encoded[i].prompt, *encoded[i].continuation]} for i in ready],
+                [self._parameters(calls[i], encoded[i]) for i in ready],
                 use_tqdm=False,
             )
         except Exception as error:
@@ -102,15 +94,10 @@ class VLLM:
                 os._exit(1)
             raise
         for i, output in zip(ready, outputs, strict=True):
-            results[i] = self._read(calls[i], continuations[i], output)
+            results[i] = self._read(calls[i], encoded[i], output)
         return results
 
-    def _continuation(self, call: Call) -> list[int]:
-        if not isinstance(call, LogLikelihood):
-            return []
-        return self.tokenizer(call.continuation, add_special_tokens=False)["input_ids"]
-
-    def _parameters(self, call: Call) -> Any:
+    def _parameters(self, call: Call, tokens: EncodedCall) -> Any:
         """vLLM's SamplingParams for a call."""
         if isinstance(call, Generate):
             return self._sampling_params(
@@ -122,14 +109,13 @@ class VLLM:
                 logprobs=0,
             )
         if isinstance(call, NextToken):
-            self.check_labels(call.labels)
-            asked = {"logprob_token_ids": self._label_ids[call.labels]}
+            asked = {"logprob_token_ids": list(tokens.labels)}
         else:
             asked = {"prompt_logprobs": 0}
         return self._sampling_params(max_tokens=1, temperature=0.0, detokenize=False, **asked)
 
-    def _read(self, call: Call, continuation: list[int], output: Any) -> Answer:
-        completion = output.outputs[0]
+    def _read(self, call: Call, tokens: EncodedCall, output: Any) -> Answer:
+        completion, continuation = output.outputs[0], tokens.continuation
         generated, log_probability = 0, None
         if isinstance(call, Generate):
             # A template may have begun the model's reasoning for it.
@@ -138,7 +124,7 @@ class VLLM:
             log_probability = completion.cumulative_logprob
         elif isinstance(call, NextToken):
             first = completion.logprobs[0]
-            value = tuple(first[token].logprob for token in self._label_ids[call.labels])
+            value = tuple(first[token].logprob for token in tokens.labels)
         else:
             positions = output.prompt_logprobs[len(output.prompt_token_ids) - len(continuation) :]
             value = tuple(p[token].logprob for p, token in zip(positions, continuation, strict=True))

@@ -169,6 +169,17 @@ class Template(Settings):
         parts[-1] += self._fill(after, query, values)
         return self._prompt(parts, texts)
 
+    def example(self, count: int = 1) -> Prompt:
+        """A prompt of one-word texts, to check a model against before there is a row; a list has `count` passages.
+
+        Raises:
+            ConfigError: a list has fewer labels.
+        """
+        query, word = Query(query_id="", text="query"), Candidate(doc_id="", text="word")
+        if self.passage is not None:
+            return self.list_prompt(query, [word.text] * count, self.identifiers(count), [0.0] * count)
+        return self.pair_prompt(query, word, word) if "{passage_a}" in self.text else self.prompt(query, word)
+
     def identifiers(self, count: int) -> tuple[str, ...]:
         """How `count` passages of a list are named: the labels, or 1, 2, … in a template without.
 

@@ -35,7 +35,7 @@ class DuoT5:
         self.settings = settings
         self.template = load_template(settings.prompt, "duot5")
         if hasattr(backend, "check_labels"):
-            backend.check_labels(self.template.labels)
+            backend.check_labels(self.template.labels, self.template.example())
         self.name = f"duot5:{backend.name}:prompt={self.template.digest}:{settings.aggregation}:top={settings.top}"
 
     def rank(self, request: CandidateList) -> Steps:

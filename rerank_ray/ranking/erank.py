@@ -6,12 +6,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, LogLikelihood, Prompt, Result
+from rerank_ray.models.protocol import Answer, Backend, Failure, Generate, LogLikelihood, Result
 from rerank_ray.prompts.parse.answer import answer_span, split_reasoning
 from rerank_ray.prompts.parse.scores import is_stated, parse_score
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
-from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query
+from rerank_ray.records import CandidateList, Defect, DefectKind
 from rerank_ray.settings.rankers import ERankSettings
 
 _HIGHEST = 10
@@ -36,15 +36,14 @@ class ERank:
         self.settings = settings
         self.template = load_template(settings.prompt, "erank")
         if hasattr(backend, "check_fits"):
-            shortest = self.template.prompt(Query(query_id="", text="query"), Candidate(doc_id="", text="passage"))
-            backend.check_fits(shortest, settings.max_tokens)
+            backend.check_fits(self.template.example(), settings.max_tokens)
         self.needs = frozenset({Generate, LogLikelihood} if settings.score == "weighted" else {Generate})
         form = f"score={settings.score}:temperature={settings.temperature:g}:seed={settings.seed}"
         self.name = f"erank:{backend.name}:prompt={self.template.digest}:{form}"
 
     def rank(self, request: CandidateList) -> Steps:
         prompts = [self.template.prompt(request.query, c) for c in request.candidates]
-        results = yield [
+        calls = [
             Generate(
                 prompt=prompt,
                 max_tokens=self.settings.max_tokens,
@@ -53,11 +52,12 @@ class ERank:
             )
             for prompt in prompts
         ]
+        results = yield list(calls)
         parsed = [_integer_in(r, self.template.prefill) for r in results]
         values: list[Value] = [float(p.value) if isinstance(p, _Integer) else p for p in parsed]
         scored = [i for i, p in enumerate(parsed) if isinstance(p, _Integer)]
         if self.settings.score == "weighted" and scored:
-            likelihoods = yield [_likelihood_of(prompts[i], parsed[i]) for i in scored]
+            likelihoods = yield [_likelihood_of(calls[i], parsed[i]) for i in scored]
             for i, likelihood in zip(scored, likelihoods, strict=True):
                 values[i] = _weighted(parsed[i].value, likelihood)
         return replace(
@@ -89,9 +89,10 @@ def _integer_in(result: Result, prefill: str) -> _Integer | Failure | Defect:
     return _Integer(value=int(parsed.score), before=text[: span.start + place.start()])
 
 
-def _likelihood_of(prompt: Prompt, integer: _Integer) -> LogLikelihood:
-    """The call for the integer's probability after what stands before it."""
-    return LogLikelihood(prompt=replace(prompt, prefill=integer.before), continuation=str(integer.value))
+def _likelihood_of(call: Generate, integer: _Integer) -> LogLikelihood:
+    """The call for the integer's probability after what stands before it in the call's answer."""
+    prompt = replace(call.prompt, prefill=integer.before)
+    return LogLikelihood(prompt=prompt, continuation=str(integer.value), written_by=call)
 
 
 def _weighted(score: int, likelihood: Result) -> Value:

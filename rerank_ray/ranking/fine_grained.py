@@ -25,7 +25,7 @@ class FineGrained:
         self.from_logits = settings.score == "expectation" and settings.read == "next_token"
         self.needs = frozenset({NextToken if self.from_logits else LogLikelihood})
         if self.from_logits and hasattr(backend, "check_labels"):
-            backend.check_labels(self.labels)
+            backend.check_labels(self.labels, self.template.example())
         form = settings.score + (f":{settings.read}" if settings.score == "expectation" else "")
         self.name = f"fine_grained:{backend.name}:prompt={self.template.digest}:score={form}"
 

@@ -31,7 +31,7 @@ class First:
         self.template = load_template(settings.prompt, "first")
         labels = self.template.identifiers(settings.window)
         if hasattr(backend, "check_labels"):
-            backend.check_labels(labels)
+            backend.check_labels(labels, self.template.example(settings.window))
         check_fits(backend, self.template, settings.window)
         self.name = (
             f"first:{backend.name}:prompt={self.template.digest}:window={settings.window}/{settings.step}"

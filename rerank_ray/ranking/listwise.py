@@ -132,10 +132,8 @@ def first_stage_scores(request: CandidateList, why: str) -> list[float]:
 def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:
     """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known, or
     when the template has fewer labels."""
-    identifiers = template.identifiers(count)
+    prompt = template.example(count)
     if hasattr(backend, "check_fits"):
-        query = Query(query_id="", text="query")
-        prompt = template.list_prompt(query, ["word"] * count, identifiers, [0.0] * count)
         try:
             backend.check_fits(prompt, max_tokens)
         except ModelError as error:

@@ -30,7 +30,7 @@ class PRP:
         self.template = load_template(settings.prompt, "prp")
         self.needs = frozenset({NextToken if settings.mode == "scoring" else Generate})
         if settings.mode == "scoring" and hasattr(backend, "check_labels"):
-            backend.check_labels(self.template.labels)
+            backend.check_labels(self.template.labels, self.template.example())
         how = settings.strategy if settings.strategy == "allpair" else f"{settings.strategy}:k={settings.k}"
         self.name = f"prp:{backend.name}:prompt={self.template.digest}:{settings.mode}:{how}"
 

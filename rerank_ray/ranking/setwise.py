@@ -34,7 +34,7 @@ class Setwise:
         self.identifiers = self.template.identifiers(settings.children + 1)
         self.needs = frozenset({NextToken if settings.mode == "likelihood" else Generate})
         if settings.mode == "likelihood" and hasattr(backend, "check_labels"):
-            backend.check_labels(self.identifiers)
+            backend.check_labels(self.identifiers, self.template.example(len(self.identifiers)))
         check_fits(
             backend, self.template, len(self.identifiers), 0 if settings.mode == "likelihood" else settings.max_tokens
         )

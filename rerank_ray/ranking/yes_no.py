@@ -29,7 +29,7 @@ class YesNo:
         self.generates = settings.score == "sampled" and NextToken not in backend.answers
         self.needs = frozenset({Generate if self.generates else NextToken})
         if hasattr(backend, "check_labels") and not self.generates:
-            backend.check_labels(self.template.labels)
+            backend.check_labels(self.template.labels, self.template.example())
         if self.generates and not getattr(backend, "tells_log_probabilities", True):
             raise ConfigError(
                 f"score: sampled: {backend.name} is not asked for the log-probability of what it writes: set logprobs: "

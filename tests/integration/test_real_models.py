@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from rerank_ray.evaluate import evaluate_sources
 from rerank_ray.ingest import ingest_hits
 from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.student import StudentPrompt, load_student, new_student
 from rerank_ray.prompts.render import load_template
@@ -173,7 +174,7 @@ def test_cosine_equals_sentence_transformers(request_):
 def test_labels_that_are_not_one_token_are_refused():
     backend = HFCausal(HFCausalSettings(path=SMOLLM2))
     with pytest.raises(Exception, match="label 'relevant passage' is"):
-        backend.check_labels(("relevant passage", "No"))
+        backend.check_labels(("relevant passage", "No"), Prompt(parts=("a",), passages=()))
 
 
 @pytest.mark.parametrize(("year", "ndcg"), [("19", 0.5058), ("21", 0.4458)])

@@ -89,8 +89,8 @@ def test_a_prefill_is_the_decoders(folder: Path, plain: tuple):
     model = backend(folder)
     prompt = prompts("the cat")[1]
     calls = [
-        NextToken(prompt=prompt, labels=("true", "false")),
-        LogLikelihood(prompt=prompt, continuation="dog"),
+        NextToken(prompt=prompt, labels=(" true", " false")),
+        LogLikelihood(prompt=prompt, continuation=" dog"),
         Generate(prompt=prompt, max_tokens=1),
         Generate(prompt=prompts()[1], max_tokens=1),
     ]
@@ -163,7 +163,7 @@ def test_a_method_runs_on_it(folder: Path, plain: tuple, tmp_path: Path):
 
 def test_a_label_of_several_tokens_is_refused(folder: Path):
     with pytest.raises(ModelError, match=r"label 'maybe' is \d tokens"):
-        backend(folder).check_labels(("true", "maybe"))
+        backend(folder).check_labels(("true", "maybe"), Prompt(parts=("a",), passages=()))
 
 
 def test_models_of_other_families_are_refused(folder: Path, tmp_path: Path):

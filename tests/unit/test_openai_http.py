@@ -166,7 +166,7 @@ def test_one_unreadable_label_leaves_its_candidate_unscored_and_the_others_alone
 def test_more_labels_than_the_server_reports_are_refused_before_any_call(serve):
     stub = serve(always(chat_reply("A", top={"A": -0.1})))
     with pytest.raises(ConfigError, match="3 labels need as many log-probabilities, and top_logprobs is 2"):
-        backend(stub, top_logprobs=2).check_labels(("A", "B", "C"))
+        backend(stub, top_logprobs=2).check_labels(("A", "B", "C"), Prompt(parts=("a",), passages=()))
 
 
 def test_a_method_that_needs_log_probabilities_is_refused_without_them(serve):

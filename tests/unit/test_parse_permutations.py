@@ -76,6 +76,11 @@ def test_defects_exactly_when_repaired(data: st.DataObject):
         "[Passage 2] > [Passage 3] > [Passage 1]",
         "Sure! Here is the ranking:\n\n[2] > [3] > [1]\n\nPassage [1] is off topic.",
         "1. [2] names the year\n2. [3] names the place\n3. [1] is off topic",
+        "1. [2] names the year, unlike [1] and [3]\n2. [3] is close to [2]\n3. [1] is off topic",
+        "Rank 1: [2]\nRank 2: [3] (as [2])\nRank 3: [1]",
+        "- Passage [2] names the year\n- Passage [3] names the place of [2]\n- Passage [1] is off topic",
+        "[2] names the year\n[3] names the place\n[1] is off topic",
+        "The best is: [2], followed by [3], and then [1].",
         "<think>[1] > [2] > [3], or rather not</think>\n[2] > [3] > [1]",
         "<think>hm</think><answer>[2] > [3] > [1]</answer>",
         "<answer>[2] > [3] > [1]",
@@ -124,6 +129,9 @@ def test_repairs(text: str, order: tuple[int, ...], defects: list[str]):
         ("The most relevant one has 3 paragraphs.", "unparsed"),
         ("What a lovely day", "unparsed"),
         ("[] > []", "unparsed"),
+        ("Unlike [3], [1] names the year, and so does [2].", "unparsed"),
+        ("[1] is about dogs, as is [3].\n[2] is about cats.\n[3] is about birds.", "unparsed"),
+        ("- [1]: dogs\n- [2]: cats\n- [3]: birds", "unparsed"),
         ("About 1,000 people", "unparsed"),
     ],
 )
@@ -162,10 +170,12 @@ def test_guesses_and_comparisons_are_no_part_of_a_ranking(text: str, order: tupl
 
 
 def test_a_few_mentions_are_no_ranking():
-    """With 20 passages, an order that names two in passing would be the input's."""
+    """An order that names two of 20 in passing would be the input's."""
     text = "Only [4] and [7] say something about it."
     assert ranked(text, NUMBERS) == (None, ["unparsed"])
-    assert ranked(text, ["4", "7", "9"])[0] == (0, 1, 2)
+    assert ranked(text, ["4", "7", "9"]) == (None, ["unparsed"])
+    assert ranked("4, 7", NUMBERS)[0][:2] == (3, 6)
+    assert ranked("The best ones: 4, 7", NUMBERS) == (None, ["unparsed"])
     assert ranked("In 2024, 5 > 3 held.", NUMBERS) == (None, ["unparsed"])
     assert ranked("I cannot rank in the form [2] > [1].", NUMBERS) == (None, ["refusal"])
 
@@ -202,6 +212,15 @@ def test_a_text_that_was_cut_off(text: str, order: tuple[int, ...], defects: lis
         # Two bare numbers of twenty are no ranking.
         assert ">" in text
         assert "[" not in text
+
+
+def test_a_summary_that_was_cut_off_ranks_nothing():
+    """Which of its lines come next is not known, nor that they were to be a ranking; numbered lines are one."""
+    lines = [f"[{n}] is about something" for n in (2, 1, *range(3, 13))]
+    assert ranked("\n".join([*lines, "[13"]), NUMBERS, cut_off=True) == (None, ["cut_off", "unparsed"])
+    numbered = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+    parsed = parse_permutation(f"{numbered}\n13. [1", NUMBERS, cut_off=True)
+    assert parsed.order[: parsed.named] == (1, 0, *range(2, 12))
 
 
 def test_reasoning_that_never_ends_ranks_nothing():

@@ -11,7 +11,7 @@ import torch
 from fixtures.rows import make_list, write_labels
 from fixtures.students import start
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
@@ -252,6 +252,10 @@ def test_a_second_adapter_goes_on_a_first(tiny_llama: Path, tmp_path: Path, head
     student.save(tmp_path / "first")
     assert not (tmp_path / "first" / "model.safetensors").exists()
     second = policy(tmp_path / "first")
+    # Readers of a scalar head's folder would put its pairs into a chat template; the second stage's prompts are a chat.
+    with_template = AutoTokenizer.from_pretrained(tmp_path / "first").chat_template is not None
+    assert with_template is (head == "yes_no")
+    assert second.tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template is not None
     ids = torch.tensor([[5, 9, 200, 31]])
     with torch.no_grad():
         states = second.model.base_model(ids).last_hidden_state

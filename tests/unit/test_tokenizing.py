@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
+from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer, tiny_sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.protocol import Prompt
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, end_ids, label_ids
+from rerank_ray.models.continuations import answer_lead, end_ids, label_ids
+from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt
+from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder, PromptTooLongError
 
 LLAMA, PLAIN, BERT = tiny_llama_tokenizer(), tiny_llama_tokenizer(chat=False), tiny_bert_tokenizer()
 HEAD, TAIL = "Query: alpha\nPassage: ", "\nAnswer Yes or No."
@@ -158,6 +161,119 @@ def test_labels_that_are_the_same_token():
         label_ids(BERT, ["Cat", "cat"])
 
 
+# Labels and continuations where they stand
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+def sentencepiece(template: str | None = None) -> PromptEncoder:
+    tokenizer = tiny_sentencepiece_tokenizer()
+    tokenizer.chat_template = template
+    return PromptEncoder(tokenizer, 512, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "prefill", "labels", "expected"),
+    [
+        (ZEPHYR, "?", "", ["Yes", "No"], ["Yes", "No"]),
+        (ZEPHYR, "?", "Answer:", [" Yes", " No"], ["▁Yes", "▁No"]),
+        (ZEPHYR, "?", "[", ["A", "B"], ["A", "B"]),
+        (LLAMA_2, "?", "", ["Yes", "No"], ["▁Yes", "▁No"]),
+        (LLAMA_2, "?", "[", ["A", "B"], ["A", "B"]),
+        (None, "Answer:", "", ["Yes", "No"], ["▁Yes", "▁No"]),
+        (None, "Answer:", "", [" Yes", " No"], ["▁Yes", "▁No"]),
+        (None, "Answer:\n", "", ["Yes", "No"], ["Yes", "No"]),
+        (None, "?\n", "[", ["A", "B"], ["A", "B"]),
+    ],
+)
+def test_labels_are_read_as_the_model_writes_them(template, end: str, prefill: str, labels, expected):
+    """SentencePiece's `▁Yes` is a word behind a space, `Yes` one behind a line break or a bracket."""
+    encoder = sentencepiece(template)
+    ids = encoder.label_ids(Prompt(parts=("A: ", end), passages=("cat",), prefill=prefill), labels)
+    assert encoder.tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+def test_a_label_that_the_tokenizer_joins_to_the_prompt():
+    encoder = sentencepiece()
+    with pytest.raises(ModelError, match=r"label 'Yes': .* joins it to the end of the prompt, 'at is it\? : '.*' Yes'"):
+        encoder.label_ids(Prompt(parts=("A: ", " what is it? : "), passages=("cat",)), ["Yes", "No"])
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, LLAMA_2])
+@pytest.mark.parametrize(("prefill", "answer"), [("", "what is a cat"), ("", "Yes"), ("", "[B]"), ("[", "B] > [A]")])
+def test_an_answer_has_the_tokens_of_the_templates_own_turn(template: str, prefill: str, answer: str):
+    """Prompt and continuation together are a conversation with that answer."""
+    encoder = sentencepiece(template)
+    turns = [{"role": "user", "content": "A: cat?"}, {"role": "assistant", "content": prefill + answer}]
+    whole = encoder.tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    call = LogLikelihood(prompt=Prompt(parts=("A: ", "?"), passages=("cat",), prefill=prefill), continuation=answer)
+    (encoded,) = encoder.encode_calls([call])
+    expected = encoder.tokenizer("".join(whole[:2]), add_special_tokens=False)["input_ids"]
+    assert [*encoded.prompt, *encoded.continuation] == expected
+
+
+def test_line_breaks_join_with_each_other_and_not_with_a_label():
+    """Byte-level BPE of GPT-2's kind has one token for two line breaks, and two where a word follows them."""
+    content = json.loads(LLAMA.backend_tokenizer.to_str())
+    content["model"]["vocab"]["ĊĊ"] = len(LLAMA)
+    content["model"]["merges"].append(["Ċ", "Ċ"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    pieces = [tokenizer.tokenize(text) for text in ("a\n\n", "a\n\nYes")]
+    assert pieces == [["a", "ĊĊ"], ["a", "Ċ", "Ċ", "Yes"]]
+    assert label_ids(tokenizer, ["Yes", "No"], ["a\n\n"] * 2) == label_ids(LLAMA, ["Yes", "No"])
+
+
+def test_a_continuation_that_joins_the_prompt_keeps_its_own_tokens():
+    encoder = sentencepiece()
+    prompt = Prompt(parts=("A: ", "? : "), passages=("cat",))
+    own = encoder.tokenizer("what", add_special_tokens=False)["input_ids"]
+    assert list(encoder.continuation(prompt, "what")) == own
+
+
+def test_calls_are_encoded_with_what_follows_them():
+    """A text has room for its tokens, a score for its continuation and the backend's own."""
+    encoder = PromptEncoder(LLAMA, 80, None)
+    long = prompt("dog " * 90)
+    calls = [
+        Generate(prompt=long, max_tokens=30),
+        NextToken(prompt=long, labels=("Yes", "No")),
+        LogLikelihood(prompt=long, continuation="Yes No"),
+        NextToken(prompt=long, labels=("Yes", "Perhaps")),
+        Generate(prompt=long, max_tokens=70),
+    ]
+    text, labels, likelihood, bad_label, too_long = encoder.encode_calls(calls, 5)
+    assert len(text.prompt) <= 50 < len(text.prompt) + 4
+    assert len(labels.prompt) <= 75 < len(labels.prompt) + 4
+    assert list(labels.labels) == label_ids(LLAMA, ["Yes", "No"])
+    assert len(likelihood.prompt) + len(likelihood.continuation) <= 75
+    assert list(likelihood.continuation) == LLAMA("Yes No", add_special_tokens=False)["input_ids"]
+    assert "label 'Perhaps' is" in bad_label.reason
+    assert isinstance(too_long, Failure)
+    assert "raise max_length" in too_long.reason
+
+
+def test_what_is_asked_of_a_written_text_shows_what_the_writer_saw():
+    """Room was left for the whole text: a shorter one does not let more of the passage in."""
+    encoder = PromptEncoder(LLAMA, 150, None)
+    writer = Generate(prompt=prompt("dog " * 90), max_tokens=60)
+    asked = LogLikelihood(
+        prompt=Prompt(parts=writer.prompt.parts, passages=writer.prompt.passages, prefill="Yes "),
+        continuation="No",
+        written_by=writer,
+    )
+    written, read = encoder.encode_calls([writer, asked])
+    assert isinstance(read, EncodedCall)
+    assert read.prompt[: len(written.prompt)] == written.prompt
+    assert LLAMA.decode(read.prompt[len(written.prompt) :]) == "Yes "
+
+
 # How the model's own turn begins
 
 
@@ -192,7 +308,48 @@ def test_one_think_block_whatever_the_template_writes(written: str):
     ids = encode_one(encoder, prefilled("<think>\n\n</think>\n\n"))
     assert tokenizer.decode(ids).endswith("<|end|><|assistant|><think>\n\n</think>\n\n")
     assert tokenizer.decode(ids).count("<think>") == 1
-    assert tokenizer.decode(encode_one(encoder, prefilled("Yes"))).endswith(f"<|assistant|>{written}Yes")
+    # An answer stands behind the block, and never in one that is open.
+    closed = "<think>\n\n</think>\n\n" if written and "/" not in written else written
+    behind = f"<|end|><|assistant|>{closed}"
+    assert tokenizer.decode(encode_one(encoder, prefilled("Yes"))).endswith(f"{behind}Yes")
+    read, likelihood, text = encoder.encode_calls(
+        [
+            NextToken(prompt=prompt("cat"), labels=("Yes", "No")),
+            LogLikelihood(prompt=prompt("cat"), continuation="Yes"),
+            Generate(prompt=prompt("cat"), max_tokens=9),
+        ]
+    )
+    assert tokenizer.decode(read.prompt).endswith(behind)
+    assert likelihood.prompt == read.prompt
+    assert tokenizer.decode(text.prompt).endswith(f"<|end|><|assistant|>{written}")
+
+
+@pytest.mark.parametrize(
+    ("begun", "answered", "lead"),
+    [
+        ("<|assistant|>", "<|assistant|>", ""),
+        ("<|assistant|>", "<|assistant|> ", " "),
+        ("<|assistant|>", "<|assistant|><think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+        ("<|assistant|><think>\n", "<|assistant|>", "<think>\n\n</think>\n\n"),
+        ("<|assistant|><think></think>", "<|assistant|>", ""),
+        ("<|model|>", "<|assistant|> ", ""),
+    ],
+)
+def test_what_leads_to_an_answer(begun: str, answered: str, lead: str):
+    """Of Llama 2's kind, Qwen3's, gpt-oss's, QwQ's and DeepSeek-R1's."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% else %}"
+        + answered
+        + "{% endif %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}"
+        + begun
+        + "{% endif %}"
+    )
+    assert answer_lead(tokenizer) == lead
+    (read,) = PromptEncoder(tokenizer, 512, None).encode_calls([NextToken(prompt=prompt("cat"), labels=("Yes", "No"))])
+    expected = begun.replace("<think>\n", "") + (lead if lead.strip() else "")
+    assert tokenizer.decode(read.prompt).endswith(f"<|end|>{expected}")
 
 
 @pytest.mark.parametrize(("written", "opened"), [("", ""), ("<think>\n", "<think>\n"), ("<think>\n\n</think>\n\n", "")])

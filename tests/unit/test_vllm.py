@@ -222,7 +222,7 @@ class TestOnTheStandIn:
 
     def test_a_label_of_several_tokens_is_refused(self, tiny_llama):
         with pytest.raises(ModelError, match="choose a label of one token"):
-            backend(tiny_llama).check_labels(("Yes", "Perhaps not"))
+            backend(tiny_llama).check_labels(("Yes", "Perhaps not"), Prompt(parts=("a",), passages=()))
 
     def test_a_window_larger_than_the_model_is_refused_before_the_engine_starts(self, tiny_llama):
         LLM.started = None

@@ -64,6 +64,8 @@ class StudentDescription(Settings):
     """Layers that each early exit has to itself."""
     exit_margins: tuple[float | None, ...] | None = None
     """Of adaptive exits, one for each of `layers` but the last (`exit_margins.calibrate`)."""
+    chat_template: str | None = None
+    """A decoder's, which its folder's tokenizer must do without, for the models that start from it and write."""
     version: int = 1
 
     @model_validator(mode="before")

@@ -31,7 +31,9 @@ class DecoderStudent(LinearStudent):
         # These models take no segments, and some tokenizers would hand them over.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         # Where there is a chat template, sentence-transformers' CrossEncoder puts pairs into it.
-        tokenizer.chat_template = None
+        if tokenizer.chat_template is not None:
+            self.description = description.model_copy(update={"chat_template": tokenizer.get_chat_template()})
+            tokenizer.chat_template = None
         self.instructed = None
         if description.instruction is not None:
             # FlagEmbedding can't do without a first token.

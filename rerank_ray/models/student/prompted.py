@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.continuations import continuation_ids, label_ids
 from rerank_ray.models.student.base import Student, StudentDescription, clipped, collate_causal
-from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, label_ids
+from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 
 
 class PromptedStudent(Student):
@@ -26,11 +27,14 @@ class PromptedStudent(Student):
         super().__init__(description, tokenizer)
         self.model = model
         self.is_seq2seq = model.config.is_encoder_decoder
-        self.label_ids = label_ids(tokenizer, description.prompt.labels)
+        prompt = description.prompt
         self.encoder = PromptEncoder(tokenizer, description.max_length, chat=False if self.is_seq2seq else None)
         if self.is_seq2seq:
-            prefill = tokenizer(description.prompt.prefill, add_special_tokens=False)["input_ids"]
+            prefill = continuation_ids(tokenizer, "", prompt.prefill)
             self.begun = [model.config.decoder_start_token_id, *prefill]
+            self.label_ids = label_ids(tokenizer, prompt.labels, [prompt.prefill] * len(prompt.labels))
+        else:
+            self.label_ids = list(self.encoder.label_ids(prompt.fill("query", "word"), prompt.labels))
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         """Raises `ModelError` where the prompt and its query leave no room for a document."""
@@ -38,6 +42,8 @@ class PromptedStudent(Student):
         prompts = [self.description.prompt.fill(q, d) for q, d in zip(queries, documents, strict=True)]
         if self.is_seq2seq:
             prompts = [dataclasses.replace(p, prefill="") for p in prompts]
+        else:
+            prompts = [self.encoder.answering(p) for p in prompts]
         encoded = self.encoder.encode(prompts, [0] * len(prompts))
         if failed := next((e for e in encoded if isinstance(e, PromptTooLongError)), None):
             raise ModelError(f"student: {failed}")

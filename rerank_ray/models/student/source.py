@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from rerank_ray.errors import ModelError
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.models.student.base import DESCRIPTION, StudentDescription
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -35,13 +36,11 @@ class Source:
     @classmethod
     def open(cls, settings: ModelSettings, *, weights: bool = True) -> Source:
         resolved = resolve(settings)
-        return cls(
-            settings=settings,
-            resolved=resolved,
-            config=load(AutoConfig, resolved, settings),
-            tokenizer=load(AutoTokenizer, resolved, settings),
-            weights=weights,
-        )
+        config, tokenizer = load(AutoConfig, resolved, settings), load(AutoTokenizer, resolved, settings)
+        described = None if resolved.folder is None else resolved.folder / DESCRIPTION
+        if tokenizer.chat_template is None and described is not None and described.exists():
+            tokenizer.chat_template = StudentDescription.model_validate_json(described.read_text()).chat_template
+        return cls(settings=settings, resolved=resolved, config=config, tokenizer=tokenizer, weights=weights)
 
     @property
     def is_seq2seq(self) -> bool:

@@ -26,9 +26,9 @@ def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = 
     """Read `[2] > [1] > …`; the first of repeated identifiers counts, unknown ones are dropped, and missing ones follow
     in input order (RankGPT, Sun et al. 2023).
 
-    A chain of bracketed identifiers is a ranking whatever stands around it. Anything less (bare numbers, a list, prose
-    that mentions passages) must name half of the passages, or be the whole answer: an order that is mostly the input's
-    is not the model's.
+    A chain of bracketed identifiers is a ranking whatever stands around it. Anything less (bare numbers, a list, lines
+    that identifiers open) must name half of the passages, or be the whole answer: an order that is mostly the input's
+    is not the model's. Passages that prose mentions are none, nor are lines that go through them in the prompt's order.
 
     Args:
         identifiers: the labels of the N passages as the prompt shows them, "1", "2", … or "A", "B", …
@@ -80,10 +80,11 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
             if any(sorted(other) == sorted(best) and other != best for _, other in joined):
                 flaw = _RIVALS
             return best, flaw, None
-    lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:[\s,;]++{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
-    found = [(m.start(), _names(m[1] or m[2])) for m in re.finditer(lists, text, re.MULTILINE)]
-    mentions = list(re.finditer(bracketed, text))
-    found += [(mentions[0].start(), _names(" ".join(m[0] for m in mentions)))] if mentions else []
+    then = rf"(?:[\s,;]|{_THEN})++"
+    lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:{then}{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
+    listed = re.finditer(lists, text, re.MULTILINE)
+    found = [(m.start(), _names(re.sub(_THEN, "", m[1] or m[2]))) for m in listed]
+    found += _lines(text, bracketed, known, cut_off)
     whole = re.fullmatch(rf"\s*+({item})[\s.]*+", text)
     found += [(0, _names(whole[1]))] if whole else []
     start, names = max(found, key=lambda f: len(set(f[1]) & set(known)), default=(len(text), []))
@@ -94,6 +95,26 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     return (names, None, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], None, None)
 
 
+def _lines(text: str, bracketed: str, known: dict[str, int], cut_off: bool) -> list[tuple[int, list[str]]]:
+    """The rankings of lines that bracketed identifiers open, with where they start.
+
+    Numbered lines are one. Others may as well be a summary of the passages, and are when they keep their order or end
+    before their end.
+    """
+    opened = rf"^[ \t]*+({_NUMBERED}|[-–—•+]?+)[ \t]*+({bracketed})"
+    lines = [(m.start(), m[1][:1].isalnum(), m[2]) for m in re.finditer(opened, text, re.MULTILINE)]
+    rankings = []
+    for numbered in (True, False):
+        chosen = [(start, name) for start, is_numbered, name in lines if is_numbered is numbered]
+        names = _names(" ".join(name for _, name in chosen))
+        places = [known[name] for name in names if name in known]
+        if chosen and (numbered or (not cut_off and places != sorted(places))):
+            rankings.append((chosen[0][0], names))
+    return rankings
+
+
+_THEN = r"(?i:\b(?:and[ \t]++)?+(?:then|followed[ \t]++by|finally|lastly)\b)"
+_NUMBERED = r"(?i:rank[ \t]*+)?+[0-9]++(?:st|nd|rd|th)?+[ \t]*+[.):–—-]"
 _Chain = tuple[tuple[int, int], list[str]]
 """Where a chain of identifiers stands in a text, and what it names."""
 _GAP = re.compile(r"(?:[ \t>=,;]|\[[^\[\]\n]*+\])++")
