@@ -199,8 +199,8 @@ def _encoded(call: Call, encoder: PromptEncoder, model: ModelSettings) -> tuple[
     reserved = 0
     if decoder_only:
         reserved = getattr(call, "max_tokens", 0)
-        if isinstance(call, NextToken | LogLikelihood):
-            prompt = encoder.answering(prompt)
+        if isinstance(call, NextToken | LogLikelihood | Generate):
+            prompt = encoder.asked(call)
         if isinstance(call, LogLikelihood):
             reserved = len(encoder.continuation(call.prompt, call.continuation))
         if isinstance(call, Attention) and call.calibration is not None:
@@ -212,7 +212,7 @@ def _encoded(call: Call, encoder: PromptEncoder, model: ModelSettings) -> tuple[
         raise ModelError(str(fitted))
     room = f"max_length {model.max_length}" + (f" − {reserved} that follow" if reserved else "")
     facts.append(f"{len(fitted.ids)} tokens of at most {room}")
-    for n, (whole, shown) in enumerate(zip(prompt.passages, fitted.passages, strict=True), 1):
+    for n, (whole, shown) in enumerate(zip(call.prompt.passages, fitted.passages, strict=True), 1):
         if shown != whole:
             counts = [len(tokenizer(p, add_special_tokens=False)["input_ids"]) for p in (shown, whole)]
             facts.append(f"passage {n} is cut to {counts[0]} of {counts[1]} tokens, after {shown[-40:]!r}")

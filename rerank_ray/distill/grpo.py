@@ -111,7 +111,7 @@ class GRPOTrainer(PolicyTrainer):
     def _check_fits(self) -> None:
         """Raise `ModelError` where a query's prompt, its passages cut to a token each, leaves no room for an answer."""
         (labels,) = self.reader.read(self.data.train[:1])
-        for prompt in self.task.prompts(labels, self._shown(labels, 0)):
+        for prompt in self._prompts(labels, self._shown(labels, 0)):
             self.policy.backend.check_fits(prompt, self.settings.reward.max_tokens)
 
     def train_step(self) -> None:
@@ -136,9 +136,8 @@ class GRPOTrainer(PolicyTrainer):
         for query in asked:
             values = torch.tensor([[r.value for r in of_prompt] for of_prompt in query.rewards])
             by_prompt = advantages(values)
-            ids = self.policy.backend.encoder.encode(
-                query.prompts, [self.settings.reward.max_tokens] * len(query.prompts)
-            )
+            calls = [Generate(prompt=p, max_tokens=self.settings.reward.max_tokens) for p in query.prompts]
+            ids = [encoded.prompt for encoded in self.policy.backend.encoder.encode_calls(calls)]
             # Every query counts alike, however many prompts it has.
             weight = 1.0 / (count * values.numel())
             for prompt, answers, advantage in zip(ids, query.answers, by_prompt.tolist(), strict=True):
@@ -157,7 +156,7 @@ class GRPOTrainer(PolicyTrainer):
         shown = [(labels, self._shown(labels, epoch)) for labels in rows]
         usable = [(labels, indices) for labels, indices in shown if len({g > 0 for g in gains_of(labels, indices)}) > 1]
         self._sums["skipped_queries"] += len(rows) - len(usable)
-        prompts = [self.task.prompts(labels, indices) for labels, indices in usable]
+        prompts = [self._prompts(labels, indices) for labels, indices in usable]
         calls = [
             Generate(
                 prompt=prompt,
@@ -180,6 +179,12 @@ class GRPOTrainer(PolicyTrainer):
             else:
                 self._sums["skipped_queries"] += 1
         return asked
+
+    def _prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
+        prompts = self.task.prompts(labels, indices)
+        if not self.task.answers_at_once:
+            return prompts
+        return [self.policy.backend.encoder.answering(prompt) for prompt in prompts]
 
     def _shown(self, labels: Labels, epoch: int) -> list[int]:
         """The epoch's candidates of a query, in the order that a prompt shows them."""

@@ -54,7 +54,7 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.to(device).eval()
         self.tokenizer = source.tokenizer
-        self.backend = HFCausal(model_settings, self.model)
+        self.backend = HFCausal(model_settings, self.model, self.tokenizer)
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, check_objective, objective
 from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError, RunError
-from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.protocol import Failure, NextToken, Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError
 from rerank_ray.prompts.passages import shown_passages
 from rerank_ray.prompts.render import Template, load_template
@@ -126,12 +126,11 @@ class ScoreTerm:
     def loss(self, policy: Policy, labels: Labels, seed: int, epoch: int) -> torch.Tensor | None:
         drawn = sample_group(labels, self.settings.sampling, seed, epoch)
         encoder = policy.backend.encoder
-        prompts = [encoder.answering(self._prompt(labels, i)) for i in drawn]
-        ids = [_encoded(policy, prompt, 1) for prompt in prompts]
-        if any(i is None for i in ids):
+        asked = [NextToken(prompt=self._prompt(labels, i), labels=self.template.labels) for i in drawn]
+        encoded = encoder.encode_calls(asked, room=1)
+        if any(isinstance(e, Failure) for e in encoded):
             return None
-        answers = [[token] for token in encoder.label_ids(prompts[0], self.template.labels)]
-        logs = [policy.log_probabilities(i, answers) for i in ids]
+        logs = [policy.log_probabilities(e.prompt, [[token] for token in e.labels]) for e in encoded]
         scores = torch.stack([of_two[0] - of_two[1] for of_two in logs])
         targets = Targets.of([(labels, drawn)]).to(scores.device)
         return objective(scores[None, None], targets, self.settings.objective)["total"].loss[0]

@@ -26,6 +26,8 @@ class Task(Protocol):
     """`indices` are the query's candidates that are shown, in the prompt's order."""
 
     template: Template
+    answers_at_once: bool
+    """Whether an answer is a label and nothing else, to be written where a ranker reads it: behind any reasoning."""
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         """What is asked: one prompt, or one a candidate."""
@@ -47,6 +49,7 @@ class _OfPassages:
     """A prompt for each passage."""
 
     method: str
+    answers_at_once = False
 
     def __init__(self, settings: ProRankRewardSettings | ERankRewardSettings) -> None:
         self.settings = settings
@@ -61,6 +64,7 @@ class _OfLists:
     """One prompt over all passages."""
 
     method: str
+    answers_at_once = False
 
     def __init__(self, settings: RankR1RewardSettings | ReasonRankRewardSettings | GroupRankRewardSettings) -> None:
         self.settings = settings
@@ -89,6 +93,7 @@ class ProRankTask(_OfPassages):
     """Is this passage relevant?"""
 
     method = "yes_no"
+    answers_at_once = True
 
     def rewards(
         self, labels: Labels, indices: Sequence[int], answers: Sequence[Sequence[Answer]]

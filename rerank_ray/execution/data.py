@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -36,21 +36,26 @@ _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowJob:
+    """What is ranked, or gets a query written for it, by whom, and the run that it goes into."""
+
+    run: RunFolder
+    source_uri: str
+    source: InputSummary
+    ranker: RankerSettings | QueryWriterSettings
+    output: Output
+    execution: ExecutionSettings
+    store: StoreSettings | None = None
+
+
 class RankWorker:
     """One replica: a ranker behind the crash guard, reporting what it finishes."""
 
-    def __init__(
-        self,
-        ranker: RankerSettings | QueryWriterSettings,
-        output: Output,
-        execution: ExecutionSettings,
-        attempts_uri: str,
-        counter: ray.actor.ActorHandle,
-        store: StoreSettings | None,
-        folder: str,
-    ) -> None:
+    def __init__(self, job: RowJob, attempts_uri: str, counter: ray.actor.ActorHandle, folder: str) -> None:
         from rerank_ray.models.engine import use_threads
 
+        execution = job.execution
         if not execution.gpus_per_actor:
             # Ray hides no GPU from a worker that reserves none: `device: auto` would put all of them on the first.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -58,9 +63,10 @@ class RankWorker:
         if os.path.isdir(folder):
             os.chdir(folder)
         use_threads(execution.cpus_per_actor, execution.gpus_per_actor)
-        self._store = None if store is None else LabelStore(store)
+        self._store = None if job.store is None else LabelStore(job.store)
         self._id = uuid.uuid4().hex
-        stage = partial(WriteStage, ranker) if output == "queries" else partial(RankStage, ranker, output)
+        writes = job.output == "queries"
+        stage = partial(WriteStage, job.ranker) if writes else partial(RankStage, job.ranker, job.output)
         self._stage = stage(store=self._store)
         self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
@@ -86,17 +92,7 @@ class RankWorker:
         return result
 
 
-def rank_rows(
-    run: RunFolder,
-    source_uri: str,
-    source: InputSummary,
-    ranker: RankerSettings | QueryWriterSettings,
-    output: Output,
-    execution: ExecutionSettings,
-    *,
-    retry_errors: bool,
-    store: StoreSettings | None = None,
-) -> tuple[Counts, dict]:
+def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:
     """Rank, or write a query for, every row that the run's checkpoint does not hold yet.
 
     Returns:
@@ -105,34 +101,26 @@ def rank_rows(
     Raises:
         RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
     """
+    run = job.run
     _finish_retry(run, retry_errors)
     delete_uncommitted(run.data, run.checkpoint)
     done = _checkpointed(run)
-    if done < source.rows:
-        timings = _rank_rest(run, source_uri, source, ranker, output, execution, done, store)
+    if done < job.source.rows:
+        timings = _rank_rest(job, done)
     else:
         # Nothing is left but to count: the run was stopped there, or its limits were raised.
         timings = run.state().get("timings") or nothing_done()
     storage.delete_directory(run.path("attempts"))
-    return count_output(run.data, source.rows), timings
+    return count_output(run.data, job.source.rows), timings
 
 
-def _rank_rest(
-    run: RunFolder,
-    source_uri: str,
-    source: InputSummary,
-    ranker: RankerSettings | QueryWriterSettings,
-    output: Output,
-    execution: ExecutionSettings,
-    done: int,
-    store: StoreSettings | None,
-) -> dict:
+def _rank_rest(job: RowJob, done: int) -> dict:
     """Rank the rows that are not done; returns this start's timings."""
     started = time.monotonic()
-    with session(execution.needs), ProgressDisplay(run.uri, source.rows, done) as progress:
+    run = job.run
+    with session(job.execution.needs), ProgressDisplay(run.uri, job.source.rows, done) as progress:
         try:
-            shares = share_out(source.rows - done, execution)
-            _execute(run, source_uri, source, ranker, output, execution, progress, store, shares)
+            _execute(job, progress, share_out(job.source.rows - done, job.execution))
         except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
             raise RunError(
                 f"{run.uri}: stopped: {root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
@@ -140,43 +128,31 @@ def _rank_rest(
             ) from error
         timings = progress.throughput()
     delete_uncommitted(run.data, run.checkpoint)
-    if store is not None:
-        tidy(store)
+    if job.store is not None:
+        tidy(job.store)
     timings["seconds_of_last_start"] = round(time.monotonic() - started, 2)
     return timings
 
 
-def _execute(
-    run: RunFolder,
-    source_uri: str,
-    source: InputSummary,
-    ranker: RankerSettings | QueryWriterSettings,
-    output: Output,
-    execution: ExecutionSettings,
-    progress: ProgressDisplay,
-    store: StoreSettings | None,
-    shares: Shares,
-) -> None:
-    _configure(run, execution, source_uri, source)
-    fs, _ = storage.open_filesystem(source_uri)
+def _execute(job: RowJob, progress: ProgressDisplay, shares: Shares) -> None:
+    _configure(job)
+    run, execution = job.run, job.execution
+    fs, _ = storage.open_filesystem(job.source_uri)
     rows = ray.data.read_parquet(
-        list(source.files),
+        list(job.source.files),
         filesystem=fs,
         # By default a folder named `query=…` would put its name in the place of that column.
         partitioning=None,
-        schema=(PASSAGES if output == "queries" else CANDIDATES).remove_metadata(),
+        schema=(PASSAGES if job.output == "queries" else CANDIDATES).remove_metadata(),
         num_cpus=_READ_CPUS,
     )
     # Whatever the input's row groups: a file with one of them would be one replica's work.
     ranked = rows.repartition(target_num_rows_per_block=shares.block, strict=True).map_batches(
         RankWorker,
         fn_constructor_kwargs={
-            "ranker": ranker,
-            "output": output,
-            "execution": execution,
+            "job": job,
             "attempts_uri": run.path("attempts", str(run.state()["starts"])),
             "counter": progress.counter,
-            "store": store,
             "folder": os.getcwd(),
         },
         # A block as it is, where it is one batch: Ray Data would add the last one's few rows to another's.
@@ -191,21 +167,22 @@ def _execute(
     ranked.write_parquet(data_path, filesystem=data_fs, mode="append", ray_remote_args={"num_cpus": _WRITE_CPUS})
 
 
-def _configure(run: RunFolder, execution: ExecutionSettings, source_uri: str, source: InputSummary) -> None:
+def _configure(job: RowJob) -> None:
+    execution, source = job.execution, job.source
     # Ray Data's plan and progress would interleave with the job's own.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = execution.no_progress_timeout_s
     context.issue_detectors_config.detectors = []
-    fs, path = storage.open_filesystem(run.checkpoint)
+    fs, path = storage.open_filesystem(job.run.checkpoint)
     context.checkpoint_config = CheckpointConfig(
         id_column="query_id",
         checkpoint_path=path,
         override_filesystem=fs,
         delete_checkpoint_on_success=False,
     )
-    input_fs, _ = storage.open_filesystem(source_uri)
+    input_fs, _ = storage.open_filesystem(job.source_uri)
     size = sum(info.size for info in input_fs.get_file_info(list(source.files)))
     block_bytes = max(1, size * execution.rows_per_block // max(1, source.rows))
     os.environ["RAY_DATA_PARQUET_BIN_PACKING_BYTES"] = str(block_bytes)

@@ -46,7 +46,7 @@ def rerank(settings: RerankSettings, run_uri: str, console: Console, *, retry_er
 def _rank_job(
     kind: str, settings: LabelSettings | RerankSettings, run_uri: str, console: Console, retry_errors: bool
 ) -> RunFolder:
-    from rerank_ray.execution.data import rank_rows
+    from rerank_ray.execution.data import RowJob, rank_rows
 
     ranker = settings.teacher if isinstance(settings, LabelSettings) else settings.ranker
     source_uri = resolve_input(settings.input)
@@ -65,17 +65,16 @@ def _rank_job(
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         run.update(state="running")
-        output = "labels" if kind == "label" else "rankings"
-        counts, timings = rank_rows(
-            run,
-            source_uri,
-            source,
-            ranker,
-            output,
-            settings.execution,
-            retry_errors=retry_errors,
+        job = RowJob(
+            run=run,
+            source_uri=source_uri,
+            source=source,
+            ranker=ranker,
+            output="labels" if kind == "label" else "rankings",
+            execution=settings.execution,
             store=settings.store,
         )
+        counts, timings = rank_rows(job, retry_errors=retry_errors)
         _print_counts(console, run, counts, timings)
         _compare_with_plan(run, settings, source.fingerprint, timings, console)
         # Before the run is done, or a kill would leave one without.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output
 from rerank_ray.errors import InputError, RunError
-from rerank_ray.execution.data import rank_rows
+from rerank_ray.execution.data import RowJob, rank_rows
 from rerank_ray.execution.jobs import finish, label
 from rerank_ray.label_store import prepare
 from rerank_ray.ranking.rankers import preflight
@@ -99,16 +99,16 @@ def _write_queries(settings: SynthesizeSettings, run: RunFolder, retry_errors: b
     before = written.start("write_queries", settings, {"passages": source.fingerprint})
     if before.get("state") == "done":
         return written, count_output(written.data, source.rows)
-    counts, timings = rank_rows(
-        written,
-        passages,
-        source,
-        settings.writer,
-        "queries",
-        settings.execution,
-        retry_errors=retry_errors and before.get("state") == "failed",
+    job = RowJob(
+        run=written,
+        source_uri=passages,
+        source=source,
+        ranker=settings.writer,
+        output="queries",
+        execution=settings.execution,
         store=settings.store,
     )
+    counts, timings = rank_rows(job, retry_errors=retry_errors and before.get("state") == "failed")
     finish(written, counts, settings.limits, timings)
     return written, counts
 

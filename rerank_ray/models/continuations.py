@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
+
 from rerank_ray.errors import ModelError
 
 THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
@@ -32,11 +34,14 @@ def label_ids(tokenizer, labels: Sequence[str], before: Sequence[str] | None = N
     ids = []
     for label, text in zip(labels, before or [""] * len(labels), strict=True):
         tokens = _joined(tokenizer, text, lead + label)
-        if tokens is None:
+        if tokens is None and text[-1:].isspace():
             raise ModelError(
                 f"label {label!r}: this tokenizer joins it to the end of the prompt, {text[-12:]!r}: end the prompt or "
                 f"its prefill before the space and begin the labels with it ({' ' + label!r})"
             )
+        if tokens is None:
+            # Llama 3 and Qwen have a token for "[A", but behind a prompt that ends with the bracket A is read alone.
+            tokens = _joined(tokenizer, "\n", lead + label)
         if len(tokens) != 1:
             pieces = tokenizer.convert_ids_to_tokens(tokens)
             raise ModelError(
@@ -55,12 +60,32 @@ def answer_lead(tokenizer) -> str:
     empty block where it opens a think block. "" where the template has its own turns begin in another way.
     """
     turn = [{"role": "user", "content": "?"}]
-    begun = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    begun = render_chat(tokenizer, turn, add_generation_prompt=True)
     block = THINK_BLOCK.search(begun)
     if block is not None:
         return "" if block[1] else "<think>\n\n</think>\n\n"
-    answered = tokenizer.apply_chat_template([*turn, _answer_turn()], tokenize=False).partition(_ANSWER)[0]
+    try:
+        answered = render_chat(tokenizer, [*turn, _answer_turn()]).partition(_ANSWER)[0]
+    except ModelError:
+        # Nothing to learn from a template that can't show an answer.
+        return ""
     return answered.removeprefix(begun) if answered.startswith(begun) else ""
+
+
+def render_chat(tokenizer, messages: list[dict[str, str]], **options) -> str:
+    """The chat template's text of a conversation.
+
+    Raises:
+        ModelError: the template refuses it, as some do a system message, or wants more than a conversation.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ModelError(
+            f"the tokenizer's chat template refuses a conversation of {roles} ({error}): set chat: false, or give a "
+            "prompt template without a system message"
+        ) from error
 
 
 def end_ids(tokenizer, generation_config) -> frozenset[int]:
@@ -73,7 +98,7 @@ def turn_end(tokenizer) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "?"}, _answer_turn()]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2]
+    after = render_chat(tokenizer, turns).rpartition(_ANSWER)[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((t for t in tokenizer(after, add_special_tokens=False)["input_ids"] if t in special), None)
 

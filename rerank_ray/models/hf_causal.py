@@ -75,14 +75,15 @@ class HFCausal:
     tells_raw_logits = True
     exit_layer = None
 
-    def __init__(self, settings: HFCausalSettings, model: PreTrainedModel | None = None) -> None:
-        """Load the model, or run one that is loaded already: one that is being trained writes as it is at each call."""
+    def __init__(self, settings: HFCausalSettings, model: PreTrainedModel | None = None, tokenizer=None) -> None:
+        """Load model and tokenizer, or run those that are loaded already: a model that is being trained writes as it
+        is at each call."""
         resolved = resolve(settings)
         self.name = f"hf_causal:{resolved.identity}"
         self.device = engine.pick_device(settings.device)
         loaded = model is None
         with read_once(resolved.gguf_file):
-            self.tokenizer = load(AutoTokenizer, resolved, settings)
+            self.tokenizer = tokenizer or load(AutoTokenizer, resolved, settings)
             if loaded:
                 dtype = engine.pick_dtype(settings.dtype, self.device)
                 model = load_adapted(AutoModelForCausalLM, resolved, settings, dtype=dtype).to(self.device).eval()

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.continuations import THINK_BLOCK, answer_lead, continuation_ids, label_ids
+from rerank_ray.models.continuations import THINK_BLOCK, answer_lead, continuation_ids, label_ids, render_chat
 from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt
 
 _SLOT = "\ue000PASSAGE\ue001"
+_THINK = "<think>"
 # Characters before an answer that can have a part in its tokens, and more.
 _CONTEXT = 64
 
@@ -75,7 +76,7 @@ class PromptEncoder:
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self._framed = functools.lru_cache(maxsize=4096)(self._frame)
         self._continued = functools.lru_cache(maxsize=4096)(functools.partial(continuation_ids, tokenizer))
-        self._labelled = functools.lru_cache(maxsize=4096)(functools.partial(label_ids, tokenizer))
+        self._labelled = functools.lru_cache(maxsize=4096)(self._find_labels)
 
     def encode_calls(
         self, calls: Sequence[NextToken | LogLikelihood | Generate], room: int = 0
@@ -90,35 +91,53 @@ class PromptEncoder:
         return [p if isinstance(p, Failure) else p.encoded(next(encoded)) for p in prepared]
 
     def _prepare(self, call: NextToken | LogLikelihood | Generate, room: int) -> _Prepared | Failure:
-        if isinstance(call, Generate):
-            return _Prepared(prompt=call.prompt, reserved=call.max_tokens)
-        prompt = self.answering(call.prompt)
-        if isinstance(call, NextToken):
-            try:
+        try:
+            prompt = self.asked(call)
+            if isinstance(call, Generate):
+                return _Prepared(prompt=prompt, reserved=call.max_tokens)
+            if isinstance(call, NextToken):
                 return _Prepared(prompt=prompt, reserved=room, labels=self.label_ids(call.prompt, call.labels))
-            except ModelError as error:
-                return Failure(reason=str(error))
-        if call.written_by is not None:
-            fitted = self.fit(call.written_by.prompt, call.written_by.max_tokens)
-            if isinstance(fitted, PromptTooLongError):
-                return Failure(reason=str(fitted))
-            prompt = replace(prompt, passages=fitted.passages)
+        except (ModelError, PromptTooLongError) as error:
+            return Failure(reason=str(error))
         continuation = self.continuation(call.prompt, call.continuation)
         return _Prepared(prompt=prompt, reserved=len(continuation) + room, continuation=continuation)
+
+    def asked(self, call: NextToken | LogLikelihood | Generate) -> Prompt:
+        """The call's prompt as it is encoded.
+
+        Raises:
+            ModelError: a label is not exactly one token behind it.
+            PromptTooLongError: the text that it goes on from can't have been written.
+        """
+        prompt = call.prompt
+        if isinstance(call, NextToken):
+            return self._reading(prompt, call.labels)[0]
+        if isinstance(call, Generate):
+            # Without a prefill the model's turn is its own, reasoning included.
+            return self.answering(prompt) if prompt.prefill else prompt
+        if call.written_by is None:
+            return self.answering(prompt)
+        writer = self.asked(call.written_by)
+        fitted = self.fit(writer, call.written_by.max_tokens)
+        if isinstance(fitted, PromptTooLongError):
+            raise fitted
+        begun = writer.prefill.removesuffix(call.written_by.prompt.prefill)
+        return replace(prompt, passages=fitted.passages, prefill=begun + prompt.prefill)
 
     def answering(self, prompt: Prompt) -> Prompt:
         """The prompt behind which the model's answer begins, and not its reasoning.
 
-        Where the chat template opens a think block, or writes an empty one (or a channel's name) before an answer, the
-        prompt ends with it; a prefill has its own beginning.
+        Where the chat template opens a think block, or writes an empty one or a channel's name before an answer, the
+        prompt ends with it, and a prefill stands behind it. A prefill that begins with a think block has its own.
         """
-        if prompt.prefill or not (prompt.chat and self.chat) or not self._lead.strip():
+        if not (prompt.chat and self.chat and self._lead_is_text) or prompt.prefill.startswith((_THINK, self._lead)):
             return prompt
-        return replace(prompt, prefill=self._lead)
+        return replace(prompt, prefill=self._lead + prompt.prefill)
 
     def continuation(self, prompt: Prompt, text: str) -> tuple[int, ...]:
         """The tokens of a text that follows the prompt."""
-        return tuple(self._continued(self._before(prompt, text), self._written_before(prompt) + text))
+        prompt = self.answering(prompt)
+        return tuple(self._continued(self._before(prompt, text), self._space(prompt) + text))
 
     def label_ids(self, prompt: Prompt, labels: Sequence[str]) -> tuple[int, ...]:
         """The token of each label word behind the prompt, where `NextToken` reads it.
@@ -126,20 +145,43 @@ class PromptEncoder:
         Raises:
             ModelError: a label is not exactly one token there, or two are the same.
         """
+        return self._reading(prompt, labels)[1]
+
+    def _reading(self, prompt: Prompt, labels: Sequence[str]) -> tuple[Prompt, tuple[int, ...]]:
+        """The prompt behind which the labels are read, and their tokens."""
+        prompt = self.answering(prompt)
         before = tuple(self._before(prompt, label) for label in labels)
-        return tuple(self._labelled(tuple(labels), before, self._written_before(prompt)))
+        lead, ids = self._labelled(tuple(labels), before, self._space(prompt))
+        return (replace(prompt, prefill=lead) if lead else prompt), ids
+
+    def _find_labels(self, labels: tuple[str, ...], before: tuple[str, ...], space: str) -> tuple[str, tuple[int, ...]]:
+        """What the prompt must end with beside its own end, and the labels' tokens; `space` is written before them."""
+        try:
+            return "", tuple(label_ids(self.tokenizer, labels, before, space))
+        except ModelError as error:
+            if not space:
+                raise
+            try:
+                # Llama 2 has a token of its own for the space before a digit.
+                return space, tuple(label_ids(self.tokenizer, labels, [end + space for end in before]))
+            except ModelError:
+                raise error from None
 
     @functools.cached_property
     def _lead(self) -> str:
         return answer_lead(self.tokenizer)
 
-    def _written_before(self, prompt: Prompt) -> str:
-        """The space that the model itself writes before its answer; whatever else leads to it is the prompt's."""
-        return self._lead if prompt.chat and self.chat and not prompt.prefill and not self._lead.strip() else ""
+    @property
+    def _lead_is_text(self) -> bool:
+        """Whether more than spaces leads to an answer. Spaces are mostly a part of the answer's first token."""
+        return bool(self._lead.strip(" "))
+
+    def _space(self, prompt: Prompt) -> str:
+        """The space that the model itself writes before its answer."""
+        return self._lead if prompt.chat and self.chat and not prompt.prefill and not self._lead_is_text else ""
 
     def _before(self, prompt: Prompt, text: str) -> str:
         """The end of the prompt, as far as it may decide on the tokens of the text that follows."""
-        prompt = self.answering(prompt)
         chat = prompt.chat and self.chat
         end = self._framed(prompt.parts, prompt.system, prompt.prefill, chat)[-1][-_CONTEXT:]
         # In plain text a word that no space parts from the prompt is one by itself: `▁Yes` for SentencePiece.
@@ -189,15 +231,15 @@ class PromptEncoder:
             return _prefilled((head, *parts[1:]), prefill)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": _SLOT.join(parts)})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
         frame = tuple(text.split(_SLOT))
         if len(frame) != len(parts):
             raise ModelError("the tokenizer's chat template changes or repeats the user's text; set chat: false")
-        if prefill.startswith("<think>"):
+        if prefill.startswith(_THINK):
             # Some templates open a think block of their own, or write an empty one; the prefill's takes its place.
             frame = (*frame[:-1], THINK_BLOCK.sub("", frame[-1]))
-        elif prefill and not prefill.startswith(self._lead):
-            return self._frame(parts, system, self._lead + prefill, chat)
+        elif prefill and not self._lead_is_text and not prefill.startswith(self._lead):
+            prefill = self._lead + prefill
         return _prefilled(frame, prefill)
 
     def _encode_texts(self, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.hf_causal import HFCausal
-from rerank_ray.models.protocol import Answer, Generate, Prompt
+from rerank_ray.models.protocol import Answer, Generate, NextToken, Prompt
 from rerank_ray.records import Candidate, CandidateList, Query, Usage
 from rerank_ray.schema import labels_from_row
 from rerank_ray.settings.models import HFCausalSettings
@@ -362,6 +362,27 @@ def test_a_steps_later_updates_are_held_to_its_answers(labels: str, tiny_llama: 
         trainer.train_step()
         clipped.append(trainer._sums["clipped"])
     assert clipped[0] == 0 < clipped[1]
+
+
+def test_a_label_is_drawn_where_a_ranker_reads_it(labels: str, tiny_llama: Path, tmp_path: Path):
+    """Behind the empty think block that the template's own turns have, where a yes_no ranker or student reads."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    trainer = GRPOTrainer(settings(labels, folder, kl_weight=0.1), World(), None)
+    (drawn, *_) = trainer.draw()
+    assert tokenizer.decode(drawn.prompt).endswith("<|assistant|><think>\n\n</think>\n\n")
+    read = set()
+    for given in trainer.reader.read(trainer.data.train):
+        query, template = given.candidate_list.query, trainer.task.template
+        prompts = [template.prompt(query, candidate) for candidate in given.candidate_list.candidates]
+        asked = [NextToken(prompt=prompt, labels=template.labels) for prompt in prompts]
+        read |= {tuple(e.prompt) for e in trainer.policy.backend.encoder.encode_calls(asked)}
+    assert tuple(drawn.prompt) in read
 
 
 def test_micro_batches_add_up_to_the_same_gradient(labels: str, tiny_llama: Path):

@@ -81,6 +81,29 @@ def test_defects_exactly_when_repaired(data: st.DataObject):
         "- Passage [2] names the year\n- Passage [3] names the place of [2]\n- Passage [1] is off topic",
         "[2] names the year\n[3] names the place\n[1] is off topic",
         "The best is: [2], followed by [3], and then [1].",
+        "1. [2], 2. [3], 3. [1]",
+        "(1) [2]\n(2) [3]\n(3) [1]",
+        "| 1 | [2] | names the year |\n| 2 | [3] | close to [2] |\n| 3 | [1] | off topic |",
+        '1. "[2]"\n2. "[3]"\n3. "[1]"',
+        "First: [2]\nSecond: [3]\nThird: [1]",
+        "Most relevant: [2]\nNext: [3]\nLeast relevant: [1]",
+        "Relevant: [2], [3]\nNot relevant: [1]",
+        "Best: 2\nOthers: 3, 1",
+        "Ranking: 2,\n3, 1",
+        "[2], [3], and [1]",
+        "Ranking: [2], [3] and [1].",
+        "The ranking is [2], [3], [1].",
+        "First [2], then [3], and finally [1].",
+        "[2] (names the year) > [3] (close, as of 1999) > [1] (off topic)",
+        "[2] -> [3] -> [1]",
+        "[2] → [3] ≻ [1]",
+        "[2] &gt; [3] &gt; [1]",
+        "[2] >> [3] => [1]",
+        "[2][3][1]",
+        '["[2]", "[3]", "[1]"]',
+        "[[2], [3], [1]]",
+        "- [2]\n- [3]\n- [1]",
+        "- [2] (best)\n- [3]\n- [1] (worst)",
         "<think>[1] > [2] > [3], or rather not</think>\n[2] > [3] > [1]",
         "<think>hm</think><answer>[2] > [3] > [1]</answer>",
         "<answer>[2] > [3] > [1]",
@@ -132,6 +155,11 @@ def test_repairs(text: str, order: tuple[int, ...], defects: list[str]):
         ("Unlike [3], [1] names the year, and so does [2].", "unparsed"),
         ("[1] is about dogs, as is [3].\n[2] is about cats.\n[3] is about birds.", "unparsed"),
         ("- [1]: dogs\n- [2]: cats\n- [3]: birds", "unparsed"),
+        ("Not relevant: [3], [1]", "unparsed"),
+        ("The first thing to say is that I would not show [3], [1].", "unparsed"),
+        ("Off topic are [3], [1], [2].", "unparsed"),
+        ("Score of [1]: 3\nScore of [2]: 1\nScore of [3]: 2", "unparsed"),
+        ("Query: 3\nAnswers: 2", "unparsed"),
         ("About 1,000 people", "unparsed"),
     ],
 )
@@ -167,6 +195,20 @@ def test_tiers_and_broken_chains_are_read_in_their_order(text: str):
 )
 def test_guesses_and_comparisons_are_no_part_of_a_ranking(text: str, order: tuple[int, ...]):
     assert ranked(text, NUMBERS[:5]) == (order, ["missing"])
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("Relevant: [4], [2]\nNot relevant: [1], [3], [5]", (3, 1, 0, 2, 4)),
+        ("Best: [4]\nOthers: [1], [2], [3], [5]", (3, 0, 1, 2, 4)),
+        ("1. [4], 2. [2], 3. [1], 4. [3], 5. [5]", (3, 1, 0, 2, 4)),
+        ("Here is my ranking:\n\n- [1]\n- [2]\n- [3]\n- [4]\n- [5]", (0, 1, 2, 3, 4)),
+    ],
+)
+def test_lists_of_lists_are_read_in_their_order(text: str, order: tuple[int, ...]):
+    """The longest of them is mostly that of what is not relevant."""
+    assert ranked(text, NUMBERS[:5]) == (order, [])
 
 
 def test_a_few_mentions_are_no_ranking():
@@ -245,6 +287,9 @@ def test_a_cut_off_answer_that_is_whole():
         "{" * 40000,
         '{"a":' * 5000,
         "score " * 8000,
+        "1\n" * 15000 + "1 x",
+        "[1] then\n" * 8000 + "[1] x",
+        "Best: [1]\n" * 8000,
         "passage " * 8000,
         "<think>" * 8000,
         "a: " * 15000,

@@ -255,6 +255,7 @@ def test_a_second_adapter_goes_on_a_first(tiny_llama: Path, tmp_path: Path, head
     # Readers of a scalar head's folder would put its pairs into a chat template; the second stage's prompts are a chat.
     with_template = AutoTokenizer.from_pretrained(tmp_path / "first").chat_template is not None
     assert with_template is (head == "yes_no")
+    assert second.backend.encoder.chat
     assert second.tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template is not None
     ids = torch.tensor([[5, 9, 200, 31]])
     with torch.no_grad():

@@ -200,6 +200,51 @@ def test_labels_are_read_as_the_model_writes_them(template, end: str, prefill: s
     assert encoder.tokenizer.convert_ids_to_tokens(ids) == expected
 
 
+def test_a_space_that_is_a_token_of_its_own_before_a_digit():
+    """Llama 2 writes "▁", "0": the prompt ends with the space, or no label would be one token."""
+    encoder = sentencepiece(LLAMA_2)
+    asked = Prompt(parts=("A: ", "?"), passages=("cat",))
+    (digits,) = encoder.encode_calls([NextToken(prompt=asked, labels=("0", "1"))])
+    (words,) = encoder.encode_calls([NextToken(prompt=asked, labels=("Yes", "No"))])
+    names = encoder.tokenizer.convert_ids_to_tokens
+    assert names(digits.labels) == ["0", "1"]
+    assert names(words.labels) == ["▁Yes", "▁No"]
+    assert names(digits.prompt) == [*names(words.prompt), "▁"]
+    with pytest.raises(ModelError, match="label '10' is 3 tokens"):
+        encoder.label_ids(asked, ["10", "No"])
+
+
+def test_a_letter_that_a_tokenizer_has_with_its_bracket():
+    """Llama 3 and Qwen have "[A"; behind the bracket of a prefill (FIRST) the letter is read alone."""
+    tokenizer = with_merge(LLAMA, "[", "A", use_regex=False)
+    assert tokenizer.tokenize("[A") == ["[A"]
+    assert label_ids(tokenizer, ["A", "B"], ["\n["] * 2) == label_ids(LLAMA, ["A", "B"])
+
+
+def test_a_chat_template_that_refuses_the_conversation():
+    """Gemma 2 has no system messages."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    encoder = PromptEncoder(tokenizer, 512, None)
+    with pytest.raises(ModelError, match=r"refuses a conversation of system, user .*not supported.*: set chat: false"):
+        encoder.label_ids(prompt("cat", system="Be brief"), ["Yes", "No"])
+    assert encoder.label_ids(prompt("cat"), ["Yes", "No"])
+
+
+def with_merge(
+    tokenizer: PreTrainedTokenizerFast, left: str, right: str, *, use_regex: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with one more token; without GPT-2's regex nothing parts words from signs."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"][left + right] = len(tokenizer)
+    content["model"]["merges"].append([left, right])
+    content["pre_tokenizer"]["use_regex"] = use_regex
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
 def test_a_label_that_the_tokenizer_joins_to_the_prompt():
     encoder = sentencepiece()
     with pytest.raises(ModelError, match=r"label 'Yes': .* joins it to the end of the prompt, 'at is it\? : '.*' Yes'"):
@@ -221,10 +266,7 @@ def test_an_answer_has_the_tokens_of_the_templates_own_turn(template: str, prefi
 
 def test_line_breaks_join_with_each_other_and_not_with_a_label():
     """Byte-level BPE of GPT-2's kind has one token for two line breaks, and two where a word follows them."""
-    content = json.loads(LLAMA.backend_tokenizer.to_str())
-    content["model"]["vocab"]["ĊĊ"] = len(LLAMA)
-    content["model"]["merges"].append(["Ċ", "Ċ"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    tokenizer = with_merge(LLAMA, "Ċ", "Ċ")
     pieces = [tokenizer.tokenize(text) for text in ("a\n\n", "a\n\nYes")]
     assert pieces == [["a", "ĊĊ"], ["a", "Ċ", "Ċ", "Yes"]]
     assert label_ids(tokenizer, ["Yes", "No"], ["a\n\n"] * 2) == label_ids(LLAMA, ["Yes", "No"])
@@ -274,6 +316,21 @@ def test_what_is_asked_of_a_written_text_shows_what_the_writer_saw():
     assert LLAMA.decode(read.prompt[len(written.prompt) :]) == "Yes "
 
 
+def test_what_is_asked_of_a_written_text_stands_right_behind_it():
+    """A model that answered without the think block that its template's own turns have is read without it."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    encoder = PromptEncoder(tokenizer, 512, None)
+    writer = Generate(prompt=prompt("cat"), max_tokens=60)
+    for text in ("Yes ", "<think>\nNo\n</think>Yes "):
+        asked = LogLikelihood(prompt=prefilled(text), continuation="No", written_by=writer)
+        written, read = encoder.encode_calls([writer, asked])
+        assert tokenizer.decode(read.prompt) == tokenizer.decode(written.prompt) + text
+
+
 # How the model's own turn begins
 
 
@@ -311,17 +368,18 @@ def test_one_think_block_whatever_the_template_writes(written: str):
     # An answer stands behind the block, and never in one that is open.
     closed = "<think>\n\n</think>\n\n" if written and "/" not in written else written
     behind = f"<|end|><|assistant|>{closed}"
-    assert tokenizer.decode(encode_one(encoder, prefilled("Yes"))).endswith(f"{behind}Yes")
-    read, likelihood, text = encoder.encode_calls(
+    read, likelihood, text, begun = encoder.encode_calls(
         [
             NextToken(prompt=prompt("cat"), labels=("Yes", "No")),
             LogLikelihood(prompt=prompt("cat"), continuation="Yes"),
             Generate(prompt=prompt("cat"), max_tokens=9),
+            Generate(prompt=prefilled("Yes"), max_tokens=9),
         ]
     )
     assert tokenizer.decode(read.prompt).endswith(behind)
     assert likelihood.prompt == read.prompt
     assert tokenizer.decode(text.prompt).endswith(f"<|end|><|assistant|>{written}")
+    assert tokenizer.decode(begun.prompt).endswith(f"{behind}Yes")
 
 
 @pytest.mark.parametrize(
@@ -334,10 +392,11 @@ def test_one_think_block_whatever_the_template_writes(written: str):
         ("<|assistant|><think>\n", "<|assistant|>", "<think>\n\n</think>\n\n"),
         ("<|assistant|><think></think>", "<|assistant|>", ""),
         ("<|model|>", "<|assistant|> ", ""),
+        ("<|assistant|>", "<|assistant|>\n", "\n"),
     ],
 )
 def test_what_leads_to_an_answer(begun: str, answered: str, lead: str):
-    """Of Llama 2's kind, Qwen3's, gpt-oss's, QwQ's and DeepSeek-R1's."""
+    """Of Llama 2's kind, Qwen3's, gpt-oss's, QwQ's, DeepSeek-R1's, none and GLM's."""
     tokenizer = tiny_llama_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% else %}"
@@ -348,7 +407,7 @@ def test_what_leads_to_an_answer(begun: str, answered: str, lead: str):
     )
     assert answer_lead(tokenizer) == lead
     (read,) = PromptEncoder(tokenizer, 512, None).encode_calls([NextToken(prompt=prompt("cat"), labels=("Yes", "No"))])
-    expected = begun.replace("<think>\n", "") + (lead if lead.strip() else "")
+    expected = begun.replace("<think>\n", "") + (lead if lead.strip(" ") else "")
     assert tokenizer.decode(read.prompt).endswith(f"<|end|>{expected}")
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.continuations import continuation_ids, label_ids
+from rerank_ray.models.protocol import NextToken
 from rerank_ray.models.student.base import Student, StudentDescription, clipped, collate_causal
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 
@@ -43,7 +44,8 @@ class PromptedStudent(Student):
         if self.is_seq2seq:
             prompts = [dataclasses.replace(p, prefill="") for p in prompts]
         else:
-            prompts = [self.encoder.answering(p) for p in prompts]
+            labels = self.description.prompt.labels
+            prompts = [self.encoder.asked(NextToken(prompt=p, labels=labels)) for p in prompts]
         encoded = self.encoder.encode(prompts, [0] * len(prompts))
         if failed := next((e for e in encoded if isinstance(e, PromptTooLongError)), None):
             raise ModelError(f"student: {failed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rerank_ray.prompts.parse.answer import NOISE, REFUSAL, quoted, repairs, split_reasoning
@@ -54,6 +54,9 @@ def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = 
     return Permutation(order=(*named, *missing), named=len(named), defects=(*cut, *defects))
 
 
+_ARROW = re.compile(r"&gt;|[-=]?>{1,2}|[→⇒≻＞]")
+_UNQUOTED = {ord(quote): None for quote in '"“”'}
+_REASON = r"\([^()\n]*+\)"
 _RIVALS, _BROKEN = "two different rankings", "a > between its parts"
 
 
@@ -62,14 +65,17 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     if not answer:
         return [], None, DefectKind.EMPTY
     numeric = all(name.isdigit() for name in known)
-    text = NOISE.sub("", answer)
+    text = _ARROW.sub(">", NOISE.sub("", answer).translate(_UNQUOTED))
     if cut_off and numeric:
         # The last number may lack digits.
         text = re.sub(r"(?<![0-9])[0-9]++\s*+\Z", "", text)
     bracketed = r"\[\s*+[0-9]++\s*+\]" if numeric else r"\[\s*+[A-Za-z]\s*+\]"
     bare = r"(?<![\w.])[0-9]++(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))" if numeric else r"(?<!\w)[A-Z](?!\w)"
     item = rf"(?:{bracketed}|{bare})"
-    chains = [(m.span(), _names(m[0])) for m in re.finditer(rf"{item}(?:\s*+>\s*+{item})++", text)]
+    # "[2] (names the year) > [1]": reasons in brackets are no part of it.
+    link = rf"{item}(?:[ \t]*+{_REASON})?+"
+    matches = re.finditer(rf"{link}(?:\s*+>\s*+{link})++", text)
+    chains = [(m.span(), _names(re.sub(_REASON, "", m[0]))) for m in matches]
     refusal = REFUSAL.search(text)
     if chains:
         joined = _tiers(text, chains, set(known)) or _without_gaps(text, chains, bracketed)
@@ -80,46 +86,104 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
             if any(sorted(other) == sorted(best) and other != best for _, other in joined):
                 flaw = _RIVALS
             return best, flaw, None
-    then = rf"(?:[\s,;]|{_THEN})++"
-    lists = rf"^(?:[^:\n]*+:)?[ \t]*+({item}(?:{then}{item})++)[ \t.]*+$|\[\s*+({bare}(?:[\s,;]++{bare})++)\s*+\]"
-    listed = re.finditer(lists, text, re.MULTILINE)
-    found = [(m.start(), _names(re.sub(_THEN, "", m[1] or m[2]))) for m in listed]
-    found += _lines(text, bracketed, known, cut_off)
-    whole = re.fullmatch(rf"\s*+({item})[\s.]*+", text)
-    found += [(0, _names(whole[1]))] if whole else []
+    found = [*_listed(text, _Forms(item, bracketed), known, cut_off)]
     start, names = max(found, key=lambda f: len(set(f[1]) & set(known)), default=(len(text), []))
     if refusal and refusal.start() < start:
         return [], None, DefectKind.REFUSAL
     count = len(set(names) & set(known))
-    nothing_else = re.fullmatch(rf"(?:{item}|[\s,;>.])*+", text)
-    return (names, None, None) if 2 * count >= len(known) or count == 0 or nothing_else else ([], None, None)
+    if 2 * count >= len(known) or count == 0:
+        return names, None, None
+    shown = _names(" ".join(re.findall(bracketed, text)) or text)
+    nothing_else = re.fullmatch(rf"(?:{item}|[\s,;>.])*+", text) and set(names) >= set(shown)
+    return (names if nothing_else else []), None, None
 
 
-def _lines(text: str, bracketed: str, known: dict[str, int], cut_off: bool) -> list[tuple[int, list[str]]]:
-    """The rankings of lines that bracketed identifiers open, with where they start.
+class _Forms:
+    """Patterns of what may stand in a line; `item` is an identifier, in brackets or bare."""
 
-    Numbered lines are one. Others may as well be a summary of the passages, and are when they keep their order or end
-    before their end.
+    def __init__(self, item: str, bracketed: str) -> None:
+        run = rf"{item}(?:(?:[ \t,;]|{_THEN})*+{item})*+"
+        self.run = re.compile(rf"[ \t]*+(?:[-–—•+][ \t]++)?+({run})[ \t.!,;]*+")
+        self.sentence = re.compile(rf"({bracketed}(?:(?:[ \t,;]|{_THEN})*+{bracketed})++)[ \t.!]*+\Z")
+        self.opener = re.compile(rf"[ \t|]*+({_NUMBERED}|[-–—•+]?+)[ \t]*+({bracketed})")
+        self.numbered_inside = re.compile(rf"(?<![^\s,;])([0-9]{{1,4}})[.)][ \t]*+({bracketed})")
+        self.array = re.compile(rf"\[\s*+({item}(?:[\s,;]++{item})++)\s*+\]")
+
+
+def _listed(text: str, forms: _Forms, known: dict[str, int], cut_off: bool) -> Iterator[tuple[int, list[str]]]:
+    """Every ranking that is a list, with where it starts: numbered lines, lines that hold nothing else, what stands
+    behind labels or ends a sentence that says it is an order, arrays, and lines that identifiers open.
+
+    Lines that identifiers open may as well be a summary of the passages, and are when they keep the prompt's order or
+    were cut off.
     """
-    opened = rf"^[ \t]*+({_NUMBERED}|[-–—•+]?+)[ \t]*+({bracketed})"
-    lines = [(m.start(), m[1][:1].isalnum(), m[2]) for m in re.finditer(opened, text, re.MULTILINE)]
-    rankings = []
-    for numbered in (True, False):
-        chosen = [(start, name) for start, is_numbered, name in lines if is_numbered is numbered]
-        names = _names(" ".join(name for _, name in chosen))
-        places = [known[name] for name in names if name in known]
-        if chosen and (numbered or (not cut_off and places != sorted(places))):
-            rankings.append((chosen[0][0], names))
-    return rankings
+    numbered, opened, labelled, plain = [], [], [], []
+    start, unfinished = 0, None
+    for line in text.splitlines(keepends=True):
+        bare = re.sub(_REASON, "", line).rstrip()
+        label, colon, behind = bare.rpartition(":")
+        opener, run, said = forms.opener.match(line), forms.run.fullmatch(bare), forms.sentence.search(bare)
+        after = forms.run.fullmatch(behind) if colon and not set(label) & set("[]") else None
+        if opener and (opener[1][:1].isalnum() or opener[1][:1] == "("):
+            numbered.append((start, _names(opener[2])))
+        elif run and unfinished is not None:
+            unfinished.extend(_listed_names(run[1]))
+        elif run:
+            unfinished = _listed_names(run[1])
+            plain.append((start, unfinished))
+        elif after:
+            labelled.append((start, label, _listed_names(after[1]), "[" in after[1]))
+        elif said and _ORDER.search(bare, 0, said.start()) and not _LOW_TIER.search(bare, 0, said.start()):
+            yield start + said.start(), _listed_names(said[1])
+        elif opener:
+            opened.append((start, _names(opener[2])))
+        if after and bare.endswith(","):
+            unfinished = labelled[-1][2]
+        elif bare and not run:
+            unfinished = None
+        start += len(line)
+    yield from _joined(numbered)
+    yield from plain
+    tiers = [t for t in labelled if t[3] or _TIER_WORD.search(t[1])]
+    names = [name for *_, of_tier, _ in tiers for name in of_tier]
+    if len(tiers) > 1 and len(set(names)) == len(names) and not _LOW_TIER.search(tiers[0][1]):
+        yield tiers[0][0], names
+    else:
+        yield from ((begin, of_label) for begin, label, of_label, _ in labelled if not _LOW_TIER.search(label))
+    for begin, of_lines in _joined(opened):
+        places = [known[name] for name in of_lines if name in known]
+        if not cut_off and places != sorted(places):
+            yield begin, of_lines
+    inside = list(forms.numbered_inside.finditer(text))
+    if [int(m[1]) for m in inside] == list(range(1, len(inside) + 1)):
+        yield from _joined([(m.start(), _names(m[2])) for m in inside])
+    yield from ((m.start(), _names(m[1])) for m in forms.array.finditer(text))
 
 
-_THEN = r"(?i:\b(?:and[ \t]++)?+(?:then|followed[ \t]++by|finally|lastly)\b)"
-_NUMBERED = r"(?i:rank[ \t]*+)?+[0-9]++(?:st|nd|rd|th)?+[ \t]*+[.):–—-]"
+def _joined(lines: Sequence[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """What all of the lines name, from the first one's start, or nothing without lines."""
+    return [(lines[0][0], [name for _, names in lines for name in names])] if lines else []
+
+
+_THEN = r"(?i:\b(?:and|then|followed[ \t]++by|finally|lastly)\b)"
+_NUMBERED = (
+    r"(?:(?i:rank|position|place|no\.?|number)[ \t]*+[0-9]{1,4}+[ \t]*+[.):|–—-]?+"
+    r"|\(?+[0-9]{1,4}+(?:st|nd|rd|th)?+[ \t]*+\\?+[.):|–—-])"
+)
+_ORDER = re.compile(r"\b(?:rank\w*|order\w*|best|first|top|most)\b", re.I)
+_TIER_WORD = re.compile(
+    r"\b(?:(?:ir)?relevan\w*|best|top|first|second|third|fourth|fifth|next|other|others|rest|remaining|last|most|least)\b",
+    re.I,
+)
 _Chain = tuple[tuple[int, int], list[str]]
 """Where a chain of identifiers stands in a text, and what it names."""
 _GAP = re.compile(r"(?:[ \t>=,;]|\[[^\[\]\n]*+\])++")
 _TIER = re.compile(r"^[^\[\]\n>:]*?\b(?:ir)?relevan[^\[\]\n>:]*+:[ \t]*+\Z", re.I | re.M)
-_LOW_TIER = re.compile(r"\b(?:least|less|not|low|irrelevan\w*)\b", re.I)
+_LOW_TIER = re.compile(
+    r"\b(?:least|less|not|no|non|low(?:er|est)?|worst|bottom|others?|rest|remaining|irrelevan\w*|unrelated|off[- ]topic"
+    r"|unlike|excluded?|except)\b",
+    re.I,
+)
 
 
 def _without_gaps(text: str, chains: Sequence[_Chain], bracketed: str) -> list[_Chain]:
@@ -145,6 +209,10 @@ def _tiers(text: str, chains: Sequence[_Chain], known: set[str]) -> list[_Chain]
     if len(chains) < 2 or not all(labels) or _LOW_TIER.search(labels[0][0]) or len(set(names)) < len(names):
         return []
     return [((chains[0][0][0], chains[-1][0][1]), [n for _, of_chain in chains for n in of_chain])]
+
+
+def _listed_names(text: str) -> list[str]:
+    return _names(re.sub(_THEN, "", text))
 
 
 def _names(text: str) -> list[str]:
