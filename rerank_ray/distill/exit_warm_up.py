@@ -7,8 +7,11 @@ against all. The passages are of one list, so that they are as hard to tell apar
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,11 +27,17 @@ from rerank_ray.models.student.source import embeddings_of
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.student import ExitWarmUpSettings
 
+_STATE = "exit_warm_up.pt"
 _WORDS_OF_A_SPAN, _WORDS_OF_AN_INSERT = (3, 9), (1, 3)
 _SHARE_OF_A_VARIANT = 0.6
 """Of a query's words."""
 _PASSAGES = 14
 """A batch holds so many passages of about one length."""
+
+
+def is_in_warm_up(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved before the labels began."""
+    return (checkpoint / _STATE).exists()
 
 
 def warm_up(
@@ -39,9 +48,10 @@ def warm_up(
     autocast: Callable[[], torch.autocast],
     seed: int,
     world: World,
-    report: Callable[[dict], None],
+    report: Callable[[dict, Callable[[Path], None]], None],
+    resume: Path | None = None,
 ) -> dict[str, float]:
-    """Train the student in place; returns each exit's KL over the first and the last tenth of the steps.
+    """Train the student in place; returns each exit's KL over the first and the last tenth of the steps, and seconds.
 
     The last layer is held to what it was, which moving the layers below it would change. Embeddings stay: those of the
     words that are read would move away from all others. Workers divide a step's passages among them and take the steps
@@ -50,8 +60,9 @@ def warm_up(
     Args:
         read: the candidate list of a number below `count`.
         autocast: makes the context of a forward pass.
-        report: called after every tenth of the steps with its KL at each exit. `step` counts up to −1: at 0 the labels
-            begin.
+        report: called after every tenth of the steps with its KL at each exit, and with what saves a checkpoint into a
+            folder. `step` counts up to −1: at 0 the labels begin.
+        resume: a folder with such a checkpoint; the student is the one that the warm-up started from.
     """
     device = next(student.parameters()).device
     random = np.random.default_rng([seed, settings.steps])
@@ -62,8 +73,11 @@ def warm_up(
     optimizer, trained = make_optimizer(student, settings.optimizer), trained_parameters(student)
     student.train()
     seen: list[torch.Tensor] = []
-    tenth = math.ceil(settings.steps / 10)
-    for step in range(settings.steps):
+    tenth, begun, done = math.ceil(settings.steps / 10), time.perf_counter(), 0
+    if resume is not None:
+        done, seconds, seen = _load(resume, trained, optimizer, random, device)
+        begun -= seconds
+    for step in range(done, settings.steps):
         set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
         texts = draw(read(int(random.integers(count))), settings, random)
         data = _StepData.of(student, *texts, settings.max_passage_length, world)
@@ -82,10 +96,50 @@ def warm_up(
         optimizer.zero_grad(set_to_none=True)
         seen.append(divergence.detach())
         if (step + 1) % tenth == 0:
-            report({"step": step - settings.steps, "total_steps": settings.steps, **_means(student, seen[-tenth:])})
+            metrics = {"step": step - settings.steps, "total_steps": settings.steps, **_means(student, seen[-tenth:])}
+            state = {"step": step + 1, "seconds": time.perf_counter() - begun, "seen": torch.stack(seen)}
+            report(metrics, partial(_save, state, trained, optimizer, random, device))
     _set_trained(embeddings, True)
     first, last = _means(student, seen[:tenth], "first_kl"), _means(student, seen[-tenth:], "last_kl")
-    return first | last
+    return first | last | {"exit_warm_up/seconds": time.perf_counter() - begun}
+
+
+def _save(
+    state: dict,
+    trained: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: np.random.Generator,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    weights = {"trained": [p.detach() for p in trained], "optimizer": optimizer.state_dict()}
+    drawn = {"random": random.bit_generator.state, "torch": _torch_state(device)}
+    torch.save(state | weights | drawn, folder / _STATE)
+
+
+def _load(
+    folder: Path,
+    trained: Sequence[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    random: np.random.Generator,
+    device: torch.device,
+) -> tuple[int, float, list[torch.Tensor]]:
+    """Restore in place what `_save` wrote; returns the steps that are done, their seconds and their KLs."""
+    state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+    with torch.no_grad():
+        torch._foreach_copy_([p.detach() for p in trained], state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    random.bit_generator.state = state["random"]
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["torch"], device)
+    else:
+        torch.set_rng_state(state["torch"])
+    return state["step"], state["seconds"], list(state["seen"].to(device))
+
+
+def _torch_state(device: torch.device) -> torch.Tensor:
+    """The state of what draws dropout."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _means(student: SimilarityStudent, divergences: Sequence[torch.Tensor], name: str = "kl") -> dict[str, float]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
-from rerank_ray.distill.exit_warm_up import warm_up
+from rerank_ray.distill.exit_warm_up import is_in_warm_up, warm_up
 from rerank_ray.distill.labels import LabelSet, Steps
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
@@ -70,7 +70,7 @@ def train(
     Validation runs before the first step too, so that a student which training only makes worse is kept as it was.
     """
     trainer = Trainer(settings, world, resume, data, report=report)
-    if resume is None:
+    if not trainer.resumed:
         trainer.validate_and_report(report, {})
     while not trainer.finished:
         losses = trainer.train_step()
@@ -94,7 +94,7 @@ class Trainer:
 
         Args:
             data: the labels, opened already; None opens them here, which reads all of the files.
-            report: takes the warm-up's metrics.
+            report: takes the warm-up's metrics and checkpoints.
         """
         self.settings, self.world = settings, world
         self.data = data or open_label_set(settings)
@@ -105,8 +105,11 @@ class Trainer:
         self.device = engine.pick_device("auto")
         self.dtype = engine.pick_dtype(settings.dtype, self.device)
         torch.manual_seed(settings.seed)
+        warming = resume if resume is not None and is_in_warm_up(resume) else None
+        resume = None if warming is not None else resume
+        self.resumed = resume is not None
         self.student = first_student(settings.student, resume).to(self.device)
-        self.warm_up_metrics = self._warm_up(report) if resume is None else {}
+        self.warm_up_metrics = {} if self.resumed else self._warm_up(report, warming)
         optimizer = make_optimizer(self.student, settings.optimizer)
         self.trained = trained_parameters(self.student)
         self.average = self._copy_of_trained() if settings.optimizer.averaging else None
@@ -121,14 +124,21 @@ class Trainer:
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
         self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(term_names(settings.objective), 0)
 
-    def _warm_up(self, report: Report) -> dict[str, float]:
+    def _warm_up(self, report: Report, resume: Path | None) -> dict[str, float]:
         """Warm up the early exits, where the settings say so."""
         settings = self.settings.student.exit_warm_up
         if settings is None:
             return {}
-        started = time.perf_counter()
         lists = self.data.text_lists()
-        metrics = warm_up(
+
+        def keep(metrics: dict, save: Callable[[Path], None]) -> None:
+            with tempfile.TemporaryDirectory() as name:
+                # The workers' are the same.
+                if self.world.rank == 0:
+                    save(Path(name))
+                report(metrics, Path(name) if self.world.rank == 0 else None)
+
+        return warm_up(
             self.student,
             lists.reader(),
             len(lists),
@@ -136,9 +146,9 @@ class Trainer:
             self._autocast,
             self.settings.seed,
             self.world,
-            lambda metrics: report(metrics, None),
+            keep,
+            resume,
         )
-        return metrics | {"exit_warm_up/seconds": time.perf_counter() - started}
 
     def _copy_of_trained(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.trained]

@@ -196,6 +196,9 @@ def work(run_uri: str, execution: TrainingExecutionSettings, loop: Callable[...,
     def report(metrics: dict, folder: Path | None) -> None:
         if log is not None:
             log.write(metrics)
+        if metrics["step"] < 0:
+            # Ray Train wants a score of every checkpoint; those of the exits' warm-up have none, and are the worst.
+            metrics = metrics | {_SCORE: -1.0}
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
 
     checkpoint = ray.train.get_checkpoint()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 from rerank_ray.distill.exit_warm_up import draw, vary, warm_up
 from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.parallel import World
-from rerank_ray.distill.train import Trainer
+from rerank_ray.distill.train import Trainer, train
 from rerank_ray.models.student import Student, adapt, new_student
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.schema import write_candidates
@@ -54,7 +56,9 @@ def warmed(folder: Path, told: list[dict] | None = None, **changes) -> tuple[Stu
         "optimizer": OptimizerSettings(learning_rate=1e-3),
     }
     settings = ExitWarmUpSettings(**options | changes)
-    return student, warm_up(student, text_list, 8, settings, nullcontext, 0, World(), told.append)
+    metrics = warm_up(student, text_list, 8, settings, nullcontext, 0, World(), lambda m, _save: told.append(m))
+    assert metrics.pop("exit_warm_up/seconds") > 0
+    return student, metrics
 
 
 def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
@@ -227,6 +231,43 @@ def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_b
     assert seen[0]["exit_warm_up/seconds"] > 0
     start = student_of(tiny_bert).backbone.state_dict()
     assert any(not torch.equal(start[k], v) for k, v in trainer.student.backbone.state_dict().items())
+
+
+def test_a_warm_up_that_was_killed_goes_on_as_if_it_had_not(tiny_bert: Path, tmp_path: Path):
+    """From the checkpoint of any of its tenths: the same weights, metrics and first validation, dropout included."""
+    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
+    settings = DistillSettings.model_validate(
+        {
+            "input": [write_labels(tmp_path / "labels", rows)],
+            "student": {
+                "base": str(tiny_bert),
+                "head": "similarity",
+                "layers": [1, 3],
+                "max_length": 32,
+                "max_query_length": 8,
+                "exit_warm_up": {"steps": 20, "passages": 4, "spans": 2, "optimizer": {"learning_rate": 1e-3}},
+            },
+            "dtype": "float32",
+            "max_steps": 1,
+        }
+    )
+
+    def keep(folder: Path, kept: list[dict]) -> Callable[[dict, Path | None], None]:
+        def report(metrics: dict, checkpoint: Path | None) -> None:
+            kept.append({k: v for k, v in metrics.items() if "second" not in k})
+            shutil.copytree(checkpoint, folder / str(metrics["step"]))
+
+        return report
+
+    whole: list[dict] = []
+    train(settings, World(), keep(tmp_path / "whole", whole))
+    assert [m["step"] for m in whole] == [*range(-19, 0, 2), 0, 1]
+    for step in (-11, -1):
+        rest: list[dict] = []
+        train(settings, World(), keep(tmp_path / f"from{step}", rest), resume=tmp_path / "whole" / str(step))
+        assert rest == [m for m in whole if m["step"] > step]
+        files = [tmp_path / name / "1" / "student" / "model.safetensors" for name in ("whole", f"from{step}")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_the_trainer_reads_the_texts_beside_its_lists(tiny_bert: Path, tmp_path: Path):
