@@ -55,7 +55,14 @@ def ingest_lists(
     lists = TrainingLists()
     labels = (_cut(made, depth) for path in files for made in LIST_READERS[kind](path, bad, lists))
     return _write_labels(
-        labels, out, kind=kind, sources=files, bad=bad, instruction=instruction, parameters={"depth": depth}
+        labels,
+        out,
+        kind=kind,
+        sources=files,
+        bad=bad,
+        instruction=instruction,
+        parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -95,6 +102,7 @@ def ingest_triples(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -189,6 +197,7 @@ def ingest_rank_distillm(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -206,6 +215,7 @@ def _write_labels(
     bad: BadLines,
     instruction: str | None,
     parameters: dict[str, str | int | float | None],
+    overwrite: bool,
     without: Sequence[str] = (),
 ) -> IngestSummary:
     def rows() -> Iterator[dict]:
@@ -223,4 +233,5 @@ def _write_labels(
         without=without,
         bad=bad,
         parameters={**parameters, "instruction": instruction},
+        overwrite=overwrite,
     )

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rerank_ray import ingest as ingest_module
 from rerank_ray import schema
 from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.formats import hits
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_merge, ingest_trec
@@ -180,7 +182,7 @@ def test_a_finished_ingest_is_kept_unless_overwritten_and_an_unfinished_one_is_r
     (out / "part-00007.parquet").write_bytes(b"PAR1 torn")
     ingest_hits([old], out=str(out))
     assert list(rows(out)) == ["q1", "q2"]
-    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "part-00000.parquet"]
+    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "lock", "part-00000.parquet"]
 
 
 def test_what_an_ingest_left_that_did_not_end_is_no_input(tmp_path):
@@ -205,13 +207,78 @@ def test_a_merge_does_not_delete_its_input(tmp_path, spelled: str):
     assert list(rows(tmp_path / "x")) == ["q1"]
 
 
-def test_a_failed_overwrite_leaves_no_summary_behind(tmp_path):
+@pytest.mark.parametrize("wrong", ["typo", "broken", "empty"])
+def test_a_failed_overwrite_keeps_the_finished_ingest(tmp_path, wrong: str):
+    """Sources are opened one after the other, while rows are written already."""
+    out = tmp_path / "out"
+    old = write_lines(tmp_path / "old.jsonl", hits_entry("q1", "d1"))
+    ingest_hits([old], out=str(out))
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "lock"}
+    lines = [hits_entry(f"new{i}", "d1") for i in range(40)]
+    new = write_lines(tmp_path / "new.jsonl", *lines)
+    write_lines(tmp_path / "broken.jsonl", "not json")
+    write_lines(tmp_path / "empty.jsonl")
+    files = [str(tmp_path / f"{wrong}.jsonl")]
+    with pytest.raises(InputError, match=rf"{wrong}\.jsonl"):
+        ingest_hits(files if wrong == "empty" else [new, *files], out=str(out), overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "lock"} == before
+    assert list(rows(Path(resolve_input(str(out))))) == ["q1"]
+
+
+def test_parts_of_an_overwrite_that_was_killed_are_neither_read_nor_kept(tmp_path):
     out = tmp_path / "out"
     ingest_hits([write_lines(tmp_path / "old.jsonl", hits_entry("q1", "d1"))], out=str(out))
-    broken = write_lines(tmp_path / "broken.jsonl", hits_entry("q2", "d1"), "not json")
-    with pytest.raises(InputError, match=r"broken\.jsonl:2"):
-        ingest_hits([broken], out=str(out), overwrite=True)
-    assert not ingest_ended(str(out))
+    (out / "part-00003.parquet.new").write_bytes((out / "part-00000.parquet").read_bytes())
+    assert schema.inspect_input(resolve_input(str(out)), schema.CANDIDATES).rows == 1
+    ingest_hits([write_lines(tmp_path / "new.jsonl", hits_entry("q2", "d1"))], out=str(out), overwrite=True)
+    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "lock", "part-00000.parquet"]
+    assert list(rows(out)) == ["q2"]
+
+
+def test_data_that_nothing_calls_unfinished_is_only_overwritten_when_told(tmp_path):
+    """Candidates that a program wrote have no `ingest.json`."""
+    out = tmp_path / "out"
+    files = [write_lines(tmp_path / "a.jsonl", hits_entry("q1", "d1"))]
+    ingest_hits(files, out=str(out))
+    (out / "ingest.json").unlink()
+    with pytest.raises(InputError, match="already holds data: --overwrite replaces it"):
+        ingest_hits(files, out=str(out))
+    assert list(rows(out)) == ["q1"]
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_of_two_ingests_into_one_folder_one_is_refused(tmp_path, monkeypatch, ends: str):
+    """The second begins while the first reads its sources, and writes before the first does, or while it does."""
+    out = str(tmp_path / "out")
+    first = write_lines(tmp_path / "first.jsonl", *[hits_entry(f"old{i}", "d1") for i in range(40)])
+    second = write_lines(tmp_path / "second.jsonl", hits_entry("new", "d1"))
+    read = hits.read_hits
+    refused = []
+
+    def reading(path: str, bad: BadLines):
+        for number, entry in enumerate(read(path, bad)):
+            if path == first and number == 20:
+                with pytest.raises(RunError, match="another process is at it") as raised:
+                    ingest_hits([second], out=out)
+                refused.append(raised)
+            yield entry
+
+    if ends == "after":
+        monkeypatch.setattr(hits, "read_hits", reading)
+        assert (ingest_hits([first], out=out).rows, len(refused)) == (40, 1)
+        assert len(rows(tmp_path / "out")) == 40
+        return
+    written = ingest_module.write_ingest
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(ingest_module, "write_ingest", written)
+        ingest_hits([second], out=out)
+        return written(*arguments, **options)
+
+    monkeypatch.setattr(ingest_module, "write_ingest", late)
+    with pytest.raises(InputError, match="already holds data"):
+        ingest_hits([first], out=out)
+    assert list(rows(tmp_path / "out")) == ["new"]
 
 
 @pytest.mark.parametrize("name", ["other.parquet", "part-00000.parquet", "sub/part-00000.parquet"])
