@@ -44,7 +44,7 @@ class SourceKind(StrEnum):
     CANDIDATES = "candidates"
     """Parquet of the `candidates` schema: first-stage order."""
     RUN_FILE = "run file"
-    """TREC run: by its rank column."""
+    """TREC run: by its rank column, by scores where ranks repeat within a query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

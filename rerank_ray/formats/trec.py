@@ -54,9 +54,9 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
     """Read a run (`qid Q0 docid rank score tag`) as query id -> entries, ordered by the rank column.
 
     The rank column is what the first stage returned. (trec_eval ignores it and sorts by score; where the two differ,
-    scores were tied or rounded.) Where a query's ranks are all the same nobody set them, and its scores count. Equal
-    ranks, or scores, keep the file's order. Queries come in the order of their first line,
-    which need not be followed by the query's other lines: the run is held in memory, without texts.
+    scores were tied or rounded.) Where ranks repeat within a query, nobody set them, or several runs were put into one
+    file, and its scores count. Equal scores keep the file's order. Queries come in the order of their first line, which
+    need not be followed by the query's other lines: the run is held in memory, without texts.
 
     Raises:
         InputError: other than six columns, a rank that is no integer, a score that is no finite number, a document
@@ -80,7 +80,7 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
 
 
 def _in_order(entries: list[RunEntry]) -> tuple[RunEntry, ...]:
-    has_ranks = len({e.rank for e in entries}) > 1
+    has_ranks = len({e.rank for e in entries}) == len(entries)
     return tuple(sorted(entries, key=lambda e: e.rank if has_ranks else -e.score))
 
 

@@ -188,16 +188,21 @@ def test_either_layout_of_qrels_is_recognised_by_its_first_line(tmp_path):
 # TREC
 
 
-def test_a_run_is_ordered_by_its_rank_column_and_by_scores_where_nobody_set_ranks(tmp_path):
-    """Scores run against q1's ranks, and the lines of q2, whose ranks are all 0, stand between those of q1."""
+def test_a_run_is_ordered_by_its_rank_column_and_by_scores_where_ranks_repeat(tmp_path):
+    """Scores run against q1's ranks, and the lines of q2, whose ranks are all 0, stand between those of q1.
+
+    Of q3 two shards, ranked each for itself, were put into one file.
+    """
     path = write(
         tmp_path / "run",
-        "q1 Q0 b 2 9.0 t\nq2\tQ0\tx\t0\t-1.5\tt\nq1 Q0 a 1 3.0 t\nq2 Q0 w 0 7 t\n  q1  Q0  c 3 4.0 t  \n",
+        "q1 Q0 b 2 9.0 t\nq2\tQ0\tx\t0\t-1.5\tt\nq1 Q0 a 1 3.0 t\nq2 Q0 w 0 7 t\n  q1  Q0  c 3 4.0 t  \n"
+        "q3 Q0 a 1 9 t\nq3 Q0 b 2 8 t\nq3 Q0 c 1 5 t\nq3 Q0 d 2 8 t\n",
     )
     run = trec.read_run(path, BadLines())
     assert {q: [(e.doc_id, e.score, e.line_number) for e in entries] for q, entries in run.items()} == {
         "q1": [("a", 3.0, 3), ("b", 9.0, 1), ("c", 4.0, 5)],
         "q2": [("w", 7.0, 4), ("x", -1.5, 2)],
+        "q3": [("a", 9.0, 6), ("b", 8.0, 7), ("d", 8.0, 9), ("c", 5.0, 8)],
     }
 
 
