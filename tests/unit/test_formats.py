@@ -155,7 +155,11 @@ HEADER = "query-id\tcorpus-id\tscore\n"
 
 def test_beir_qrels_are_gains_by_query_and_document(tmp_path):
     path = write(tmp_path / "test.tsv", HEADER + "q1\td1\t2\nq1\td2\t0\nq2\td1\t0.5\n")
-    assert beir.read_qrels(path, BadLines()) == {"q1": {"d1": 2.0, "d2": 0.0}, "q2": {"d1": 0.5}}
+    expected = {"q1": {"d1": 2.0, "d2": 0.0}, "q2": {"d1": 0.5}}
+    assert beir.read_qrels(path, BadLines()) == expected
+    padded = "query-id \t corpus-id \t score\nq1 \t d1 \t 2\nq1\td2\t0\n q2\td1\t0.5\n"
+    path = write(tmp_path / "padded.tsv", padded)
+    assert beir.read_qrels(path, BadLines()) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rerank_ray.formats import hits
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_merge, ingest_trec
+from rerank_ray.ingest_labels import ingest_rank_distillm
 from rerank_ray.runs import INGEST_UNFINISHED, ingest_ended, resolve_input
 
 
@@ -126,6 +127,19 @@ def test_hits_files_are_concatenated_cut_to_the_depth_and_labelled(tmp_path):
     assert summary.sources == (first, str(second), qrels)
 
 
+def test_qrels_that_judge_no_candidate_are_another_collections(tmp_path, trec_files):
+    """Query ids are numbers from 1 in many collections; nothing would be labelled, without a word."""
+    qrels = write_lines(tmp_path / "others", "q1 0 D3 1", "q9 0 d1 1")
+    message = r"others: the qrels judge none of the candidates \(query 'q1': 'd1' is one, they judge 'D3'\)"
+    with pytest.raises(InputError, match=message):
+        ingest_trec(**{**trec_files, "qrels": qrels}, out=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=message):
+        ingest_rank_distillm(**{**trec_files, "qrels": qrels}, out=str(tmp_path / "labels"))
+    other_queries = write_lines(tmp_path / "queries", "q9 0 d1 1")
+    with pytest.raises(InputError, match="the qrels name none of these queries, but 'q9'"):
+        ingest_rank_distillm(**{**trec_files, "qrels": other_queries}, out=str(tmp_path / "labels"))
+
+
 def test_a_query_in_two_hits_files_is_an_error_that_names_both(tmp_path):
     files = [write_lines(tmp_path / name, hits_entry("q1", "d1")) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(InputError, match=r"b\.jsonl: query 'q1' is also in .*a\.jsonl"):
@@ -156,7 +170,7 @@ def test_a_trec_run_is_joined_in_the_topics_order(tmp_path, trec_files):
 
 def test_a_runs_unknown_document_or_query_is_named_or_counted(tmp_path, trec_files):
     out = str(tmp_path / "out")
-    run = write_lines(tmp_path / "run", "q1 Q0 d1 1 5 t", "q1 Q0 dx 2 4 t", "q3 Q0 dx 1 4 t")
+    run = write_lines(tmp_path / "run", "q1 Q0 d3 1 5 t", "q1 Q0 dx 2 4 t", "q3 Q0 dx 1 4 t")
     with pytest.raises(InputError, match=r"run:2: doc id 'dx' is not in the collection"):
         ingest_trec(**{**trec_files, "run": run}, out=out)
     summary = ingest_trec(**{**trec_files, "run": run}, out=out, skip_bad_lines=True)
