@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures.rows import make_list
 from hypothesis import HealthCheck, given, settings
@@ -262,7 +263,7 @@ def rankings(draw) -> list[Ranking]:
 
 @in_tmp_path
 @given(rankings())
-def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_unscored_documents_last(tmp_path, originals):
+def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_its_order(tmp_path, originals):
     path = str(tmp_path / "run.trec")
     assert trec.write_run(originals, path) == len(originals)
     run = trec.read_run(path, BadLines())
@@ -272,9 +273,22 @@ def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_unscored_do
         assert tuple(e.doc_id for e in entries) == ranking.doc_ids
         assert [e.rank for e in entries] == list(range(1, len(entries) + 1))
         scored = [s for s in ranking.scores if not math.isnan(s)]
-        assert [e.score for e in entries[: len(scored)]] == scored
-        by_score = [*scored[-1:], *(e.score for e in entries[len(scored) :])]
-        assert all(later < earlier for earlier, later in pairwise(by_score))
+        read = [e.score for e in entries[: len(scored)]]
+        assert all(shown <= score for shown, score in zip(read, scored, strict=True))
+        assert np.allclose(read, scored, rtol=1e-6, atol=1e-40)
+        assert all(later < earlier for earlier, later in pairwise(np.float32([e.score for e in entries])))
+
+
+def test_documents_of_one_score_are_written_a_float_apart(tmp_path):
+    """trec_eval would put b before a, and reads 32 bits: 2 + 1e-9 is 2 there. Around 2 they are 2^-22 apart, below it
+    2^-23; the 1.0 is far enough below."""
+    doc_ids = ("c", "a", "b", "d")
+    ranking = Ranking(query_id="q", doc_ids=doc_ids, scores=(2.0 + 1e-9, 2.0, 2.0, 1.0), model="m")
+    trec.write_run([ranking], str(tmp_path / "run"))
+    entries = trec.read_run(str(tmp_path / "run"), BadLines())["q"]
+    assert [e.score for e in entries] == [2.0 + 1e-9, 2.0 - 2.0**-23, 2.0 - 2.0**-22, 1.0]
+    by_score = sorted(entries, key=lambda e: (np.float32(e.score), e.doc_id), reverse=True)
+    assert tuple(e.doc_id for e in by_score) == doc_ids
 
 
 def test_a_ranking_with_an_error_has_no_lines_and_unscored_documents_move_to_the_end(tmp_path):
@@ -292,6 +306,7 @@ def test_a_ranking_with_an_error_has_no_lines_and_unscored_documents_move_to_the
         (("a b",), (1.0,), "'a b' is empty or has blanks"),
         (("a", "b"), (1.0, 2.0), "scores do not descend"),
         (("a",), (math.inf,), "a score is infinite"),
+        (("a",), (-1e39,), "a score is infinite as a 32-bit float"),
         (("a", "b"), (1.0,), "one score per document"),
         (("a",), None, "one score per document"),
     ],
