@@ -297,6 +297,9 @@ def _convert(options: argparse.Namespace, console: Console) -> None:
         console.print(f"  {count:,} rows left out: {reason}", highlight=False)
     if done.unscored:
         console.print(f"  {done.unscored:,} candidates left out: the teacher gave them no score", highlight=False)
+    if done.repeated:
+        reason = "another one of their list has the same text"
+        console.print(f"  {done.repeated:,} candidates left out: {reason}", highlight=False)
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
