@@ -172,6 +172,7 @@ def _add_audit(commands) -> None:
     shuffle.add_argument("input", metavar="INPUT", help="candidate Parquet or run folder")
     shuffle.add_argument("--seed", type=int, default=0, metavar="N")
     shuffle.add_argument("--out", required=True, metavar="URI", help="folder for candidate Parquet")
+    shuffle.add_argument("--overwrite", action="store_true", help="replace an earlier one in OUT")
     shuffle.set_defaults(command=_shuffle)
     export = commands.add_parser("export", help="a trained student for use elsewhere, with a model card")
     export.add_argument("student", metavar="STUDENT", help="its folder")
@@ -296,6 +297,9 @@ def _convert(options: argparse.Namespace, console: Console) -> None:
         console.print(f"  {count:,} rows left out: {reason}", highlight=False)
     if done.unscored:
         console.print(f"  {done.unscored:,} candidates left out: the teacher gave them no score", highlight=False)
+    if done.repeated:
+        reason = "another one of their list has the same text"
+        console.print(f"  {done.repeated:,} candidates left out: {reason}", highlight=False)
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
@@ -326,7 +330,7 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
 def _shuffle(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.shuffle import shuffle
 
-    rows = shuffle(options.input, options.out, options.seed)
+    rows = shuffle(options.input, options.out, options.seed, overwrite=options.overwrite)
     console.print(f"{options.out}: {rows:,} rows, candidates shuffled with seed {options.seed}", highlight=False)
 
 

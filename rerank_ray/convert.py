@@ -14,7 +14,7 @@ from rerank_ray.formats.sentence_transformers import labeled_list_line, margin_l
 from rerank_ray.formats.tevatron import tevatron_line
 from rerank_ray.formats.training_data import TrainingList, json_line, split, text_id
 from rerank_ray.formats.trec import write_run
-from rerank_ray.formats.triples import triples_lines
+from rerank_ray.formats.triples import one_line, triples_lines
 from rerank_ray.records import Labels, Ranking, Scores, ranking_of
 from rerank_ray.runs import resolve_input
 from rerank_ray.schema import (
@@ -41,6 +41,8 @@ class Format:
     """Positives are told from negatives, and a list needs both."""
     targets: tuple[str, ...] = ("teacher", "gains")
     """What its numbers can be; () when it has none."""
+    text: Callable[[str], str] = str
+    """From a passage's contents to what the format holds of them: passages that it can't tell apart are one."""
 
 
 FORMATS = {
@@ -48,7 +50,7 @@ FORMATS = {
     "sentence-transformers": Format(lines=lambda entry, scores: labeled_list_line(entry, scores=scores), by_role=False),
     "margin-mse": Format(lines=lambda entry, _: margin_lines(entry), targets=("teacher",)),
     "tevatron": Format(lines=lambda entry, _: tevatron_line(entry), targets=()),
-    "triples": Format(lines=lambda entry, _: triples_lines(entry), targets=()),
+    "triples": Format(lines=lambda entry, _: triples_lines(entry), targets=(), text=one_line),
 }
 
 
@@ -60,6 +62,8 @@ class Conversion:
     candidates: int = 0
     unscored: int = 0
     """Candidates left out because the teacher gave them no score."""
+    repeated: int = 0
+    """Candidates left out because another one of their list has the same text."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Why rows were left out -> how many."""
 
@@ -86,6 +90,9 @@ def convert(
 ) -> Conversion:
     """Write a label run, or candidates with gains, in another project's format.
 
+    Of candidates with the same text, which might be positive and negative at once, a list keeps the one with the
+    highest gain, and of these the one with the highest score; rank-distillm, which tells them by their ids, keeps all.
+
     Args:
         source: a label run, label Parquet or candidate Parquet.
         out: the file, compressed if it ends in `.gz`; for rank-distillm the folder of run, queries and collection.
@@ -111,7 +118,8 @@ def convert(
         _write_rank_distillm(rows, out, conversion)
     else:
         with storage.new_file(out) as file:
-            for labels in rows:
+            for found in rows:
+                labels = _without_repeats(found, FORMATS[form].text, conversion)
                 entry = split(labels, min_gain=1.0 if min_gain is None else min_gain, positives=positives)
                 if FORMATS[form].by_role and not (entry.positives and entry.negatives):
                     conversion.skipped["without a negative" if entry.positives else "without a positive"] += 1
@@ -178,6 +186,29 @@ def _labels(data: str, labelled: bool, conversion: Conversion) -> Iterator[Label
             candidate_list=replace(labels.candidate_list, candidates=candidates),
             scores=tuple(labels.scores[i] for i in scored),
         )
+
+
+def _without_repeats(labels: Labels, text: Callable[[str], str], conversion: Conversion) -> Labels:
+    """The list with one candidate a text; those left out are counted."""
+    candidates = labels.candidate_list.candidates
+    best: dict[str, int] = {}
+    for i, candidate in enumerate(candidates):
+        key = text(candidate.contents)
+        if key not in best or _worth(labels, i) > _worth(labels, best[key]):
+            best[key] = i
+    kept = sorted(best.values())
+    conversion.repeated += len(candidates) - len(kept)
+    return replace(
+        labels,
+        candidate_list=replace(labels.candidate_list, candidates=tuple(candidates[i] for i in kept)),
+        scores=labels.scores and tuple(labels.scores[i] for i in kept),
+    )
+
+
+def _worth(labels: Labels, i: int) -> tuple[float, float]:
+    """By which one of the candidates with the same text is chosen: gain, unknown below all, then score."""
+    gain = labels.candidate_list.candidates[i].label
+    return -math.inf if gain is None else gain, labels.scores[i] if labels.scores else 0.0
 
 
 def _write_rank_distillm(rows: Iterator[Labels], out: str, conversion: Conversion) -> None:

@@ -44,7 +44,7 @@ class SourceKind(StrEnum):
     CANDIDATES = "candidates"
     """Parquet of the `candidates` schema: first-stage order."""
     RUN_FILE = "run file"
-    """TREC run: by its rank column."""
+    """TREC run: by its rank column, by scores where ranks repeat within a query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def evaluate_sources(
 
     Raises:
         ConfigError: an unknown metric, or two sources of one name.
-        InputError: a file that can't be read, or no query of a source in the qrels.
+        InputError: a file that can't be read, no query of a source in the qrels, or none of its documents judged.
         RunError: a source is a run that has not ended.
     """
     parsed = tuple({m.name: m for m in map(parse_metric, metrics)}.values())
@@ -155,6 +155,15 @@ def _check_overlap(item: LoadedRankings, judgments: dict[str, dict[str, float]],
     if not any(query_id in judgments for query_id in ids):
         examples = f"it has {ids[0]!r}, they have {next(iter(judgments), None)!r}" if ids else "it has no rows"
         raise InputError(f"{item.path}: none of its queries is in {qrels} ({examples}): these are another set's qrels")
+    ranked = {query_id: ids for query_id, ids in item.rankings.items() if ids and judgments.get(query_id)}
+    # Where rows have only errors there is no document to know.
+    if ranked and all(judgments[query_id].keys().isdisjoint(ids) for query_id, ids in ranked.items()):
+        query_id, ids = next(iter(ranked.items()))
+        raise InputError(
+            f"{item.path}: {qrels} judges none of its documents (query {query_id!r}: it ranks {ids[0]!r}, they judge "
+            f"{next(iter(judgments[query_id]))!r}): doc ids are written otherwise, or these are another collection's "
+            "qrels"
+        )
 
 
 def print_report(report: EvaluationReport, console: Console) -> None:

@@ -1,7 +1,7 @@
 """Outside formats to candidate Parquet: BEIR folders (with BM25), hits files, TREC runs, and several of these merged.
 
 Each function streams candidate lists into `out` and writes `out/ingest.json` last: until then it says that this is an
-unfinished ingest, which the next one replaces.
+unfinished ingest, which the next one replaces. A finished one that is overwritten stays until its successor is whole.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.records import Candidate, CandidateList, Query, with_gains
 from rerank_ray.retrieval import bm25
 from rerank_ray.retrieval.hydrate import fetch, hydrate
-from rerank_ray.runs import INGEST_SUMMARY, INGEST_UNFINISHED, ingest_ended, resolve_input
+from rerank_ray.runs import INGEST_SUMMARY, INGEST_UNFINISHED, RunFolder, ingest_ended, resolve_input
 
 _PART = re.compile(r"part-\d{5}\.parquet")
+_NEW = ".new"
 
 Qrels = dict[str, dict[str, float]]
 
@@ -114,6 +115,7 @@ def ingest_beir(
         bad=bad,
         instruction=instruction,
         parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": stopwords},
+        overwrite=overwrite,
     )
 
 
@@ -161,6 +163,7 @@ def ingest_hits(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -197,6 +200,7 @@ def ingest_trec(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -234,8 +238,7 @@ def ingest_merge(
     check_depth(depth)
     sources = [resolve_input(uri) for uri in inputs]
     for uri, source in zip(inputs, sources, strict=True):
-        if storage.is_same(source, out):
-            raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
+        check_apart(uri, source, out)
     check_out(out, overwrite)
     lists = ((query, candidates[:depth]) for query, candidates in merge.read_merged(sources, method))
     return _write(
@@ -247,6 +250,7 @@ def ingest_merge(
         bad=BadLines(),
         instruction=None,
         parameters={"method": method, "depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -255,11 +259,57 @@ def check_depth(depth: int | None) -> None:
         raise ConfigError(f"depth={depth}: keep at least one candidate a query")
 
 
+def check_apart(uri: str, source: str, out: str) -> None:
+    """Refuse to write to the folder that is read, `source`, which was given as `uri`."""
+    if storage.is_same(source, out):
+        raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
+
+
 def _report_unknown(path: str, query_ids: Iterable[str], known: set[str], queries_path: str, bad: BadLines) -> None:
     for query_id in query_ids:
         if query_id not in known:
             fix = "add the query or remove its lines"
             bad.report(path, f"query {query_id!r}", f"its text is not in {queries_path}", fix)
+
+
+class Judgments:
+    """Labels an ingest's candidates, and tells at its end whether the qrels were of these queries and documents."""
+
+    def __init__(self, qrels: Qrels, sources: Sequence[str]) -> None:
+        self._qrels = qrels
+        self._sources = sources
+        self._query_is_known = self._document_is_known = False
+        self._unjudged: tuple[str, str] | None = None
+        """A judged query, and a candidate of its that is not judged."""
+
+    def applied_to(self, row: CandidateList) -> CandidateList:
+        """The list with gains, unchanged where there are no qrels at all."""
+        if not self._qrels:
+            return row
+        query_id = row.query.query_id
+        gains = self._qrels.get(query_id)
+        if gains:
+            self._query_is_known = True
+            self._document_is_known |= any(c.doc_id in gains for c in row.candidates)
+            if row.candidates and self._unjudged is None:
+                self._unjudged = query_id, row.candidates[0].doc_id
+        return with_gains(row, gains or {})
+
+    def check(self) -> None:
+        """Raise `InputError` where nothing could be labelled: of another set's qrels nobody would hear."""
+        where = ", ".join(self._sources)
+        if self._qrels and not self._query_is_known:
+            raise InputError(
+                f"{where}: the qrels name none of these queries, but {next(iter(self._qrels))!r}: these are another "
+                "set's qrels"
+            )
+        if self._unjudged and not self._document_is_known:
+            query_id, doc_id = self._unjudged
+            raise InputError(
+                f"{where}: the qrels judge none of the candidates (query {query_id!r}: {doc_id!r} is one, they judge "
+                f"{next(iter(self._qrels[query_id]))!r}): doc ids are written otherwise, or these are another "
+                "collection's qrels"
+            )
 
 
 def _write(
@@ -272,24 +322,20 @@ def _write(
     bad: BadLines,
     instruction: str | None,
     parameters: dict[str, str | int | float | None],
+    overwrite: bool,
 ) -> IngestSummary:
     without: list[str] = []
-    judged = False
+    judgments = Judgments(qrels, sources)
 
     def rows() -> Iterator[dict]:
-        nonlocal judged
         for query, found in lists:
-            judged = judged or query.query_id in qrels
+            row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
+            row = judgments.applied_to(row)
             if not found:
                 without.append(query.query_id)
                 continue
-            row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
-            yield schema.candidate_row(with_gains(row, qrels.get(query.query_id, {})) if qrels else row)
-        if qrels and not judged:
-            raise InputError(
-                f"{', '.join(sources)}: the qrels name none of these queries, but {next(iter(qrels))!r}: these are "
-                "another set's qrels"
-            )
+            yield schema.candidate_row(row)
+        judgments.check()
 
     return write_ingest(
         rows(),
@@ -300,6 +346,7 @@ def _write(
         without=without,
         bad=bad,
         parameters={**parameters, "instruction": instruction},
+        overwrite=overwrite,
     )
 
 
@@ -313,46 +360,91 @@ def write_ingest(
     without: Sequence[str],
     bad: BadLines,
     parameters: dict[str, str | int | float | None],
+    overwrite: bool,
 ) -> IngestSummary:
-    """Write rows and their summary; `without` is read when all rows are made, for making them fills it."""
+    """Write rows and their summary; `without` is read when all rows are made, for making them fills it.
+
+    Raises:
+        InputError: there is no row, or `out` has come to hold an ingest since `check_out`.
+        RunError: another process writes to `out`.
+    """
     candidates = labelled = 0
 
     def counted() -> Iterator[dict]:
         nonlocal candidates, labelled
         for row in rows:
-            candidates += len(row["candidates"])
-            labelled += sum(c["label"] is not None for c in row["candidates"])
+            # Rows that are copied may break the contract.
+            found = [c for c in row["candidates"] or () if c]
+            candidates += len(found)
+            labelled += sum(c["label"] is not None for c in found)
             yield row
 
-    _clear_out(out)
-    written = schema.write_rows(counted(), out, table)
-    if not written:
-        raise InputError(
-            f"{', '.join(sources)}: nothing was ingested: {len(without)} queries, none of them with a candidate "
-            f"({bad.count} bad lines): check that the files belong together"
+    with RunFolder(uri=out).locked():
+        # Another ingest may have ended here while this one read its sources.
+        check_out(out, overwrite)
+        written = _write_parts(counted(), table, out)
+        if not written:
+            raise InputError(
+                f"{', '.join(sources)}: nothing was ingested: {len(without)} queries, none of them with a candidate "
+                f"({bad.count} bad lines): check that the files belong together"
+            )
+        summary = IngestSummary(
+            kind=kind,
+            out=str(out),
+            sources=tuple(str(s) for s in sources),
+            parameters=parameters,
+            queries=written + len(without),
+            rows=written,
+            candidates=candidates,
+            queries_without_candidates=tuple(without),
+            labelled_pairs=labelled,
+            bad_lines=bad.count,
+            bad_lines_listed=tuple(str(line) for line in bad.listed),
+            rerank_ray_version=__version__,
+            schema_version=schema.VERSION,
         )
-    summary = IngestSummary(
-        kind=kind,
-        out=str(out),
-        sources=tuple(str(s) for s in sources),
-        parameters=parameters,
-        queries=written + len(without),
-        rows=written,
-        candidates=candidates,
-        queries_without_candidates=tuple(without),
-        labelled_pairs=labelled,
-        bad_lines=bad.count,
-        bad_lines_listed=tuple(str(line) for line in bad.listed),
-        rerank_ray_version=__version__,
-        schema_version=schema.VERSION,
-    )
-    text = json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
-    storage.write_text(storage.join(out, INGEST_SUMMARY), text)
+        text = json.dumps(asdict(summary), indent=2, ensure_ascii=False) + "\n"
+        storage.write_text(storage.join(out, INGEST_SUMMARY), text)
     return summary
 
 
+def _write_parts(rows: Iterable[dict], table: pa.Schema, out: str) -> int:
+    """Write rows in an earlier ingest's place; a finished one is deleted when they are all made, and there are some.
+
+    A mistyped path or a bad line, found late since sources are streamed, must not cost it.
+    """
+    _delete_new(out)
+    if not (storage.list_files(out, ".parquet") and ingest_ended(out)):
+        _clear_out(out)
+        return schema.write_rows(rows, out, table)
+    try:
+        written = schema.write_rows(rows, out, table, suffix=_NEW)
+        if written:
+            _clear_out(out)
+            fs, parts = _new_parts(out)
+            for path in parts:
+                storage.move(fs, path, path.removesuffix(_NEW))
+    finally:
+        _delete_new(out)
+    return written
+
+
+def _new_parts(out: str) -> tuple[pa.fs.FileSystem, list[str]]:
+    """Parts beside an earlier ingest's, which wait for their place."""
+    fs, folder = storage.open_filesystem(out)
+    paths = (path for path in storage.list_files(out, _NEW) if posixpath.dirname(path) == folder.rstrip("/"))
+    return fs, [path for path in paths if _PART.fullmatch(posixpath.basename(path).removesuffix(_NEW))]
+
+
+def _delete_new(out: str) -> None:
+    """Delete the new parts of an ingest that failed, or was killed, before they had their place."""
+    fs, parts = _new_parts(out)
+    for path in parts:
+        fs.delete_file(path)
+
+
 def check_out(out: str, overwrite: bool) -> None:
-    """Refuse a folder with a finished ingest (unless it may be overwritten) or with Parquet files of something else."""
+    """Refuse a folder with finished data (unless it may be overwritten) or with Parquet files of something else."""
     if storage.exists(out) and not storage.is_directory(out):
         raise InputError(f"{out}: is a file: name a folder for the Parquet files")
     fs, folder = storage.open_filesystem(out)
@@ -362,11 +454,8 @@ def check_out(out: str, overwrite: bool) -> None:
             raise InputError(
                 f"{path}: a Parquet file that no ingest wrote; jobs would read it too: name another folder"
             )
-    if parts and not overwrite and storage.exists(storage.join(out, INGEST_SUMMARY)) and ingest_ended(out):
-        raise InputError(
-            f"{out}: already holds an ingest ({INGEST_SUMMARY} says so): --overwrite replaces it, or name another "
-            "folder"
-        )
+    if parts and not overwrite and ingest_ended(out):
+        raise InputError(f"{out}: already holds data: --overwrite replaces it, or name another folder")
 
 
 def _is_part(fs: pa.fs.FileSystem, folder: str, path: str) -> bool:

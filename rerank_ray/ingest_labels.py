@@ -17,8 +17,8 @@ from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.formats.training_data import TrainingLists, text_id
 from rerank_ray.formats.triples import Triples, read_triples
-from rerank_ray.ingest import IngestSummary, check_depth, check_out, joined_run, write_ingest
-from rerank_ray.records import Candidate, CandidateList, Labels, Query, Scores, with_gains
+from rerank_ray.ingest import IngestSummary, Judgments, check_depth, check_out, joined_run, write_ingest
+from rerank_ray.records import Candidate, CandidateList, Labels, Query, Scores
 from rerank_ray.retrieval.hydrate import fetch
 
 _DOCUMENTS_HELD = 1_000_000
@@ -55,7 +55,14 @@ def ingest_lists(
     lists = TrainingLists()
     labels = (_cut(made, depth) for path in files for made in LIST_READERS[kind](path, bad, lists))
     return _write_labels(
-        labels, out, kind=kind, sources=files, bad=bad, instruction=instruction, parameters={"depth": depth}
+        labels,
+        out,
+        kind=kind,
+        sources=files,
+        bad=bad,
+        instruction=instruction,
+        parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -95,6 +102,7 @@ def ingest_triples(
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -164,31 +172,35 @@ def ingest_rank_distillm(
     check_depth(depth)
     check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
-    gains = read_qrels(qrels, bad) if qrels else {}
+    sources = [run, queries, corpus, *([qrels] if qrels else [])]
+    judgments = Judgments(read_qrels(qrels, bad) if qrels else {}, sources)
     joined = joined_run(run, queries, corpus, depth, bad)
     without: list[str] = []
 
     def labels() -> Iterator[Labels]:
         for query, found in joined:
+            unscored = CandidateList(query=query, candidates=tuple(replace(c, score=None) for c in found))
+            judged = judgments.applied_to(unscored)
             if not found:
                 without.append(query.query_id)
                 continue
-            unscored = CandidateList(query=query, candidates=tuple(replace(c, score=None) for c in found))
             yield Labels(
-                candidate_list=with_gains(unscored, gains.get(query.query_id, {})) if gains else unscored,
+                candidate_list=judged,
                 teacher=f"imported:{posixpath.basename(run)}:ranks",
                 scores=tuple(float(len(found) - rank) for rank in range(1, len(found) + 1)),
             )
+        judgments.check()
 
     return _write_labels(
         labels(),
         out,
         without=without,
         kind="rank-distillm",
-        sources=[run, queries, corpus, *([qrels] if qrels else [])],
+        sources=sources,
         bad=bad,
         instruction=instruction,
         parameters={"depth": depth},
+        overwrite=overwrite,
     )
 
 
@@ -206,6 +218,7 @@ def _write_labels(
     bad: BadLines,
     instruction: str | None,
     parameters: dict[str, str | int | float | None],
+    overwrite: bool,
     without: Sequence[str] = (),
 ) -> IngestSummary:
     def rows() -> Iterator[dict]:
@@ -223,4 +236,5 @@ def _write_labels(
         without=without,
         bad=bad,
         parameters={**parameters, "instruction": instruction},
+        overwrite=overwrite,
     )

@@ -424,8 +424,12 @@ def write_rows(
     *,
     rows_per_file: int = ROWS_PER_FILE,
     on_rows: Callable[[int], None] | None = None,
+    suffix: str = "",
 ) -> int:
-    """Stream rows to `uri`/part-00000.parquet and on, in small row groups; returns the number written."""
+    """Stream rows to `uri`/part-00000.parquet and on, in small row groups; returns the number written.
+
+    Files with a further `suffix` are not read as the folder's data until they are renamed.
+    """
     storage.make_directory(uri)
     fs, folder = storage.open_filesystem(uri)
     total, part, writer, buffer = 0, 0, None, []
@@ -435,7 +439,8 @@ def write_rows(
         if not buffer:
             return
         if writer is None:
-            writer = pq.ParquetWriter(posixpath.join(folder, f"part-{part:05d}.parquet"), schema, filesystem=fs)
+            path = posixpath.join(folder, f"part-{part:05d}.parquet{suffix}")
+            writer = pq.ParquetWriter(path, schema, filesystem=fs)
             part += 1
         writer.write_table(pa.Table.from_pylist(buffer, schema=schema))
         if on_rows:

@@ -6,32 +6,46 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rerank_ray import storage
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError
+from rerank_ray.formats.lines import BadLines
+from rerank_ray.ingest import check_apart, check_out, write_ingest
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import CANDIDATES, id_hash, inspect_input, read_rows, write_rows
+from rerank_ray.schema import CANDIDATES, id_hash, inspect_input, read_rows
 
 
-def shuffle(source: str, out: str, seed: int = 0) -> int:
+def shuffle(source: str, out: str, seed: int = 0, *, overwrite: bool = False) -> int:
     """Write `source` with each row's candidates in random order, everything else unchanged; returns the rows written.
 
-    The order is a function of seed and query id alone. Rows that break the contract are kept: jobs report them.
+    The order is a function of seed and query id alone. Rows that break the contract are kept: jobs report them. As
+    with ingests, `out/ingest.json` is written last, and until then jobs refuse the folder.
 
     Args:
         source: candidate Parquet, or a run folder with candidate columns.
-        out: a folder without Parquet files.
+        out: a folder without Parquet files, or with those of a shuffle or ingest that did not end.
+        overwrite: replace those of one that did.
 
     Raises:
-        InputError: `source` holds no candidates, or `out` is not empty.
+        InputError: `source` holds no candidates, or `out` is `source`, or holds data already.
         ConfigError: the seed is negative.
+        RunError: another process writes to `out`.
     """
     if seed < 0:
         raise ConfigError(f"--seed {seed}: must be 0 or more")
     data = resolve_input(source)
     inspect_input(data, CANDIDATES)
-    if storage.exists(out) and (not storage.is_directory(out) or storage.list_files(out, ".parquet")):
-        raise InputError(f"{out}: already holds data: name another folder, or delete it")
-    return write_rows(_shuffled(data, seed), out, CANDIDATES)
+    check_out(out, overwrite)
+    check_apart(source, data, out)
+    return write_ingest(
+        _shuffled(data, seed),
+        CANDIDATES,
+        out,
+        kind="shuffle",
+        sources=[source],
+        without=(),
+        bad=BadLines(),
+        parameters={"seed": seed},
+        overwrite=overwrite,
+    ).rows
 
 
 def _shuffled(data: str, seed: int) -> Iterator[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import posixpath
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+from rerank_ray.errors import RunError
 
 _COPIED_BYTES = 16 * 2**20
 
@@ -131,22 +134,41 @@ def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
     """A stream that becomes the file when it is whole; after an exception there is no torn one.
 
     A name that ends in a compression's suffix (`.gz`) is compressed so.
+
+    Raises:
+        RunError: another process is writing this file (known of local files only).
     """
     fs, path = open_filesystem(uri)
     fs.create_dir(posixpath.dirname(path), recursive=True)
     # The suffix stays last, for it tells the compression.
     partial = posixpath.join(posixpath.dirname(path), ".partial-" + posixpath.basename(path))
-    try:
-        with fs.open_output_stream(partial) as stream:
-            yield stream
-        _move(fs, partial, path)
-    except BaseException:
-        if fs.get_file_info(partial).type == pafs.FileType.File:
-            fs.delete_file(partial)
-        raise
+    with _held(fs, partial):
+        try:
+            with fs.open_output_stream(partial) as stream:
+                yield stream
+            move(fs, partial, path)
+        except BaseException:
+            if fs.get_file_info(partial).type == pafs.FileType.File:
+                fs.delete_file(partial)
+            raise
 
 
-def _move(fs: pafs.FileSystem, source: str, target: str) -> None:
+@contextmanager
+def _held(fs: pafs.FileSystem, path: str) -> Iterator[None]:
+    """Hold a local file for this process, which may die with it: what two wrote at once would be a mixture."""
+    if not isinstance(fs, pafs.LocalFileSystem):
+        yield
+        return
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{path}: another process is writing this file: let it end") from None
+        yield
+
+
+def move(fs: pafs.FileSystem, source: str, target: str) -> None:
+    """Give a file another path inside its filesystem."""
     if fs.type_name != "s3":
         fs.move(source, target)
         return

@@ -13,14 +13,13 @@ from rich.console import Console
 
 from rerank_ray import storage
 from rerank_ray.config import Settings
-from rerank_ray.errors import InputError
 from rerank_ray.evaluate import EvaluationReport, evaluate_sources, print_report
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
+from rerank_ray.execution.pipeline_checks import check_steps, source_paths
 from rerank_ray.execution.synthesis_job import synthesize
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
 from rerank_ray.ingest_labels import LIST_READERS, ingest_lists, ingest_rank_distillm, ingest_triples
-from rerank_ray.metrics.evaluation import parse_metric
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
@@ -35,13 +34,15 @@ def run_pipeline(
 
     A step that fails ends the pipeline; started again it goes on there, with `retry_errors` by doing the rows that
     failed once more.
+
+    Raises:
+        ConfigError: steps name files, models or templates that are not there; it is found before the first step starts.
     """
-    for step in settings.steps:
-        if step.evaluate is not None:
-            _check_evaluation(step.evaluate, step.name)
     results = {}
     folders = {step.name: storage.join(run_uri, step.name) for step in settings.steps}
-    with session(_needs([step for step in settings.steps if _state(folders[step.name]) != "done"])):
+    left = [step for step in settings.steps if _state(folders[step.name]) != "done"]
+    check_steps(left, run_uri)
+    with session(_needs(left)):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)
@@ -49,14 +50,6 @@ def run_pipeline(
             again = {"retry_errors": True} if retry_errors and _may_retry(step, folder) else {}
             results[step.name] = _JOBS[step.job](job_settings, folder, console, **again)
     return results
-
-
-def _check_evaluation(settings: EvaluateSettings, step: str) -> None:
-    """The last step's faults, found before the first step's work."""
-    for metric in settings.metrics:
-        parse_metric(metric)
-    if not storage.exists(settings.qrels):
-        raise InputError(f"{settings.qrels}: no such qrels file (step {step})")
 
 
 def _state(folder: str) -> str | None:
@@ -133,17 +126,10 @@ def print_ingest(summary: IngestSummary, console: Console) -> None:
             console.print(f"    {line}")
 
 
-# Of an ingest step's settings: a folder called "test" beside the config is not the split.
-_NO_PATHS = {"kind", "split", "method"}
-
-
 def _file_sizes(settings: IngestSettings) -> dict[str, str]:
     """Size and time of each source file: a changed collection must not be taken for the one already ingested."""
-    values = settings.model_dump(exclude=_NO_PATHS).values()
-    paths = [v for v in values if isinstance(v, str) and storage.exists(v)]
-    paths += [p for v in values if isinstance(v, list) for p in v if storage.exists(p)]
     sizes = {}
-    for path in paths:
+    for path in filter(storage.exists, source_paths(settings)):
         fs, inner = storage.open_filesystem(path)
         # A run folder stands for its data: the rest of it changes whenever the run is looked at again.
         files = storage.list_files(resolve_input(path), "") if storage.is_directory(path) else [inner]

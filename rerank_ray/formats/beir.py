@@ -99,7 +99,8 @@ def read_qrels(path: str, bad: BadLines) -> dict[str, dict[str, float]]:
         columns = line.split("\t")
         if len(columns) != 3:
             raise Fault(f"{len(columns)} columns, not 3", "write query-id, corpus-id and score between tabs")
-        query_id, doc_id, score = columns
+        # Padded columns are aligned for readers, as the header's may be.
+        query_id, doc_id, score = (column.strip(" ") for column in columns)
         if not query_id.strip() or not doc_id.strip():
             raise Fault("an id is empty", "give both ids")
         gain = number_column("score", score)

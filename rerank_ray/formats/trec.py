@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -33,6 +34,7 @@ from rerank_ray.schema import doc_id_path, open_parquet
 _SPACES = re.compile(r"[ \t\v\f\r]+")
 _NOT_IN_AN_ID = re.compile(r"[ \t\n\v\f\r]")
 _ROWS_PER_BATCH = 1024
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 # MS MARCO v2 passages have both: 'pid' names the passage, 'docid' the document it was cut from.
@@ -54,9 +56,9 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
     """Read a run (`qid Q0 docid rank score tag`) as query id -> entries, ordered by the rank column.
 
     The rank column is what the first stage returned. (trec_eval ignores it and sorts by score; where the two differ,
-    scores were tied or rounded.) Where a query's ranks are all the same nobody set them, and its scores count. Equal
-    ranks, or scores, keep the file's order. Queries come in the order of their first line,
-    which need not be followed by the query's other lines: the run is held in memory, without texts.
+    scores were tied or rounded.) Where ranks repeat within a query, nobody set them, or several runs were put into one
+    file, and its scores count. Equal scores keep the file's order. Queries come in the order of their first line, which
+    need not be followed by the query's other lines: the run is held in memory, without texts.
 
     Raises:
         InputError: other than six columns, a rank that is no integer, a score that is no finite number, a document
@@ -80,7 +82,7 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
 
 
 def _in_order(entries: list[RunEntry]) -> tuple[RunEntry, ...]:
-    has_ranks = len({e.rank for e in entries}) > 1
+    has_ranks = len({e.rank for e in entries}) == len(entries)
     return tuple(sorted(entries, key=lambda e: e.rank if has_ranks else -e.score))
 
 
@@ -137,16 +139,16 @@ def _refuse_blanks(path: str, what: str, ids: pa.Array, rows: Sequence | pa.Arra
 
 
 def write_run(rankings: Iterable[Ranking], path: str, tag: str | None = None) -> int:
-    """Write rankings as a TREC run: ranks from 1, scores as stored; returns the number of queries written.
+    """Write rankings as a TREC run: ranks from 1, strictly descending scores; returns the number of queries written.
 
-    `tag` defaults to each ranking's model, with blanks replaced. Rankings with `error` have no lines. Documents
-    without a score (NaN) come last, with made-up scores below the lowest real one, so that trec_eval, which sorts
-    by score alone, keeps them there. It breaks ties by doc id (the greater id first), so among equal scores its order
-    can differ from the rank column.
+    `tag` defaults to each ranking's model, with blanks replaced. Rankings with `error` have no lines. trec_eval sorts
+    by score alone, as a 32-bit float, and breaks ties by doc id (the greater id first). So that it evaluates the order
+    of the ranking, a score that is not below the one before is written as the next 32-bit float below it; Parquet keeps
+    the exact ones. Documents without a score (NaN) come last, with made-up scores below the lowest real one.
 
     Raises:
-        InputError: an id that would break the line into other columns, a score that is infinite, or scores that do
-            not descend (trec_eval would evaluate another order than the stored one).
+        InputError: an id that would break the line into other columns, a score that no 32-bit float holds, or scores
+            that do not descend (trec_eval would evaluate another order than the stored one).
     """
     written = 0
     with storage.new_file(path) as stream:
@@ -166,20 +168,40 @@ def _run_lines(ranking: Ranking, tag: str | None) -> Iterator[str]:
     scored = [(doc_id, score) for doc_id, score in pairs if not math.isnan(score)]
     unscored = [doc_id for doc_id, score in pairs if math.isnan(score)]
     values = [score for _, score in scored]
-    if any(math.isinf(v) for v in values):
-        raise InputError(f"{where}: a score is infinite: a run holds finite scores, with room below for unscored ones")
+    if any(abs(v) > _LARGEST_SCORE for v in values):
+        raise InputError(
+            f"{where}: a score is infinite as a 32-bit float: a run holds finite scores, with room below for unscored "
+            "ones"
+        )
     if any(later > earlier for earlier, later in pairwise(values)):
         raise InputError(f"{where}: scores do not descend, so trec_eval would rank otherwise: sort the documents first")
+    values = _strictly_descending(values)
     lowest = min(values, default=0.0)
-    # trec_eval holds scores as 32-bit floats: a step under 2^-23 of the score would vanish there.
+    # A step under 2^-23 of the score would vanish in 32 bits.
     step = max(1.0, abs(lowest) * 2.0**-20)
     below = [(doc_id, lowest - (i + 1) * step) for i, doc_id in enumerate(unscored)]
     name = _NOT_IN_AN_ID.sub("_", tag if tag is not None else ranking.model) or "-"
-    for rank, (doc_id, score) in enumerate([*scored, *below], start=1):
+    written = zip((doc_id for doc_id, _ in scored), values, strict=True)
+    for rank, (doc_id, score) in enumerate([*written, *below], start=1):
         for what, value in (("query id", ranking.query_id), ("doc id", doc_id)):
             if not value or _NOT_IN_AN_ID.search(value):
                 raise InputError(f"{where}: {what} {value!r} is empty or has blanks, which a TREC run can't hold")
         yield f"{ranking.query_id} Q0 {doc_id} {rank} {score!r} {name}\n"
+
+
+def _strictly_descending(scores: Sequence[float]) -> list[float]:
+    """Scores that descend as 32-bit floats, too: each as it is, or the next one below that of the document before."""
+    descending: list[float] = []
+    last = np.float32(np.inf)
+    for score in scores:
+        value = np.float32(score)
+        if value < last:
+            descending.append(score)
+        else:
+            value = np.nextafter(last, np.float32(-np.inf))
+            descending.append(float(value))
+        last = value
+    return descending
 
 
 def read_topics(path: str, bad: BadLines) -> Iterator[Query]:

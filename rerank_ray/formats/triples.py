@@ -93,11 +93,12 @@ def _lines(path: str, bad: BadLines, ids: bool) -> Iterator[tuple[int, str, str,
 def triples_lines(entry: TrainingList) -> str:
     """Every positive with every negative; tabs and line ends of a text become blanks, for the format has no quotes."""
     return "".join(
-        "\t".join(_one_line(text) for text in (entry.query.text, positive.contents, negative.contents)) + "\n"
+        "\t".join(one_line(text) for text in (entry.query.text, positive.contents, negative.contents)) + "\n"
         for positive, _ in entry.positives
         for negative, _ in entry.negatives
     )
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text as a column can hold it."""
     return " ".join(text.split())

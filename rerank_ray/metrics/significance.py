@@ -78,7 +78,8 @@ def _differences(a: SystemResult, b: SystemResult, metric: str) -> np.ndarray:
 def _randomisation_p(differences: np.ndarray, resamples: int, seed: int) -> float:
     from scipy.stats import permutation_test
 
-    if not differences.any():
+    # One query: its sign is flipped or not, equally far from 0 both ways.
+    if len(differences) < 2 or not differences.any():
         return 1.0
     result = permutation_test(
         (differences,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,13 +36,18 @@ def best_of(systems: Systems, column: str) -> float | None:
 
 
 def metric_table(systems: Systems, *, title: str | None = None, head: str = "system") -> Table:
-    """A rich table with one row per system, in the order given; the best of each column of floats is bold."""
+    """A rich table with one row per system, in the order given; the best of each column of floats is bold.
+
+    Where it is too wide, names and heads go on in further lines; no figure is ever cut.
+    """
     # Text, not markup: `package://` would become a parcel, `run[1]` nothing.
     table = Table(title=None if title is None else Text(title, style="bold"), title_justify="left")
-    table.add_column(head, no_wrap=True)
+    table.add_column(head, overflow="fold")
     columns = columns_of(systems)
     for column in columns:
-        table.add_column(Text(column), justify="right")
+        words = (word for row in systems.values() for word in format_value(row.get(column)).split())
+        width = max(map(cell_len, words), default=1)
+        table.add_column(Text(column), justify="right", overflow="fold", min_width=width)
     best = {column: best_of(systems, column) for column in columns}
     for name, row in systems.items():
         cells = [
@@ -53,7 +59,13 @@ def metric_table(systems: Systems, *, title: str | None = None, head: str = "sys
 
 
 def print_table(systems: Systems, console: Console, *, title: str | None = None, head: str = "system") -> None:
-    console.print(metric_table(systems, title=title, head=head))
+    table = metric_table(systems, title=title, head=head)
+    # A blank on both sides of each column, and lines around them.
+    narrowest = sum(column.min_width or 1 for column in table.columns) + 3 * len(table.columns) + 1
+    if narrowest > console.width:
+        # Then it is for the terminal to break lines: rich would leave columns out, and the lines' ends.
+        table.width = narrowest
+    console.print(table, crop=False)
 
 
 def markdown_table(systems: Systems, *, head: str = "system") -> str:

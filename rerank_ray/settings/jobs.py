@@ -147,5 +147,5 @@ class EvaluateSettings(Settings):
     """Name in the table -> run folder, candidate Parquet or TREC run."""
     qrels: str
     """TREC qrels or BEIR TSV."""
-    metrics: tuple[str, ...] = ("ndcg@10", "mrr@10")
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] = ("ndcg@10", "mrr@10")
     """ranx names: ndcg@k, mrr@k, map@k, recall@k, precision@k; `-l2` counts gains from 2 as relevant."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -21,6 +21,16 @@ from rerank_ray.settings.models import (
 from rerank_ray.uncertainty import UncertaintyCriterion
 
 FusionMethod = Literal["zscore", "minmax", "rrf", "borda", "kemeny"]
+
+
+_Ranker = TypeVar("_Ranker", bound=Settings)
+
+
+def _refuse_idle(settings: _Ranker, option: str, field: str, value: str) -> _Ranker:
+    """Refuse an option that was changed although, with this value of another field, nothing reads it."""
+    if getattr(settings, field) == value and getattr(settings, option) != type(settings).model_fields[option].default:
+        raise ValueError(f"{option} changes nothing with {field} {value}: leave it out, or change {field}")
+    return settings
 
 
 class YesNoSettings(Settings):
@@ -49,6 +59,10 @@ class FineGrainedSettings(Settings):
     read: Literal["next_token", "log_likelihood"] = "next_token"
     """expectation: levels of one token from the next token's logits, one call a candidate; or levels of any length from
     their log-likelihoods, one call a candidate and level."""
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> FineGrainedSettings:
+        return _refuse_idle(self, "read", "score", "top")
 
 
 class ERankSettings(Settings):
@@ -94,6 +108,11 @@ class PRPSettings(Settings):
     max_tokens: PositiveInt = 16
     """generation: tokens of the text."""
 
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> PRPSettings:
+        _refuse_idle(self, "k", "strategy", "allpair")
+        return _refuse_idle(self, "max_tokens", "mode", "scoring")
+
 
 class DuoT5Settings(Settings):
     """The probability that one passage is more relevant than another, over all ordered pairs of the first passages."""
@@ -132,6 +151,10 @@ class SetwiseSettings(Settings):
     @model_validator(mode="after")
     def _a_heap_has_branches(self) -> SetwiseSettings:
         return _refuse_a_chain(self)
+
+    @model_validator(mode="after")
+    def _every_option_counts(self) -> SetwiseSettings:
+        return _refuse_idle(self, "max_tokens", "mode", "likelihood")
 
 
 class RankR1Settings(Settings):

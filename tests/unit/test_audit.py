@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerank_ray import audit as audit_module
+from rerank_ray import shuffle as shuffle_module
 from rerank_ray.audit import audit
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.metrics.evaluation import evaluate_rankings
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores, Usage, with_gains
+from rerank_ray.runs import resolve_input
 from rerank_ray.schema import CANDIDATES, LABELS, candidate_row, label_columns, read_candidates, read_rows, write_rows
 from rerank_ray.selectivity import threshold_for
 from rerank_ray.settings.models import FakeSettings
@@ -308,6 +310,32 @@ def test_what_can_not_be_shuffled(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--seed -1: must be 0 or more" in capsys.readouterr().err
     assert main(["shuffle", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "the input does not exist" in capsys.readouterr().err
+
+
+def test_a_shuffle_that_did_not_end_is_no_input_and_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lists = [make_list(f"q{i}") for i in range(40)]
+    source, out = str(tmp_path / "in"), str(tmp_path / "out")
+    write_rows(map(candidate_row, lists), source, CANDIDATES)
+
+    def interrupted(uri: str, columns: Sequence[str]):
+        for number, row in enumerate(read_rows(uri, columns)):
+            if number == 20:
+                raise KeyboardInterrupt
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shuffle_module, "read_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            shuffle_module.shuffle(source, out)
+    with pytest.raises(RunError, match="did not end"):
+        resolve_input(out)
+    assert shuffle_module.shuffle(source, out) == 40
+    assert len(list(read_candidates(resolve_input(out)))) == 40
+    with pytest.raises(InputError, match="already holds data"):
+        shuffle_module.shuffle(source, out)
+    assert shuffle_module.shuffle(source, out, seed=1, overwrite=True) == 40
+    with pytest.raises(InputError, match="is also the folder to write to"):
+        shuffle_module.shuffle(source, f"{source}/", overwrite=True)
 
 
 # Selectivity

@@ -128,6 +128,26 @@ def test_a_method_on_a_model_of_another_kind_is_refused_when_the_config_is_read(
         validate(LabelSettings, content, "label.yaml")
 
 
+@pytest.mark.parametrize(
+    ("ranker", "said"),
+    [
+        ({"method": "prp", "strategy": "allpair", "k": 5}, "k changes nothing with strategy allpair"),
+        ({"method": "prp", "max_tokens": 64}, "max_tokens changes nothing with mode scoring"),
+        ({"method": "setwise", "max_tokens": 64}, "max_tokens changes nothing with mode likelihood"),
+        ({"method": "fine_grained", "score": "top", "read": "log_likelihood"}, "read changes nothing with score top"),
+    ],
+)
+def test_a_rankers_option_that_nothing_reads_is_refused(ranker: dict, said: str):
+    """A run's own config.yaml says every default, and must stay one that can be read."""
+    content = {"input": "in", "teacher": {"model": {"kind": "fake"}, **ranker}}
+    with pytest.raises(ConfigError, match=f"teacher: {said}: leave it out"):
+        validate(LabelSettings, content, "label.yaml")
+    option = said.split()[0]
+    del content["teacher"][option]
+    settings = validate(LabelSettings, content, "label.yaml")
+    assert validate(LabelSettings, settings.model_dump(mode="json"), "config.yaml") == settings
+
+
 def test_checks_between_fields_name_the_fields():
     base = {"input": ["l"], "student": {"base": "b", "max_length": 32, "max_query_length": 32}}
     with pytest.raises(ConfigError, match=r"student: max_query_length \(32\) must be at most max_length \(32\) − 8"):
@@ -149,6 +169,7 @@ def test_checks_between_fields_name_the_fields():
         ([{"name": "a", "evaluate": {"rankings": {"x": "step://a"}, "qrels": "q"}}], "step://a is no earlier step"),
         ([{"name": "a", "evaluate": {"rankings": {"x": "y"}, "qrels": "q"}}] * 2, "two steps are called 'a'"),
         ([], "steps: List should have at least 1 item"),
+        ([{"name": "a", "evaluate": {"rankings": {"x": "y"}, "qrels": "q", "metrics": []}}], "evaluate.metrics: Tuple"),
     ],
 )
 def test_pipelines_that_can_not_run(steps: list, said: str):

@@ -165,6 +165,26 @@ def test_refusals_name_the_fix(tmp_path: Path, qrels: str) -> None:
         load_rankings(str(tmp_path / "broken.parquet"))
 
 
+def test_qrels_of_another_collection_are_refused(tmp_path: Path, qrels: str) -> None:
+    """Query ids are numbers from 1 in many collections: every measure would be 0. Of errors alone nothing is known."""
+    other = write_run(tmp_path / "other", [ranking_row("q9", ["a"]), ranking_row("q1", ["A", "B"])], schema.RANKINGS)
+    message = r"other: .*qrels\.txt judges none of its documents \(query 'q1': it ranks 'A', they judge 'c'\)"
+    with pytest.raises(InputError, match=message):
+        evaluate_sources([other], qrels=qrels)
+    one = write_run(tmp_path / "one", [ranking_row("q1", ["A"]), ranking_row("q3", ["b", "a"])], schema.RANKINGS)
+    failed = write_run(tmp_path / "failed", [ranking_row("q1", [], error="boom")], schema.RANKINGS)
+    report = evaluate_sources([one, failed], qrels=qrels, metrics=["mrr"])
+    assert report.systems["one"].result.means["mrr"] == pytest.approx(0.5 / 3)
+
+
+def test_systems_that_differ_are_compared_on_a_single_query(tmp_path: Path) -> None:
+    path = tmp_path / "one.qrels"
+    path.write_text("q1 0 a 1\n")
+    systems = [write_run(tmp_path / "-".join(ids), [ranking_row("q1", ids)], schema.RANKINGS) for ids in ("ab", "ba")]
+    (c,) = evaluate_sources(systems, qrels=str(path), metrics=["mrr"]).comparisons
+    assert (c.difference, c.p_randomisation, c.p_t) == (0.5, 1.0, 1.0)
+
+
 def test_names(tmp_path: Path) -> None:
     """An existing path with '=' in it is a path, not a name."""
     folder = tmp_path / "date=2020"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fixtures.rows import make_list
 from hypothesis import HealthCheck, given, settings
@@ -155,7 +156,11 @@ HEADER = "query-id\tcorpus-id\tscore\n"
 
 def test_beir_qrels_are_gains_by_query_and_document(tmp_path):
     path = write(tmp_path / "test.tsv", HEADER + "q1\td1\t2\nq1\td2\t0\nq2\td1\t0.5\n")
-    assert beir.read_qrels(path, BadLines()) == {"q1": {"d1": 2.0, "d2": 0.0}, "q2": {"d1": 0.5}}
+    expected = {"q1": {"d1": 2.0, "d2": 0.0}, "q2": {"d1": 0.5}}
+    assert beir.read_qrels(path, BadLines()) == expected
+    padded = "query-id \t corpus-id \t score\nq1 \t d1 \t 2\nq1\td2\t0\n q2\td1\t0.5\n"
+    path = write(tmp_path / "padded.tsv", padded)
+    assert beir.read_qrels(path, BadLines()) == expected
 
 
 @pytest.mark.parametrize(
@@ -188,16 +193,21 @@ def test_either_layout_of_qrels_is_recognised_by_its_first_line(tmp_path):
 # TREC
 
 
-def test_a_run_is_ordered_by_its_rank_column_and_by_scores_where_nobody_set_ranks(tmp_path):
-    """Scores run against q1's ranks, and the lines of q2, whose ranks are all 0, stand between those of q1."""
+def test_a_run_is_ordered_by_its_rank_column_and_by_scores_where_ranks_repeat(tmp_path):
+    """Scores run against q1's ranks, and the lines of q2, whose ranks are all 0, stand between those of q1.
+
+    Of q3 two shards, ranked each for itself, were put into one file.
+    """
     path = write(
         tmp_path / "run",
-        "q1 Q0 b 2 9.0 t\nq2\tQ0\tx\t0\t-1.5\tt\nq1 Q0 a 1 3.0 t\nq2 Q0 w 0 7 t\n  q1  Q0  c 3 4.0 t  \n",
+        "q1 Q0 b 2 9.0 t\nq2\tQ0\tx\t0\t-1.5\tt\nq1 Q0 a 1 3.0 t\nq2 Q0 w 0 7 t\n  q1  Q0  c 3 4.0 t  \n"
+        "q3 Q0 a 1 9 t\nq3 Q0 b 2 8 t\nq3 Q0 c 1 5 t\nq3 Q0 d 2 8 t\n",
     )
     run = trec.read_run(path, BadLines())
     assert {q: [(e.doc_id, e.score, e.line_number) for e in entries] for q, entries in run.items()} == {
         "q1": [("a", 3.0, 3), ("b", 9.0, 1), ("c", 4.0, 5)],
         "q2": [("w", 7.0, 4), ("x", -1.5, 2)],
+        "q3": [("a", 9.0, 6), ("b", 8.0, 7), ("d", 8.0, 9), ("c", 5.0, 8)],
     }
 
 
@@ -253,7 +263,7 @@ def rankings(draw) -> list[Ranking]:
 
 @in_tmp_path
 @given(rankings())
-def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_unscored_documents_last(tmp_path, originals):
+def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_its_order(tmp_path, originals):
     path = str(tmp_path / "run.trec")
     assert trec.write_run(originals, path) == len(originals)
     run = trec.read_run(path, BadLines())
@@ -263,9 +273,22 @@ def test_a_written_run_is_read_back_and_sorting_by_score_alone_keeps_unscored_do
         assert tuple(e.doc_id for e in entries) == ranking.doc_ids
         assert [e.rank for e in entries] == list(range(1, len(entries) + 1))
         scored = [s for s in ranking.scores if not math.isnan(s)]
-        assert [e.score for e in entries[: len(scored)]] == scored
-        by_score = [*scored[-1:], *(e.score for e in entries[len(scored) :])]
-        assert all(later < earlier for earlier, later in pairwise(by_score))
+        read = [e.score for e in entries[: len(scored)]]
+        assert all(shown <= score for shown, score in zip(read, scored, strict=True))
+        assert np.allclose(read, scored, rtol=1e-6, atol=1e-40)
+        assert all(later < earlier for earlier, later in pairwise(np.float32([e.score for e in entries])))
+
+
+def test_documents_of_one_score_are_written_a_float_apart(tmp_path):
+    """trec_eval would put b before a, and reads 32 bits: 2 + 1e-9 is 2 there. Around 2 they are 2^-22 apart, below it
+    2^-23; the 1.0 is far enough below."""
+    doc_ids = ("c", "a", "b", "d")
+    ranking = Ranking(query_id="q", doc_ids=doc_ids, scores=(2.0 + 1e-9, 2.0, 2.0, 1.0), model="m")
+    trec.write_run([ranking], str(tmp_path / "run"))
+    entries = trec.read_run(str(tmp_path / "run"), BadLines())["q"]
+    assert [e.score for e in entries] == [2.0 + 1e-9, 2.0 - 2.0**-23, 2.0 - 2.0**-22, 1.0]
+    by_score = sorted(entries, key=lambda e: (np.float32(e.score), e.doc_id), reverse=True)
+    assert tuple(e.doc_id for e in by_score) == doc_ids
 
 
 def test_a_ranking_with_an_error_has_no_lines_and_unscored_documents_move_to_the_end(tmp_path):
@@ -283,6 +306,7 @@ def test_a_ranking_with_an_error_has_no_lines_and_unscored_documents_move_to_the
         (("a b",), (1.0,), "'a b' is empty or has blanks"),
         (("a", "b"), (1.0, 2.0), "scores do not descend"),
         (("a",), (math.inf,), "a score is infinite"),
+        (("a",), (-1e39,), "a score is infinite as a 32-bit float"),
         (("a", "b"), (1.0,), "one score per document"),
         (("a",), None, "one score per document"),
     ],

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rerank_ray import ingest as ingest_module
 from rerank_ray import schema
 from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.formats import hits
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_merge, ingest_trec
+from rerank_ray.ingest_labels import ingest_rank_distillm
 from rerank_ray.runs import INGEST_UNFINISHED, ingest_ended, resolve_input
 
 
@@ -124,6 +127,19 @@ def test_hits_files_are_concatenated_cut_to_the_depth_and_labelled(tmp_path):
     assert summary.sources == (first, str(second), qrels)
 
 
+def test_qrels_that_judge_no_candidate_are_another_collections(tmp_path, trec_files):
+    """Query ids are numbers from 1 in many collections; nothing would be labelled, without a word."""
+    qrels = write_lines(tmp_path / "others", "q1 0 D3 1", "q9 0 d1 1")
+    message = r"others: the qrels judge none of the candidates \(query 'q1': 'd1' is one, they judge 'D3'\)"
+    with pytest.raises(InputError, match=message):
+        ingest_trec(**{**trec_files, "qrels": qrels}, out=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=message):
+        ingest_rank_distillm(**{**trec_files, "qrels": qrels}, out=str(tmp_path / "labels"))
+    other_queries = write_lines(tmp_path / "queries", "q9 0 d1 1")
+    with pytest.raises(InputError, match="the qrels name none of these queries, but 'q9'"):
+        ingest_rank_distillm(**{**trec_files, "qrels": other_queries}, out=str(tmp_path / "labels"))
+
+
 def test_a_query_in_two_hits_files_is_an_error_that_names_both(tmp_path):
     files = [write_lines(tmp_path / name, hits_entry("q1", "d1")) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(InputError, match=r"b\.jsonl: query 'q1' is also in .*a\.jsonl"):
@@ -154,7 +170,7 @@ def test_a_trec_run_is_joined_in_the_topics_order(tmp_path, trec_files):
 
 def test_a_runs_unknown_document_or_query_is_named_or_counted(tmp_path, trec_files):
     out = str(tmp_path / "out")
-    run = write_lines(tmp_path / "run", "q1 Q0 d1 1 5 t", "q1 Q0 dx 2 4 t", "q3 Q0 dx 1 4 t")
+    run = write_lines(tmp_path / "run", "q1 Q0 d3 1 5 t", "q1 Q0 dx 2 4 t", "q3 Q0 dx 1 4 t")
     with pytest.raises(InputError, match=r"run:2: doc id 'dx' is not in the collection"):
         ingest_trec(**{**trec_files, "run": run}, out=out)
     summary = ingest_trec(**{**trec_files, "run": run}, out=out, skip_bad_lines=True)
@@ -180,7 +196,7 @@ def test_a_finished_ingest_is_kept_unless_overwritten_and_an_unfinished_one_is_r
     (out / "part-00007.parquet").write_bytes(b"PAR1 torn")
     ingest_hits([old], out=str(out))
     assert list(rows(out)) == ["q1", "q2"]
-    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "part-00000.parquet"]
+    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "lock", "part-00000.parquet"]
 
 
 def test_what_an_ingest_left_that_did_not_end_is_no_input(tmp_path):
@@ -205,13 +221,78 @@ def test_a_merge_does_not_delete_its_input(tmp_path, spelled: str):
     assert list(rows(tmp_path / "x")) == ["q1"]
 
 
-def test_a_failed_overwrite_leaves_no_summary_behind(tmp_path):
+@pytest.mark.parametrize("wrong", ["typo", "broken", "empty"])
+def test_a_failed_overwrite_keeps_the_finished_ingest(tmp_path, wrong: str):
+    """Sources are opened one after the other, while rows are written already."""
+    out = tmp_path / "out"
+    old = write_lines(tmp_path / "old.jsonl", hits_entry("q1", "d1"))
+    ingest_hits([old], out=str(out))
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "lock"}
+    lines = [hits_entry(f"new{i}", "d1") for i in range(40)]
+    new = write_lines(tmp_path / "new.jsonl", *lines)
+    write_lines(tmp_path / "broken.jsonl", "not json")
+    write_lines(tmp_path / "empty.jsonl")
+    files = [str(tmp_path / f"{wrong}.jsonl")]
+    with pytest.raises(InputError, match=rf"{wrong}\.jsonl"):
+        ingest_hits(files if wrong == "empty" else [new, *files], out=str(out), overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "lock"} == before
+    assert list(rows(Path(resolve_input(str(out))))) == ["q1"]
+
+
+def test_parts_of_an_overwrite_that_was_killed_are_neither_read_nor_kept(tmp_path):
     out = tmp_path / "out"
     ingest_hits([write_lines(tmp_path / "old.jsonl", hits_entry("q1", "d1"))], out=str(out))
-    broken = write_lines(tmp_path / "broken.jsonl", hits_entry("q2", "d1"), "not json")
-    with pytest.raises(InputError, match=r"broken\.jsonl:2"):
-        ingest_hits([broken], out=str(out), overwrite=True)
-    assert not ingest_ended(str(out))
+    (out / "part-00003.parquet.new").write_bytes((out / "part-00000.parquet").read_bytes())
+    assert schema.inspect_input(resolve_input(str(out)), schema.CANDIDATES).rows == 1
+    ingest_hits([write_lines(tmp_path / "new.jsonl", hits_entry("q2", "d1"))], out=str(out), overwrite=True)
+    assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "lock", "part-00000.parquet"]
+    assert list(rows(out)) == ["q2"]
+
+
+def test_data_that_nothing_calls_unfinished_is_only_overwritten_when_told(tmp_path):
+    """Candidates that a program wrote have no `ingest.json`."""
+    out = tmp_path / "out"
+    files = [write_lines(tmp_path / "a.jsonl", hits_entry("q1", "d1"))]
+    ingest_hits(files, out=str(out))
+    (out / "ingest.json").unlink()
+    with pytest.raises(InputError, match="already holds data: --overwrite replaces it"):
+        ingest_hits(files, out=str(out))
+    assert list(rows(out)) == ["q1"]
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+def test_of_two_ingests_into_one_folder_one_is_refused(tmp_path, monkeypatch, ends: str):
+    """The second begins while the first reads its sources, and writes before the first does, or while it does."""
+    out = str(tmp_path / "out")
+    first = write_lines(tmp_path / "first.jsonl", *[hits_entry(f"old{i}", "d1") for i in range(40)])
+    second = write_lines(tmp_path / "second.jsonl", hits_entry("new", "d1"))
+    read = hits.read_hits
+    refused = []
+
+    def reading(path: str, bad: BadLines):
+        for number, entry in enumerate(read(path, bad)):
+            if path == first and number == 20:
+                with pytest.raises(RunError, match="another process is at it") as raised:
+                    ingest_hits([second], out=out)
+                refused.append(raised)
+            yield entry
+
+    if ends == "after":
+        monkeypatch.setattr(hits, "read_hits", reading)
+        assert (ingest_hits([first], out=out).rows, len(refused)) == (40, 1)
+        assert len(rows(tmp_path / "out")) == 40
+        return
+    written = ingest_module.write_ingest
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(ingest_module, "write_ingest", written)
+        ingest_hits([second], out=out)
+        return written(*arguments, **options)
+
+    monkeypatch.setattr(ingest_module, "write_ingest", late)
+    with pytest.raises(InputError, match="already holds data"):
+        ingest_hits([first], out=out)
+    assert list(rows(tmp_path / "out")) == ["new"]
 
 
 @pytest.mark.parametrize("name", ["other.parquet", "part-00000.parquet", "sub/part-00000.parquet"])

@@ -159,6 +159,12 @@ def test_equal_systems_do_not_differ() -> None:
     assert compare_systems({"a": system([0.5])}, "m") == ()
 
 
+def test_a_single_query_shows_no_difference() -> None:
+    """Both its signs are as extreme as what was found."""
+    (c,) = compare_systems({"a": system([1.0]), "b": system([0.5])}, "m")
+    assert (c.difference, c.p_randomisation, c.p_t) == (0.5, 1.0, 1.0)
+
+
 def test_holm_by_hand() -> None:
     """Sorted .01 .02 .03 .8 times 4 3 2 1 = .04 .06 .06 .8; the third stays at .06 because it may not fall."""
     assert holm([0.8, 0.01, 0.03, 0.02]) == pytest.approx([0.8, 0.04, 0.06, 0.06])

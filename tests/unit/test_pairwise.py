@@ -34,6 +34,8 @@ gains_lists = st.lists(st.integers(0, 9), min_size=1, max_size=16)
 
 
 def prp(backend: Recorder, **chosen) -> PRP:
+    if chosen.get("strategy") == "allpair":
+        chosen.pop("k", None)  # it compares all
     return PRP(PRPSettings(model=FakeSettings(), **chosen), backend)
 
 
@@ -341,7 +343,8 @@ def test_duot5_without_answers(name: str):
 
 
 CHOSEN = [
-    *(PRPSettings(model=FakeSettings(), strategy=s, k=3) for s in STRATEGIES),
+    PRPSettings(model=FakeSettings(), strategy="allpair"),
+    *(PRPSettings(model=FakeSettings(), strategy=s, k=3) for s in STRATEGIES if s != "allpair"),
     DuoT5Settings(model=FakeSettings(), top=5),
 ]
 

@@ -31,6 +31,21 @@ def test_terminal_table_prints_names_as_they_are() -> None:
     assert "0.6667" in output.getvalue()
 
 
+@pytest.mark.parametrize("width", [20, 60, 80])
+def test_no_figure_is_cut_where_the_table_is_too_wide(width: int) -> None:
+    """Names and heads go on in the next line; a table that still does not fit is wider than the terminal."""
+    metrics = {f"recall@{cut}": cut / 1000 for cut in range(100, 900, 100)}
+    systems = {f"{name}, a first stage and a student": {**metrics, "p": "+0.1234"} for name in ("MiniLM", "SmolLM2")}
+    output = io.StringIO()
+    print_table(systems, Console(file=output, width=width), title="t")
+    printed = output.getvalue()
+    assert "…" not in printed
+    for figure in ("0.1000", "0.8000", "+0.1234"):
+        assert printed.count(figure) == 2
+    first_column = "".join(line[1:].split("│")[0].strip() for line in printed.splitlines() if line.startswith("│"))
+    assert first_column.replace(" ", "") == "".join(systems).replace(" ", "")
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), ("x", "x"), (12345, "12,345"), (0.5, "0.5000"), (1234.5, "1,234")]
 )

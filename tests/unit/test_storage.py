@@ -7,6 +7,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from rerank_ray import storage
+from rerank_ray.errors import RunError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,13 @@ def test_a_new_file_on_s3_is_not_moved(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), storage.new_file(str(tmp_path / "run.trec.gz")):
         raise KeyboardInterrupt
     assert [f.name for f in tmp_path.iterdir()] == ["run.trec.gz"]
+
+
+def test_a_file_is_written_by_one_at_a_time(tmp_path: Path):
+    path = tmp_path / "run.trec"
+    with storage.new_file(path) as stream:
+        with pytest.raises(RunError, match="another process is writing this file"), storage.new_file(path):
+            pass
+        stream.write(b"whole")
+    assert path.read_bytes() == b"whole"
+    assert [f.name for f in tmp_path.iterdir()] == ["run.trec"]

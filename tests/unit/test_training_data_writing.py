@@ -278,6 +278,40 @@ def test_rank_distillm_keeps_ids_texts_and_the_teachers_order(tmp_path, lists):
         assert shown(x) == expected
 
 
+@pytest.mark.parametrize("form", ["flagembedding", "sentence-transformers", "margin-mse", "tevatron", "triples"])
+def test_a_text_that_a_list_has_twice_is_written_once(tmp_path, form: str, capsys):
+    """p is judged and its copy is not; of the two unjudged n the second has the higher score. A title is text, too."""
+    twice = labelled(
+        "q",
+        "query",
+        [
+            candidate("copy", "p text", None),
+            candidate("p", "text", 1.0, title="p"),
+            candidate("n", "n", None),
+            candidate("higher", "n", None),
+        ],
+        [5.0, 4.0, 1.0, 2.0],
+    )
+    (back,) = there_and_back(tmp_path, [twice], form)
+    titled = "text" if form == "tevatron" else "p text"
+    assert {c.text for c in back.candidate_list.candidates} == {titled, "n"}
+    assert len(back.candidate_list) == 2
+    if form != "tevatron" and form != "triples":
+        scores = dict(zip((c.text for c in back.candidate_list.candidates), back.scores, strict=True))
+        assert scores["p text"] - scores["n"] == 2.0
+    arguments = ["convert", str(tmp_path / "labels"), "--format", form, "--out", str(tmp_path / "file"), "--overwrite"]
+    assert cli.main(arguments) == 0
+    assert "2 candidates left out: another one of their list has the same text" in capsys.readouterr().out
+
+
+def test_triples_know_no_texts_that_differ_in_blanks_alone(tmp_path):
+    texts = [candidate("p", "a\tb", 1.0), candidate("copy", "a  b", 0.0), candidate("n", "c", 0.0)]
+    source = written(tmp_path / "labels", labelled("q", "query", texts, [1.0, 2.0, 0.0]))
+    assert convert(source, str(tmp_path / "out"), "triples").repeated == 1
+    assert (tmp_path / "out").read_text() == "query\ta b\tc\n"
+    assert convert(source, str(tmp_path / "tevatron"), "tevatron").repeated == 0
+
+
 def test_triples_have_no_room_for_tabs_and_line_ends(tmp_path):
     tabbed = labelled("q", "a\tb", [candidate("p", "c\n d", 1.0), candidate("n", "e\r\n\tf", 0.0)], [1.0, 0.0])
     convert(written(tmp_path / "labels", tabbed), str(tmp_path / "out"), "triples")

@@ -1,0 +1,107 @@
+"""What a pipeline's later steps lack is found before its first one starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rerank_ray.errors import ConfigError
+from rerank_ray.execution import pipeline
+from rerank_ray.execution.pipeline_checks import check_steps
+from rerank_ray.settings.pipeline import PipelineSettings
+
+FAKE = {"kind": "fake"}
+
+
+@pytest.fixture
+def no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(needs: object) -> None:
+        raise AssertionError("a session was started")
+
+    monkeypatch.setattr(pipeline, "session", session)
+
+
+def settings_of(*steps: dict) -> PipelineSettings:
+    return PipelineSettings.model_validate({"steps": list(steps)})
+
+
+def late_faults(folder: Path) -> PipelineSettings:
+    """Every step but the first, a teacher and a combination lacks something."""
+    (folder / "hits.jsonl").touch()
+    typed = {"method": "yes_no", "prompt": "yes_no_typo", "model": FAKE}
+    reranker = {"method": "cross_encoder", "model": {"kind": "cross_encoder", "path": "step://student/student"}}
+    return settings_of(
+        {"name": "train", "ingest": {"kind": "hits", "files": [f"{folder}/hits.jsonl"]}},
+        {"name": "labels", "label": {"input": "step://train", "teacher": {"method": "yes_no", "model": FAKE}}},
+        {"name": "combined", "combine": {"inputs": ["step://labels", f"{folder}/no-labels"]}},
+        {"name": "student", "distill": {"input": ["step://labels"], "student": {"base": f"{folder}/no-model"}}},
+        {"name": "test", "ingest": {"kind": "beir", "folder": str(folder), "split": "test"}},
+        {"name": "made", "synthesize": {"corpus": f"{folder}/no-corpus", "writer": {"model": FAKE}}},
+        {
+            "name": "ranked",
+            "rerank": {
+                "input": "step://test",
+                "ranker": {"method": "cascade", "stages": [{"ranker": typed}, {"ranker": reranker, "keep": 5}]},
+            },
+        },
+        {
+            "name": "report",
+            "evaluate": {
+                "rankings": {"ranked": "step://ranked", "old": f"{folder}/old.trec", "own": f"{folder}/run/ranked"},
+                "qrels": f"{folder}/no-qrels",
+                "metrics": ["ndgc@10"],
+            },
+        },
+    )
+
+
+def test_all_faults_are_told_at_once_with_their_steps(tmp_path: Path, no_session: None):
+    """A model that a step trains can't be looked for, nor what lies in the pipeline's own folder."""
+    with pytest.raises(ConfigError) as caught:
+        pipeline.run_pipeline(late_faults(tmp_path), str(tmp_path / "run"), Console())
+    first, *lines = str(caught.value).splitlines()
+    assert "nothing was started" in first
+    assert [line.split(": ")[:2] for line in lines[:5]] == [
+        ["  step combined", f"{tmp_path}/no-labels"],
+        ["  step student", f"{tmp_path}/no-model"],
+        ["  step test", f"{tmp_path}/corpus.jsonl"],
+        ["  step test", f"{tmp_path}/queries.jsonl"],
+        ["  step test", f"{tmp_path}/qrels/test.tsv"],
+    ]
+    assert [line.split(": ")[:2] for line in lines[5:6]] == [["  step made", f"{tmp_path}/no-corpus"]]
+    assert "step ranked: " in lines[6]
+    assert "yes_no_typo" in lines[6]
+    assert "step report: " in lines[7]
+    assert "ndgc@10" in lines[7]
+    assert [line.split(": ")[1] for line in lines[8:]] == [f"{tmp_path}/no-qrels", f"{tmp_path}/old.trec"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_is_done_lacks_nothing_any_more(tmp_path: Path, no_session: None):
+    """Its source may be gone by then, as the collection of a job that was moved."""
+    steps = [
+        {"name": "train", "ingest": {"kind": "hits", "files": [f"{tmp_path}/gone.jsonl"]}},
+        {"name": "ranked", "rerank": {"input": "step://train", "ranker": {"method": "first_stage"}}},
+    ]
+    with pytest.raises(ConfigError, match=r"step train: .*gone\.jsonl: no such file or folder"):
+        pipeline.run_pipeline(settings_of(*steps), str(tmp_path / "run"), Console())
+    (tmp_path / "run" / "train").mkdir(parents=True)
+    (tmp_path / "run" / "train" / "run.json").write_text(json.dumps({"kind": "ingest", "state": "done"}))
+    with pytest.raises(AssertionError, match="a session was started"):
+        pipeline.run_pipeline(settings_of(*steps), str(tmp_path / "run"), Console())
+
+
+def test_what_is_there_is_found(tmp_path: Path):
+    for name in ("corpus.jsonl", "queries.jsonl.gz", "run", "qrels"):
+        (tmp_path / name).touch()
+    files = {name: f"{tmp_path}/{name}" for name in ("run", "qrels")}
+    steps = settings_of(
+        {"name": "a", "ingest": {"kind": "beir", "folder": str(tmp_path), "split": None}},
+        {"name": "b", "ingest": {"kind": "trec", **files, "queries": files["run"], "corpus": files["run"]}},
+        {"name": "c", "ingest": {"kind": "merge", "inputs": ["step://a", str(tmp_path)]}},
+        {"name": "d", "evaluate": {"rankings": {"a": "step://a"}, "qrels": files["qrels"]}},
+    )
+    check_steps(steps.steps, str(tmp_path / "run"))
