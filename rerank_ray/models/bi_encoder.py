@@ -12,7 +12,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
-from rerank_ray.models.loading import load, read_beside
+from rerank_ray.models.loading import load, load_adapted, read_beside
 from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
@@ -36,7 +36,8 @@ class BiEncoder:
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
-        self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
+        model = load_adapted(AutoModel, resolved, settings, unread="pooler.", dtype=dtype)
+        self.model = model.to(self.device).eval()
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)

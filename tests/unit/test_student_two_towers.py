@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_a_bi_encoder_student_is_a_sentence_encoder(tiny_bert: Path, tmp_path: P
     ]
     torch.testing.assert_close((sides[0] * sides[1]).sum(-1), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sides[0].norm(dim=-1), torch.ones(len(QUERIES)), atol=1e-4, rtol=0)
+
+
+def test_a_sentence_encoder_without_its_weights_is_refused(tiny_bert: Path, tmp_path: Path):
+    """Under other names than the architecture's they are random; only a pooler, which nothing reads, may lack."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_bert, folder)
+    weights = load_file(folder / "model.safetensors")
+    without_pooler = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    assert len(without_pooler) < len(weights)
+    save_file(without_pooler, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = BiEncoderSettings(path=str(folder), dtype="float32", max_length=64)
+    assert BiEncoder(settings).run([Embed(text="cat", role="query")])
+    renamed = {f"net.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for embeddings\.\S+ and \d+ more, which would be random"):
+        BiEncoder(settings)
 
 
 def test_a_colbert_student_is_a_colbert_checkpoint(tiny_colbert: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ from rerank_ray.models.attention import GATED
 from rerank_ray.models.bi_encoder import saved_pooling
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
+from rerank_ray.models.loading import refuse_random
 from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
 from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
@@ -46,11 +47,11 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
         return _READ[description.head](source, description, heads, dtype).eval()
     model, info = source.load(AutoModelForSequenceClassification, dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ModelError(
-            f"{settings.path}: not a cross-encoder: the checkpoint has no weights for {sorted(info['missing_keys'])}, "
-            "which would be random; use a sequence-classification checkpoint, or distil one"
-        )
+    refuse_random(
+        info["missing_keys"],
+        f"{settings.path}: not a cross-encoder",
+        "; use a sequence-classification checkpoint, or distil one",
+    )
     if model.config.num_labels != 1:
         raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
     max_length = min(settings.max_length, source.tokenizer.model_max_length)
