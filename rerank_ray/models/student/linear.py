@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +32,11 @@ class LinearStudent(Student):
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return self.early_heads.state_dict()
+
+    def save(self, folder: Path) -> None:
+        # Where sentence-transformers' CrossEncoder cuts pairs.
+        self.tokenizer.model_max_length = self.description.max_length
+        super().save(folder)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         return encode_pairs(self.texts, self.description, queries, documents)
