@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     ElectraConfig,
     ElectraModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
@@ -219,6 +221,18 @@ def test_a_truncated_student_is_the_layer(tiny_bert: Path, tmp_path: Path, head:
     count = AutoModel.from_pretrained(tmp_path / "s").config.num_hidden_layers
     assert count == layer
     torch.testing.assert_close(scores(whole)[:layer], expected)
+
+
+@pytest.mark.parametrize("branch_layers", [0, 1])
+def test_a_truncated_student_of_a_backbone_with_a_last_norm_is_the_layer(tmp_path: Path, branch_layers: int):
+    """ModernBERT's: the whole student's early layers are scored behind it, as the cut student's last is."""
+    alike = {"global_attn_every_n_layers": 1, "max_position_embeddings": 128}
+    base = tiny_encoder_folder(tmp_path / "m", ModernBertModel, ModernBertConfig, layers=4, **alike)
+    whole = stirred(start(base, "similarity", layers=(2, 4), interaction=1.0, branch_layers=branch_layers))
+    torch.nn.init.normal_(whole.backbone.final_norm.weight, 1.0, 0.5)
+    expected = scores(whole)[:1]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(scores(whole.truncated(2)), expected, atol=1e-4, rtol=1e-4)
 
 
 @both_heads

@@ -115,8 +115,7 @@ def test_long_documents_are_cut_alike_elsewhere(request: pytest.FixtureRequest, 
     described = student.description
     for folder in (tmp_path / "s", tmp_path / "e"):
         pairs = [
-            (described.query_prefix + q, described.document_prefix + d)
-            for q, d in zip(queries, documents, strict=True)
+            (described.query_prefix + q, described.document_prefix + d) for q, d in zip(queries, documents, strict=True)
         ]
         theirs = TheirCrossEncoder(str(folder), device="cpu").predict(
             pairs, activation_fn=nn.Identity(), show_progress_bar=False

@@ -142,6 +142,14 @@ def first_position(model: PreTrainedModel) -> int:
     return 0 if padding_position is None else padding_position + 1
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm that the states after the last layer have passed, and those after earlier layers have not; None in
+    encoders of BERT's kind, whose layers end with one of their own."""
+    base = model.base_model
+    names = ("norm", "final_norm", "final_layernorm", "ln_f")
+    return next((getattr(base, n) for n in names if isinstance(getattr(base, n, None), nn.Module)), None)
+
+
 def keep_layers(model: PreTrainedModel, count: int) -> None:
     """Remove every layer above the first `count` from a transformers model and its config."""
     take_layers(model, range(1, count + 1))
