@@ -13,6 +13,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
 from rerank_ray.models.student.lora import saved_names
@@ -45,11 +46,7 @@ class ScalarHead:
         self.model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model.base_model, settings)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and settings.max_length > limit:
-            raise ModelError(
-                f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
-            )
+        check_positions(self.model, settings.max_length, settings.path)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:

@@ -342,6 +342,27 @@ def test_a_long_query_where_the_tokenizer_ends_before_max_length(tiny_cross_enco
     assert scores(student, ["cat " * 300], ["dog " * 300]).isfinite().all()
 
 
+def test_lengths_beyond_the_models_positions_are_refused(tiny_bert: Path, tiny_cross_encoder: Path, tmp_path: Path):
+    """Where the tokenizer knows no end: before, the first long document ended the job with an IndexError."""
+    for base, name in ((tiny_cross_encoder, "c"), (tiny_bert, "b")):
+        shutil.copytree(base, tmp_path / name)
+        tiny_bert_tokenizer(10**30).save_pretrained(tmp_path / name)
+    with pytest.raises(ModelError, match="max_length is 400, but the model ends at 128 tokens"):
+        load(tmp_path / "c", max_length=400)
+    with pytest.raises(ModelError, match="max_length is 400, but the model ends at 128 tokens"):
+        BiEncoder(BiEncoderSettings(path=str(tmp_path / "b"), max_length=400))
+    assert load(tmp_path / "c", max_length=128)
+
+
+def test_a_robertas_positions_begin_behind_its_padding_token(tmp_path: Path):
+    """Of 70 positions the padding token, number 0, and those before it have one."""
+    base = tiny_encoder_folder(tmp_path / "r", RobertaModel, RobertaConfig, layers=1)
+    with pytest.raises(ModelError, match="max_length is 70, but the model ends at 69 tokens"):
+        start(base, "linear", max_length=70)
+    student = start(base, "linear", max_length=69)
+    assert scores(student, ["cat"], ["dog " * 100]).isfinite().all()
+
+
 def test_a_truncated_checkpoint_names_the_model(tiny_cross_encoder: Path, tmp_path: Path):
     shutil.copytree(tiny_cross_encoder, tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"

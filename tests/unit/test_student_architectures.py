@@ -150,6 +150,19 @@ def test_a_truncated_decoder_is_the_layer(tiny_llama: Path, tmp_path: Path):
     torch.testing.assert_close(torch.tensor(pairs({"path": str(tmp_path / "w"), "exit_layer": 1})), expected[0])
 
 
+def test_a_foreign_decoder_whose_pairs_stand_in_a_chat_template_is_refused(tiny_llama: Path, tmp_path: Path):
+    """sentence-transformers puts them there; without a template its scores are ours."""
+    bare = {"query_prefix": "", "document_prefix": ""}
+    student = stirred(start(tiny_llama, "linear", max_length=400, max_query_length=40, **bare))
+    student.save(tmp_path / "s")
+    (tmp_path / "s" / "student.json").unlink()
+    (theirs, _) = as_theirs(tmp_path / "s", QUERIES, DOCUMENTS)
+    torch.testing.assert_close(torch.tensor(pairs({"path": str(tmp_path / "s"), "max_length": 400})), theirs)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "s")
+    with pytest.raises(ModelError, match=r"a decoder with a chat template.* kind: scalar_head .* method: yes_no"):
+        load(tmp_path / "s", max_length=400)
+
+
 def test_how_a_decoders_pair_is_put(tiny_llama: Path):
     """RankLLaMA's words by default, any others, and none; the query is cut to its length, its prefix included."""
 

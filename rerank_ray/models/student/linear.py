@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.packing import Packing, is_packable
+from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
-from rerank_ray.models.student.source import first_position, keep_layers
+from rerank_ray.models.student.source import keep_layers
 
 
 class LinearStudent(Student):

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models.packing import Packing, is_packable
+from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
-from rerank_ray.models.student.source import final_norm, first_position, keep_layers, layers_of, renumber
+from rerank_ray.models.student.source import final_norm, keep_layers, layers_of, renumber
 
 _BRANCHES = "branches."
 
