@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import __version__, storage
 from rerank_ray.config import Settings
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, UnavailableError
 from rerank_ray.models.protocol import (
     Answer,
     Backend,
@@ -217,7 +217,11 @@ class StoredBackend:
         self._backend, self._store, self._key = backend, store, model_key(backend, settings)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
-        """Answer the calls, in their order; new answers are stored, failures and values that are no numbers never."""
+        """Answer the calls, in their order; new answers are stored, failures and values that are no numbers never.
+
+        Raises:
+            UnavailableError: as the backend does; what it had answered by then is stored.
+        """
         stored = [i for i, call in enumerate(calls) if isinstance(call, STORED_CALLS)]
         digests = {i: self._digest(calls[i]) for i in stored}
         results: list[Result | None] = [None] * len(calls)
@@ -225,10 +229,21 @@ class StoredBackend:
             results[i] = answer
         missing = [i for i, result in enumerate(results) if result is None]
         if missing:
-            for i, result in zip(missing, self._backend.run([calls[i] for i in missing]), strict=True):
+            try:
+                answered = self._backend.run([calls[i] for i in missing])
+            except UnavailableError as error:
+                self._keep([digests.get(i) for i in missing], error.results)
+                raise
+            self._keep([digests.get(i) for i in missing], answered)
+            for i, result in zip(missing, answered, strict=True):
                 results[i] = result
-            self._store.put({digests[i]: results[i] for i in missing if i in digests and _worth_keeping(results[i])})
         return results
+
+    def _keep(self, digests: Sequence[bytes | None], results: Sequence[Result | None]) -> None:
+        """Store results under their digests; those of calls that are not stored have None."""
+        # An error may bring none at all.
+        kept = zip(digests, results, strict=False)
+        self._store.put({digest: result for digest, result in kept if digest and _worth_keeping(result)})
 
     def holds(self, calls: Sequence[Call]) -> list[bool]:
         """Which calls the store answers; the model is not asked."""
