@@ -181,7 +181,7 @@ def _add_audit(commands) -> None:
     export.add_argument("--format", choices=forms, default="transformers", dest="form")
     export.add_argument("--layer", type=int, metavar="N", help="of a layer-wise student (default: the last)")
     export.add_argument("--int8", action="store_true", help="onnx: weights as 8-bit integers, for CPUs")
-    export.add_argument("--overwrite", action="store_true", help="replace FOLDER")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in FOLDER")
     export.set_defaults(command=_export)
     exits = commands.add_parser("calibrate-exit", help="when a layer-wise student may stop early, for a stated loss")
     exits.add_argument("student", metavar="STUDENT", help="its folder, which takes the margins")

@@ -21,6 +21,8 @@ from rerank_ray.settings.models import LayerwiseSettings, ModelSettings
 
 Form = Literal["transformers", "onnx", "flagembedding-layerwise"]
 CARD = "README.md"
+_MODEL_FILE = "config.json"
+"""In every export, and in every other folder that transformers reads."""
 
 
 def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool, overwrite: bool) -> None:
@@ -37,7 +39,8 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         int8: of onnx, weights as 8-bit integers.
 
     Raises:
-        ConfigError: not a student, OUT is in the way, int8 of another form, or the extra `onnx` is missing.
+        ConfigError: not a student, OUT is in the way or holds other things than a model, int8 of another form, or the
+            extra `onnx` is missing.
         ModelError: the student has no head on that layer, or its architecture can't be exported in this form.
     """
     student = str(description_of(student).parent)
@@ -46,8 +49,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     folder = storage.local_path(out)
     if folder is None:
         raise ConfigError(f"{out}: an export is written to this machine's disk: name a folder, and copy it from there")
-    if folder.exists() and not overwrite:
-        raise ConfigError(f"{out}: is there already; --overwrite replaces it")
+    _check_replaceable(folder, Path(student), overwrite=overwrite)
     model = load_student(ModelSettings(path=student))
     last = layer or model.layers[-1]
     if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
@@ -66,6 +68,25 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     (partial / CARD).write_text(_card(model, Path(student), form, int8))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _check_replaceable(folder: Path, student: Path, *, overwrite: bool) -> None:
+    """Raise `ConfigError` unless the folder is not there, or may be deleted: it is empty, or a model that was saved."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file: name a folder that the export may make")
+    if student.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"{folder}: holds the student itself ({student}), which would be deleted: name another folder"
+        )
+    if not overwrite:
+        raise ConfigError(f"{folder}: is there already; --overwrite replaces it")
+    if any(folder.iterdir()) and not (folder / _MODEL_FILE).is_file():
+        raise ConfigError(
+            f"{folder}: holds no earlier export: it has no {_MODEL_FILE}, and --overwrite would delete what is there: "
+            "name another folder, or empty this one"
+        )
 
 
 def _card(model: Student, student: Path, form: Form, int8: bool) -> str:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import __version__, storage
 from rerank_ray.config import Settings
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, UnavailableError
 from rerank_ray.models.protocol import (
     Answer,
     Backend,
@@ -76,6 +76,8 @@ _SCHEMA = pa.schema([pa.field("digest", pa.binary(_DIGEST_BYTES)), pa.field("ans
 _SMALL_BYTES, _HELD_BYTES = 4 << 20, 256 << 20
 _WRITES_UNTIL_MERGED = 32
 _ABANDONED_AFTER_S = 3600
+_FREED = 0.1
+"""The share of `max_gb` that is free when a job begins: a store that is full takes some of every job's answers."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +88,8 @@ class StoreCounts:
     misses: int = 0
     corrupt_segments: int = 0
     failed_writes: int = 0
+    not_stored: int = 0
+    """Answers for which there was no room within `max_gb`."""
 
 
 class LabelStore:
@@ -98,7 +102,9 @@ class LabelStore:
         self._held: OrderedDict[str, pa.Table] = OrderedDict()
         self._own: list[str] = []
         self._segments: dict[str, _Index] = {}
-        for name, _ in _list_segments(self._uri):
+        self._bytes = 0
+        for name, size in _list_segments(self._uri):
+            self._bytes += size
             table = self._read(name)
             if table is not None:
                 self._segments[name] = _Index(table)
@@ -129,13 +135,20 @@ class LabelStore:
     def put(self, answers: Mapping[bytes, Answer]) -> None:
         """Keep answers, all of them in one new segment.
 
-        A store that can't be written is counted, not raised: the answers at hand are worth more than their copies.
+        A store that can't be written is counted, not raised: the answers at hand are worth more than their copies. So
+        is one that is full. No other answer gives way: a job that is done again asks for the oldest first, and each new
+        answer would take the place of one that it asks for next.
         """
         if not answers:
             return
+        if self._bytes >= self._max_bytes:
+            self.counts.not_stored += len(answers)
+            return
         table = pa.table([list(answers), [_encode(a) for a in answers.values()]], schema=_SCHEMA)
         try:
-            self._add(_write(self._uri, table, time.time_ns()), table)
+            name, size = _write(self._uri, table, time.time_ns())
+            self._add(name, table)
+            self._bytes += size
             if len(self._own) >= _WRITES_UNTIL_MERGED:
                 self._merge_own()
         except OSError:
@@ -146,7 +159,7 @@ class LabelStore:
         self._own.append(name)
 
     def _merge_own(self) -> None:
-        """Make few segments of this process's many, and keep the store within its bound."""
+        """Make few segments of this process's many, and see how large the store is by now, others' writes included."""
         own, self._own = set(self._own), []
         small = [(name, size) for name, size in _list_segments(self._uri) if name in own and size < _SMALL_BYTES]
         for merged in _merge(self._uri, small, self._table):
@@ -154,7 +167,7 @@ class LabelStore:
                 self._segments.pop(name, None)
                 self._held.pop(name, None)
             self._add(merged.name, merged.table)
-        _drop_oldest(self._uri, self._max_bytes)
+        self._bytes = sum(size for _, size in _list_segments(self._uri))
 
     def _table(self, name: str) -> pa.Table | None:
         """A segment's rows, held while there is room; a segment that is gone or damaged leaves the index."""
@@ -179,7 +192,7 @@ class LabelStore:
 
 
 def prepare(settings: StoreSettings) -> None:
-    """Make the store's folder, before anything expensive starts.
+    """Make the store's folder, and room in it for new answers, before anything expensive starts.
 
     Raises:
         InputError: it can't be made and written.
@@ -190,6 +203,8 @@ def prepare(settings: StoreSettings) -> None:
         storage.delete_file(probe)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"store.uri: {settings.uri}: can't be written as a label store: {error}") from error
+    with contextlib.suppress(OSError):
+        _drop_oldest(settings.uri, int((1 - _FREED) * settings.max_gb * 2**30))
 
 
 def tidy(settings: StoreSettings) -> None:
@@ -217,7 +232,11 @@ class StoredBackend:
         self._backend, self._store, self._key = backend, store, model_key(backend, settings)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
-        """Answer the calls, in their order; new answers are stored, failures and values that are no numbers never."""
+        """Answer the calls, in their order; new answers are stored, failures and values that are no numbers never.
+
+        Raises:
+            UnavailableError: as the backend does; what it had answered by then is stored.
+        """
         stored = [i for i, call in enumerate(calls) if isinstance(call, STORED_CALLS)]
         digests = {i: self._digest(calls[i]) for i in stored}
         results: list[Result | None] = [None] * len(calls)
@@ -225,10 +244,21 @@ class StoredBackend:
             results[i] = answer
         missing = [i for i, result in enumerate(results) if result is None]
         if missing:
-            for i, result in zip(missing, self._backend.run([calls[i] for i in missing]), strict=True):
+            try:
+                answered = self._backend.run([calls[i] for i in missing])
+            except UnavailableError as error:
+                self._keep([digests.get(i) for i in missing], error.results)
+                raise
+            self._keep([digests.get(i) for i in missing], answered)
+            for i, result in zip(missing, answered, strict=True):
                 results[i] = result
-            self._store.put({digests[i]: results[i] for i in missing if i in digests and _worth_keeping(results[i])})
         return results
+
+    def _keep(self, digests: Sequence[bytes | None], results: Sequence[Result | None]) -> None:
+        """Store results under their digests; those of calls that are not stored have None."""
+        # An error may bring none at all.
+        kept = zip(digests, results, strict=False)
+        self._store.put({digest: result for digest, result in kept if digest and _worth_keeping(result)})
 
     def holds(self, calls: Sequence[Call]) -> list[bool]:
         """Which calls the store answers; the model is not asked."""
@@ -303,14 +333,14 @@ def _worth_keeping(result: Result | None) -> bool:
     return all(math.isfinite(v) for v in (result.value if isinstance(result.value, tuple) else (result.value,)))
 
 
-def _write(uri: str, table: pa.Table, at_ns: int) -> str:
-    """Write a segment; its name begins with its age, nanoseconds since the epoch."""
+def _write(uri: str, table: pa.Table, at_ns: int) -> tuple[str, int]:
+    """Write a segment; returns its name, which begins with its age in nanoseconds since the epoch, and its bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     name = f"{at_ns:020d}-{uuid.uuid4().hex[:8]}-{_checksum(data)}.parquet"
     storage.write_bytes(storage.join(uri, name), data)
-    return name
+    return name, len(data)
 
 
 def _read(uri: str, name: str) -> pa.Table | None:
@@ -363,7 +393,8 @@ def _merge(uri: str, segments: Sequence[tuple[str, int]], read: Callable[[str], 
             first = {digest: row for row, digest in reversed([*enumerate(table["digest"].to_pylist())])}
             table = table.take(pa.array(sorted(first.values())))
             # As old as the youngest of them.
-            yield _Merged(name=_write(uri, table, int(name[:20])), table=table, sources=tuple(group))
+            merged, _ = _write(uri, table, int(name[:20]))
+            yield _Merged(name=merged, table=table, sources=tuple(group))
             for source in group:
                 _delete(uri, source)
             group, group_bytes = {}, 0

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +26,7 @@ from rich.table import Table
 from rerank_ray import config, storage
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
-from rerank_ray.models.protocol import Answer, Backend, Call, Result
+from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Usage
@@ -71,6 +73,8 @@ class Forecast:
     memory_gib: float
     """Peak of the process's main memory."""
     gpu_memory_gib: float | None
+    embeds: bool = False
+    """Whether texts are embedded by themselves: a replica keeps documents' embeddings for when they come again."""
 
     @property
     def left(self) -> int:
@@ -220,6 +224,16 @@ def print_forecast(
     console.print(table)
     if execution.gpus_per_actor and forecast.gpu_memory_gib is None:
         console.print("The job's replicas have GPUs and this machine has none: its times are those of a CPU.")
+    if forecast.sampled < min(execution.rows_per_batch, left):
+        console.print(
+            f"The sample has fewer rows than the {execution.rows_per_batch} that a replica ranks side by side: where a "
+            f"call is mostly waited for, as a server's is, the time is too high: --sample {execution.rows_per_batch}."
+        )
+    if forecast.embeds:
+        console.print("Documents that come again are embedded once: tokens and time are an upper bound.")
+    if gpus != execution.actors * per_replica:
+        actors = max(1, int(gpus / per_replica))
+        console.print(f"The config has execution.actors {execution.actors}: set it to {actors} for {gpus:g} {unit}s.")
 
 
 def _plus_minus(share: float | None) -> str:
@@ -292,6 +306,7 @@ class _Totals:
     tokens: int = 0
     stored_calls: int = 0
     stored_tokens: int = 0
+    embeds: bool = False
 
 
 class _Meter:
@@ -307,7 +322,7 @@ class _Meter:
     def wrap(self, backend: Backend, settings: ModelSettings) -> _Metered:
         return _Metered(backend, None if self.store is None else StoredBackend(backend, settings, self.store), self)
 
-    def figures(self, seconds: float, rows: int) -> dict[str, float]:
+    def figures(self, seconds: float, rows: int) -> dict[str, float | bool]:
         """The forecast's figures, when `rows` took so many seconds altogether."""
         totals = self.totals
         return {
@@ -315,6 +330,7 @@ class _Meter:
             "stored_tokens": totals.stored_tokens / max(1, totals.tokens),
             "seconds_per_token": totals.seconds / max(1, totals.tokens),
             "seconds_beside": (seconds - totals.seconds) / rows,
+            "embeds": totals.embeds,
         }
 
 
@@ -330,6 +346,7 @@ class _Metered:
         results = self._backend.run(calls)
         totals = self._meter.totals
         totals.seconds += time.perf_counter() - started
+        totals.embeds |= any(isinstance(call, Embed | EmbedTokens) for call in calls)
         for result, is_held in zip(results, held, strict=True):
             if isinstance(result, Answer):
                 tokens = result.usage.computed_tokens
@@ -352,18 +369,30 @@ def _flops_per_token(ranker: Ranker, meter: _Meter, request: CandidateList) -> f
     Counted, not derived from the model's config: adapters, exit layers, encoders and decoders differ in what they
     compute. A model that torch does not run here counts 0.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
-    # torch knows the operations of its GPU attention kernels, but not of the one for CPUs.
-    on_cpu = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
-            query, key, value
-        )
-    }
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_cpu_operations()) as counter:
         ranker.rank([request])
     return counter.get_total_flops() / max(1, meter.totals.tokens)
+
+
+def _cpu_operations() -> dict[Any, Callable[..., int]]:
+    """How torch's counter counts what it does not know: attention on a CPU, and the products of `models.prepacked` and
+    `models.acceleration`. It hands over shapes for tensors."""
+    import torch
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def attention(query, key, value, *_, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def product(rows, *_, out_shape, **__) -> int:
+        return 2 * math.prod(rows) * out_shape[-1]
+
+    products = [("mkldnn", "_linear_pointwise"), ("onednn", "qlinear_pointwise"), ("aten", "_int_mm")]
+    # A torch without oneDNN lacks its operations.
+    there = [getattr(getattr(torch.ops, library), name, None) for library, name in products]
+    attentions = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    return attentions | {operation: product for operation in there if operation is not None}
 
 
 def _per_row(outcomes: Sequence[Outcome], sampled: int) -> dict:

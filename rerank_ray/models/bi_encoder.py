@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -12,11 +13,15 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
-from rerank_ray.models.loading import load, read_beside
+from rerank_ray.models.loading import load, load_adapted, read_beside
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import BiEncoderSettings
+
+if TYPE_CHECKING:
+    from rerank_ray.models.student.base import StudentDescription
 
 _POOLING_FILE = "1_Pooling/config.json"
 _POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -32,15 +37,18 @@ class BiEncoder:
         resolved = resolve(settings)
         self.name = f"bi_encoder:{resolved.identity}"
         self.pooling = settings.pooling or saved_pooling(resolved) or "mean"
-        self.prefix = {"query": settings.query_prefix, "document": settings.document_prefix}
+        student = _student(resolved)
+        self.prefix = _prefixes(settings, student)
         self.tokenizer = load(AutoTokenizer, resolved, settings)
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
-        self.model = load(AutoModel, resolved, settings, dtype=dtype).to(self.device).eval()
+        model = load_adapted(AutoModel, resolved, settings, unread="pooler.", dtype=dtype)
+        self.model = model.to(self.device).eval()
+        self.max_length = _max_lengths(student, min(settings.max_length, self.tokenizer.model_max_length))
+        check_positions(self.model, max(self.max_length.values()), settings.path)
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)
-        self.max_length = min(settings.max_length, self.tokenizer.model_max_length)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self.cache = EmbeddingCache(settings.cache_mb << 20)
 
@@ -55,18 +63,30 @@ class BiEncoder:
         if call.truncate:
             return None
         length = len(self.tokenizer(self.prefix[call.role] + call.text, verbose=False)["input_ids"])
-        if length <= self.max_length:
+        limit = self.max_length[call.role]
+        if length <= limit:
             return None
-        return Failure(reason=f"the text takes {length} tokens and the model {self.max_length}: show it less")
+        return Failure(reason=f"the text takes {length} tokens and the model {limit}: show it less")
 
     def _embed(self, calls: Sequence[Embed]) -> list[Answer]:
-        texts = [self.prefix[c.role] + c.text for c in calls]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        ids = self._encode(calls)
         vectors = self.runner.run([len(i) for i in ids], lambda batch: self._forward([ids[i] for i in batch]))
         return [
             Answer(value=vector, usage=Usage(calls=1, prompt_tokens=len(i)))
             for vector, i in zip(vectors, ids, strict=True)
         ]
+
+    def _encode(self, calls: Sequence[Embed]) -> list[list[int]]:
+        ids: list[list[int]] = [[]] * len(calls)
+        for role, limit in self.max_length.items():
+            chosen = [i for i, call in enumerate(calls) if call.role == role]
+            if not chosen:
+                continue
+            texts = [self.prefix[role] + calls[i].text for i in chosen]
+            encoded = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+            for i, tokens in zip(chosen, encoded, strict=True):
+                ids[i] = tokens
+        return ids
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[tuple[float, ...]]:
@@ -75,6 +95,41 @@ class BiEncoder:
         mask = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
         return [tuple(v) for v in pooled(hidden, lengths, self.pooling).tolist()]
+
+
+def _student(resolved: ResolvedModel) -> StudentDescription | None:
+    """How a bi-encoder student of ours was trained; None for other checkpoints."""
+    from rerank_ray.models.student.base import DESCRIPTION, StudentDescription
+
+    text = None if resolved.folder is None else read_beside(resolved, DESCRIPTION)
+    student = None if text is None else StudentDescription.model_validate_json(text)
+    return student if student is not None and student.head == "bi_encoder" else None
+
+
+def _prefixes(settings: BiEncoderSettings, student: StudentDescription | None) -> dict[str, str]:
+    """What stands before a text of each role.
+
+    Raises:
+        ModelError: another prefix is asked for than the student was trained with.
+    """
+    prefixes = {}
+    for role in ("query", "document"):
+        name = f"{role}_prefix"
+        prefixes[role] = given = getattr(settings, name)
+        if student is not None:
+            prefixes[role] = trained = getattr(student, name)
+            if given not in ("", trained):
+                raise ModelError(
+                    f"{settings.path}: {name} is {given!r}, but this student was trained with {trained!r}: leave it out"
+                )
+    return prefixes
+
+
+def _max_lengths(student: StudentDescription | None, given: int) -> dict[str, int]:
+    """The tokens that a text of each role is cut to."""
+    if student is None:
+        return {"query": given, "document": given}
+    return {"query": student.max_query_length, "document": student.max_length - student.max_query_length}
 
 
 def pooled(hidden: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.Tensor:

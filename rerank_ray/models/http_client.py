@@ -88,7 +88,8 @@ class HTTPClient:
         """Send all requests, at most `concurrency` at once; answers in their order.
 
         Raises:
-            UnavailableError: the server can't be reached, or refuses the key, the model or the path.
+            UnavailableError: the server can't be reached, or refuses the key, the model or the path; with the answers
+                that came before.
             ConfigError: there is a budget of tokens, and the server does not count them.
         """
         return self._runner.run(self._post_all(requests))
@@ -101,7 +102,10 @@ class HTTPClient:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._post(r)) for r in requests]
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            error = errors.exceptions[0]
+            if isinstance(error, UnavailableError):
+                error.results = tuple(_result_or_none(t) for t in tasks)
+            raise error from None
         return [t.result() for t in tasks]
 
     async def _post(self, request: Request) -> dict | Failure:
@@ -180,6 +184,10 @@ class HTTPClient:
             text = text.replace(self._key.get_secret_value(), "[API key]")
         line = " ".join(text.split())
         return line if len(line) <= _QUOTED_CHARACTERS else line[: _QUOTED_CHARACTERS - 1] + "…"
+
+
+def _result_or_none(task: asyncio.Task) -> dict | Failure | None:
+    return None if task.cancelled() or task.exception() is not None else task.result()
 
 
 def _api_key(variable: str | None) -> SecretStr | None:

@@ -17,7 +17,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
-from rerank_ray.models.loading import load, read_beside
+from rerank_ray.models.loading import load, read_beside, refuse_random
 from rerank_ray.models.protocol import Answer, EmbedTokens, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
@@ -132,11 +132,7 @@ class ColBERT:
         config = load(BertConfig, resolved, settings)
         config.dim = metadata["dim"]
         model, info = load(ColBERTModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ModelError(
-                f"{settings.path}: not a ColBERT checkpoint: it has no weights for {sorted(info['missing_keys'])}, "
-                "which would be random"
-            )
+        refuse_random(info["missing_keys"], settings.path, ": it is no ColBERT checkpoint")
         lengths = self.tokens.length
         if max(lengths.values()) > config.max_position_embeddings:
             raise ModelError(

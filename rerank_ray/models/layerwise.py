@@ -19,7 +19,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
-from rerank_ray.models.loading import load
+from rerank_ray.models.loading import load, refuse_random
 from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.records import Usage
@@ -75,11 +75,7 @@ class Layerwise:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         model, info = load(_LayerwiseModel, resolved, settings, config=config, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ModelError(
-                f"{settings.path}: the checkpoint has no weights for {sorted(info['missing_keys'])}, which would be "
-                "random"
-            )
+        refuse_random(info["missing_keys"], settings.path)
         self.model = model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import transformers
@@ -39,16 +40,42 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error
 
 
-def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
-    """As `load`; where a folder holds adapters alone, the model that they are for, with the adapters added to it."""
+def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, *, unread: str | None = None, **given):
+    """As `load`, and every weight is the checkpoint's; where a folder holds adapters alone, the model that they are
+    for, with the adapters added to it.
+
+    Args:
+        unread: how the names of weights begin that the caller never computes with; the checkpoint may lack these.
+
+    Raises:
+        ModelError: the checkpoint lacks a weight, which transformers would make up at random.
+    """
+    model, missing = _load_adapted(auto_class, resolved, settings, **given)
+    missing = {name for name in missing if unread is None or not name.startswith(unread)}
+    refuse_random(missing, settings.path, f": it was not saved as a {type(model).__name__}")
+    return model
+
+
+def _load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
+    """The model, and the names of its weights that neither checkpoint nor adapters have."""
     if resolved.adapter_file is None:
-        return load(auto_class, resolved, settings, **arguments)
-    from rerank_ray.models.student.lora import with_adapter
+        model, info = load(auto_class, resolved, settings, output_loading_info=True, **arguments)
+        return model, set(info["missing_keys"])
+    from rerank_ray.models.student.lora import saved_names, with_adapter
 
     adapter = json.loads(resolved.adapter_file.read_text(encoding="utf-8"))
     location = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
     base = settings.model_copy(update=location)
-    return with_adapter(load_adapted(auto_class, resolve(base), base, **arguments), resolved.folder)
+    model, missing = _load_adapted(auto_class, resolve(base), base, **arguments)
+    return with_adapter(model, resolved.folder), missing - saved_names(resolved.folder)
+
+
+def refuse_random(missing: Collection[str], source: str, reason: str = "") -> None:
+    """Raise `ModelError` where a checkpoint has no weights for some parameters: transformers makes them up."""
+    if missing:
+        first, *others = sorted(missing)
+        more = f" and {len(others):,} more" if others else ""
+        raise ModelError(f"{source}: the checkpoint has no weights for {first}{more}, which would be random{reason}")
 
 
 def read_beside(resolved: ResolvedModel, name: str) -> str | None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 from transformers import AutoTokenizer
 
-from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.errors import ConfigError, ModelError, UnavailableError
 from rerank_ray.models.http_client import HTTPClient, Request
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
@@ -72,16 +72,28 @@ class OpenAIHTTP:
             self._encoder.check_fits(self._cut(prompt), max_tokens, _GENERATED)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
+        """Answer the calls, in their order; an `UnavailableError` brings those that were answered before it."""
         results: list[Any] = self._requests(calls)
         ready = [i for i, r in enumerate(results) if isinstance(r, Request)]
-        replies = self._client.post([results[i] for i in ready])
+        try:
+            replies = self._client.post([results[i] for i in ready])
+        except UnavailableError as error:
+            for i, reply in zip(ready, error.results, strict=True):
+                results[i] = self._result(calls[i], reply)
+            error.results = tuple(results)
+            raise
         for i, reply in zip(ready, replies, strict=True):
-            results[i] = reply if isinstance(reply, Failure) else self._read(calls[i], reply)
-            if self._encoder is not None and isinstance(calls[i], Generate) and isinstance(results[i], Answer):
-                # A chat server puts reasoning that its template opened back; here the template was put on locally.
-                opened = self._encoder.opened_reasoning(calls[i].prompt)
-                results[i] = replace(results[i], value=opened + results[i].value)
+            results[i] = self._result(calls[i], reply)
         return results
+
+    def _result(self, call: Call, reply: dict | Failure | None) -> Result | None:
+        if not isinstance(reply, dict):
+            return reply
+        result = self._read(call, reply)
+        if self._encoder is not None and isinstance(call, Generate) and isinstance(result, Answer):
+            # A chat server puts reasoning that its template opened back; here the template was put on locally.
+            return replace(result, value=self._encoder.opened_reasoning(call.prompt) + result.value)
+        return result
 
     def _probe(self) -> None:
         prompt = Prompt(parts=("Hello",), passages=())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rerank_ray.models.engine import computes_bfloat16
+
 _ROWS = 4096
 """Of the input that the layout is chosen for; any other number is computed as well."""
 
@@ -30,6 +32,7 @@ class PrepackedLinear(nn.Module):
 
 def prepack(model: nn.Module) -> None:
     """Put prepacked layers in the place of a model's linear ones where that pays: in bfloat16 on the CPU, with a bias.
+    A CPU without products of bfloat16 has no kernel for them.
 
     The model can then neither be trained nor saved.
     """
@@ -43,4 +46,4 @@ def prepack(model: nn.Module) -> None:
 
 
 def _is_fit(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and computes_bfloat16(weight.device)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
-from rerank_ray.models.loading import load
+from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.protocol import Answer, Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
+from rerank_ray.models.student.lora import saved_names
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import ScalarHeadSettings
 
@@ -44,11 +46,7 @@ class ScalarHead:
         self.model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model.base_model, settings)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and settings.max_length > limit:
-            raise ModelError(
-                f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
-            )
+        check_positions(self.model, settings.max_length, settings.path)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
@@ -103,20 +101,14 @@ def _load_model(
         raise ModelError(f"{settings.path}: {type(model).__name__} is no decoder with a scalar head; use cross_encoder")
     missing = set(info["missing_keys"])
     if adapter is None:
-        _refuse_random(missing, settings.path)
+        refuse_random(missing, settings.path)
         if model.config.num_labels != 1:
             raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
         return model
     try:
-        saved = {k.removeprefix("base_model.model.") for k in load_peft_weights(adapter.source, device="cpu")}
-        _refuse_random(missing - saved, f"{settings.path} with {settings.adapter}")
+        refuse_random(missing - saved_names(adapter.source), f"{settings.path} with {settings.adapter}")
         tuned = PeftModel.from_pretrained(model, adapter.source)
         return tuned.merge_and_unload() if settings.merge_adapter else tuned.get_base_model()
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{settings.adapter}: PEFT can't put this adapter on {settings.path}: {reason}") from error
-
-
-def _refuse_random(missing: set[str], source: str) -> None:
-    if missing:
-        raise ModelError(f"{source}: the checkpoint has no weights for {sorted(missing)}, which would be random")

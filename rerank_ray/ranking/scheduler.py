@@ -6,6 +6,7 @@ that asks one thing after another keeps the device as busy as one that asks ever
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -88,6 +89,7 @@ def run(method, backend: Backend | None, requests: Sequence[CandidateList]) -> l
     except Exception as error:
         if len(requests) == 1:
             return [_failed(requests[0], error)]
+        _let_go(error)
         outcomes = [_run_alone(method, backend, request) for request in requests]
         if all(isinstance(o, Exception) for o in outcomes):
             raise
@@ -100,7 +102,16 @@ def _run_alone(method, backend: Backend | None, request: CandidateList) -> Outco
     except UnavailableError:
         raise
     except Exception as error:
+        _let_go(error)
         return error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the variables of the calls that an exception came through: its traceback keeps them alive, and after an
+    out-of-memory error they are the tensors that left no room."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _failed(request: CandidateList, error: Exception) -> Outcome:

@@ -55,8 +55,8 @@ class StoreSettings(Settings):
     uri: str
     """Folder of the store, made if missing: any pyarrow filesystem that every replica sees."""
     max_gb: PositiveFloat = 2.0
-    """GiB beyond which the oldest answers are dropped. A yes/no answer takes some 40 bytes, and 12 of each replica's
-    memory."""
+    """GiB beyond which no answer is added while a job runs, and the job says how many were not. Before a job the oldest
+    are dropped until a tenth is free. A yes/no answer takes some 40 bytes, and 12 of each replica's memory."""
 
 
 class LimitSettings(Settings):

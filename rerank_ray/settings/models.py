@@ -161,7 +161,8 @@ class ColBERTSettings(EmbeddingSettings):
 
 
 class BiEncoderSettings(EmbeddingSettings):
-    """A sentence encoder; pooling and normalisation come from its sentence-transformers files when it has them."""
+    """A sentence encoder; pooling and normalisation come from its sentence-transformers files when it has them. Our own
+    students bring their prefixes and lengths."""
 
     kind: Literal["bi_encoder"] = "bi_encoder"
     pooling: Literal["mean", "cls", "last"] | None = None

@@ -55,6 +55,28 @@ def test_a_layer_as_an_ordinary_cross_encoder(run: Path, tmp_path: Path):
         assert fact in card
 
 
+def test_overwrite_deletes_nothing_but_models(run: Path, tmp_path: Path):
+    """Not the run that the student lies in, nor folders of other things, nor files."""
+    options = {"form": "transformers", "layer": None, "int8": False, "overwrite": True}
+    everything = sorted(run.rglob("*"))
+    for out in (run, run / "student", run / "student" / "..", tmp_path):
+        with pytest.raises(ConfigError, match="holds the student itself"):
+            export(str(run / "student"), str(out), **options)
+    other, file = tmp_path / "other", tmp_path / "file"
+    other.mkdir()
+    (other / "notes.txt").write_text("a day's work")
+    file.write_text("x")
+    with pytest.raises(ConfigError, match=r"holds no earlier export: it has no config\.json"):
+        export(str(run / "student"), str(other), **options)
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        export(str(run / "student"), str(file), **options)
+    assert sorted(run.rglob("*")) == everything
+    assert (other / "notes.txt").exists()
+    for _ in range(2):
+        export(str(run / "student"), str(tmp_path / "out"), **options)
+    assert load(tmp_path / "out").layers == (3,)
+
+
 def test_what_cannot_be_exported(run: Path, tiny_bert: Path, tmp_path: Path):
     options = {"form": "transformers", "layer": None, "int8": False, "overwrite": False}
     with pytest.raises(ConfigError, match=r"not a student of ours: it has no student.json"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from fixtures.rows import make_list
 from fixtures.tiny_models import tiny_llama_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.hf_causal import HFCausal
@@ -66,6 +67,29 @@ def plain_log_likelihood(plain: tuple, prompt: Prompt, continuation: str) -> lis
         values.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item())
         ids = [*ids, token]
     return values
+
+
+def test_weights_that_a_checkpoint_lacks_are_refused(tiny_llama: Path, tiny_bert: Path, tmp_path: Path):
+    """They would be random, and other ones in every process: a model saved without its output layer, an encoder."""
+    embedder = tmp_path / "embedder"
+    shutil.copytree(tiny_llama, embedder)
+    LlamaModel.from_pretrained(tiny_llama).save_pretrained(embedder)
+    with pytest.raises(ModelError, match=r"embedder: .*no weights for lm_head\.weight, which would be random"):
+        backend(embedder)
+    with pytest.raises(ModelError, match=r"no weights for cls\.predictions\S+ and \d+ more, which would be random"):
+        backend(tiny_bert, max_length=100)
+
+
+def test_an_output_layer_tied_to_the_embeddings_is_not_missing(tiny_llama: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    (answer,) = backend(tmp_path).run([NextToken(prompt=prompts()[0], labels=("Yes", "No"))])
+    expected = plain_next_token((AutoTokenizer.from_pretrained(tmp_path), model), prompts()[0], ("Yes", "No"))
+    assert answer.value == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1024, 8192])

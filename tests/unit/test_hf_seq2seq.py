@@ -15,6 +15,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     GenerationConfig,
+    T5EncoderModel,
 )
 
 from rerank_ray.errors import ModelError
@@ -164,6 +165,14 @@ def test_a_method_runs_on_it(folder: Path, plain: tuple, tmp_path: Path):
 def test_a_label_of_several_tokens_is_refused(folder: Path):
     with pytest.raises(ModelError, match=r"label 'maybe' is \d tokens"):
         backend(folder).check_labels(("true", "maybe"), Prompt(parts=("a",), passages=()))
+
+
+def test_an_encoder_alone_is_refused(folder: Path, tmp_path: Path):
+    """Its decoder and output layer would be random, and other ones in every process."""
+    T5EncoderModel.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match=r"no weights for decoder\.block\.0\S+ and \d+ more, which would be random"):
+        backend(tmp_path / "m")
 
 
 def test_models_of_other_families_are_refused(folder: Path, tmp_path: Path):

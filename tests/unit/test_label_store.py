@@ -317,6 +317,43 @@ def test_the_oldest_are_dropped_beyond_the_bound(tmp_path):
     assert [a is not None for a in opened(tmp_path).get([digest(n) for n in range(3)])] == [False, True, True]
 
 
+@pytest.mark.parametrize("writes_until_measured", [4, 1000])
+def test_a_full_store_takes_no_more_and_keeps_what_it_has(tmp_path, monkeypatch, writes_until_measured: int):
+    """Room for ten of twelve batches: done again with one more, a job finds those ten, as nothing gave way to answers
+    that it asks for later. It says how many answers there was no room for."""
+    monkeypatch.setattr(label_store, "_WRITES_UNTIL_MERGED", writes_until_measured)
+    monkeypatch.setattr(label_store, "_SMALL_BYTES", 0)
+    batches = [[digest(5 * i + n) for n in range(5)] for i in range(13)]
+    opened(tmp_path / "one").put({d: answer(1) for d in batches[0]})
+    size = segments(tmp_path / "one")[0].stat().st_size
+    bound = StoreSettings(uri=str(tmp_path / "s"), max_gb=9.5 * size / 2**30)
+    first = LabelStore(bound)
+    for batch in batches[:12]:
+        first.put({d: answer(1) for d in batch})
+    assert first.counts.not_stored == 10
+    again = LabelStore(bound)
+    for batch in batches:
+        found = again.get(batch)
+        again.put({d: answer(1) for d, a in zip(batch, found, strict=True) if a is None})
+    assert (again.counts.hits, again.counts.misses, again.counts.not_stored) == (50, 15, 15)
+
+
+def test_room_is_made_before_a_job(tmp_path):
+    """The oldest are dropped until a tenth of the bound is free, so that a full store is not what it was for ever."""
+    store = opened(tmp_path)
+    for n in range(20):
+        store.put({digest(n): answer(n)})
+    size = sum(f.stat().st_size for f in segments(tmp_path))
+    settings = StoreSettings(uri=str(tmp_path), max_gb=size / 2**30)
+    prepare(settings)
+    found = [a is not None for a in LabelStore(settings).get([digest(n) for n in range(20)])]
+    assert found == [False] * found.count(False) + [True] * found.count(True)
+    assert 2 <= found.count(False) <= 3
+    LabelStore(settings).put({digest(99): answer(99)})
+    tidy(settings)
+    assert LabelStore(settings).get([digest(99)])[0] is not None
+
+
 def test_files_of_others_are_left_alone(tmp_path):
     """A store put by mistake into a folder of data neither reads, merges, counts nor deletes what is there."""
     foreign = [tmp_path / "part-0.parquet", tmp_path / "notes.tmp"]

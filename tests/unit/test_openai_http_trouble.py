@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pyarrow as pa
 import pytest
-from fixtures.openai_http import always, backend, client, post, settings
+from fixtures.openai_http import PROMPT, always, backend, client, post, settings
 from fixtures.rows import make_list
 from fixtures.stub_server import Behaviour, Exchange, chat_reply, serving
 from pydantic import ValidationError
 
 from rerank_ray import config
 from rerank_ray.errors import ConfigError, ModelError, UnavailableError
+from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.http_client import Pace, Request, _retry_after
 from rerank_ray.models.openai_http import OpenAIHTTP
-from rerank_ray.models.protocol import Failure
+from rerank_ray.models.protocol import Failure, NextToken
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, candidate_row
-from rerank_ray.settings.jobs import LabelSettings
+from rerank_ray.settings.jobs import LabelSettings, StoreSettings
 from rerank_ray.settings.models import OpenAIHTTPSettings
 from rerank_ray.settings.rankers import YesNoSettings
 from rerank_ray.stages import RankStage
@@ -227,6 +229,34 @@ def test_a_key_that_is_revoked_is_no_rows_error(serve, count: int):
     rows = [candidate_row(make_list(f"q{i}")) for i in range(count)]
     with pytest.raises(UnavailableError, match="HTTP 401"):
         stage(pa.Table.from_pylist(rows, schema=CANDIDATES))
+
+
+def test_what_was_answered_before_the_server_said_stop_is_stored(serve, tmp_path):
+    """Credit that ends after four calls, or a key that is revoked: what is paid for is not asked again."""
+    calls = [NextToken(prompt=replace(PROMPT, passages=(f"passage {i}",)), labels=("Yes", "No")) for i in range(7)]
+    answered: list[str] = []
+
+    def behaviour(exchange: Exchange) -> None:
+        if len(answered) == 4:
+            exchange.send({"error": {"message": "no credit"}}, 402)
+        else:
+            answered.append(exchange.body["messages"][0]["content"])
+            exchange.send(chat_reply("Yes", top={"Yes": -1.0, "No": -2.0}))
+
+    stub = serve(lambda e: e.send(chat_reply("Yes", top={"Yes": -1.0, "No": -2.0})))
+    model = settings(stub, top_logprobs=2, concurrency=1)
+    made = OpenAIHTTP(model)
+    stub.behaviour = behaviour
+    uri = StoreSettings(uri=str(tmp_path))
+    with pytest.raises(UnavailableError, match="HTTP 402: no credit"):
+        StoredBackend(made, model, LabelStore(uri)).run(calls)
+    assert len(answered) == 4
+    again = StoredBackend(made, model, LabelStore(uri))
+    assert sum(again.holds(calls)) == 4
+    answered.clear()
+    stub.requests.clear()
+    assert [r.value for r in again.run(calls)] == [(-1.0, -2.0)] * 7
+    assert len(answered) == 3
 
 
 def test_sampled_scores_are_refused_where_the_probability_is_not_asked_for(serve):

@@ -13,14 +13,17 @@ import pytest
 import torch
 from fixtures.rows import make_list
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from rerank_ray import config, planning
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.label_store import LabelStore, StoredBackend
+from rerank_ray.models.acceleration import Int8Linear
 from rerank_ray.models.engine import padded_length
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.prepacked import PrepackedLinear
 from rerank_ray.planning import Forecast, compare, load_job, plan, print_forecast
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.runs import RunFolder
@@ -222,6 +225,7 @@ def test_what_warmed_the_engine_up_is_not_taken_for_work_saved(tiny_bert, source
     seen = plan(settings, str(tmp_path / "run"), sample=20)
     outcomes = Ranker(settings.teacher).rank([make_list(f"q{n:02d}", SIZE) for n in range(20)])
     assert seen.work(20)["tokens"] == pytest.approx(sum(o.usage.computed_tokens for o in outcomes))
+    assert seen.embeds
 
 
 def test_operations_are_those_of_the_architecture(tiny_llama, source, tmp_path):
@@ -241,6 +245,16 @@ def test_operations_are_those_of_the_architecture(tiny_llama, source, tmp_path):
     expected += shape.num_hidden_layers * 4 * length**2 * shape.num_attention_heads * shape.head_dim
     expected += 2 * llama.get_output_embeddings().weight.numel()
     assert per_token * tokens == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("fast", [PrepackedLinear, Int8Linear])
+def test_operations_of_fast_layers_are_counted(fast: type):
+    """Seven rows from 64 to 96 numbers, which torch's own counter takes for nothing."""
+    layer = fast(torch.nn.Linear(64, 96))
+    counter = FlopCounterMode(display=False, custom_mapping=planning._cpu_operations())
+    with torch.inference_mode(), counter:
+        layer(torch.randn(7, 64))
+    assert counter.get_total_flops() == 2 * 7 * 64 * 96
 
 
 def text_of(seen: Forecast, execution: ExecutionSettings, **arguments) -> str:
@@ -271,6 +285,20 @@ def test_times_of_a_cpu_are_not_taken_for_a_gpus():
     assert said in text_of(forecast(), ExecutionSettings(gpus_per_actor=1))
     assert said not in text_of(forecast(gpu_memory_gib=3.0), ExecutionSettings(gpus_per_actor=1))
     assert said not in text_of(forecast(), ExecutionSettings())
+
+
+def test_what_a_forecast_does_not_know_is_said():
+    """A sample below a replica's batch, documents that come again, and another number of GPUs than the config's."""
+    execution = ExecutionSettings(actors=2, gpus_per_actor=0.5)
+    fits = text_of(forecast(gpu_memory_gib=3.0), execution)
+    for said, text in (
+        ("--sample 16.", text_of(forecast(sampled=15), execution)),
+        ("tokens and time are an upper bound", text_of(forecast(embeds=True), execution)),
+        ("The config has execution.actors 2: set it to 8 for 4 GPUs.", text_of(forecast(), execution, gpus=4)),
+    ):
+        assert said in text
+        assert said not in fits
+    assert "--sample" not in text_of(forecast(sampled=10, rows=210), execution)
 
 
 def test_without_gpus_replicas_are_counted():

@@ -55,8 +55,13 @@ def test_replaces_the_layers_that_it_serves_and_no_others():
     assert {name: model[name] for name in kept} == kept
 
 
-def test_without_the_kernels_the_model_stays(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+@pytest.mark.parametrize(
+    "lacking",
+    ["torch.backends.mkldnn.is_available", "rerank_ray.models.prepacked.computes_bfloat16"],
+)
+def test_without_the_kernels_the_model_stays(monkeypatch, lacking: str):
+    """Where oneDNN is not there, or the processor has no bfloat16 products, whose layout can't be made there."""
+    monkeypatch.setattr(lacking, lambda *_: False)
     model = nn.Sequential(layer())
     prepack(model)
     assert type(model[0]) is nn.Linear

@@ -157,14 +157,14 @@ def test_a_pair_never_passes_max_length(rankllama_folders: tuple[Path, Path]):
 def test_scalar_heads_that_would_be_random(rankllama_folders: tuple[Path, Path], tmp_path: Path):
     """A base model alone, and an adapter whose file lacks the head."""
     base, adapter = rankllama_folders
-    with pytest.raises(ModelError, match=r"has no weights for \['score.weight'\], which would be random"):
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight, which would be random"):
         load_backend(ScalarHeadSettings(path=str(base)))
     headless = tmp_path / "adapter"
     headless.mkdir()
     (headless / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
     weights = {k: v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "score" not in k}
     save_file(weights, headless / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"has no weights for \['score.weight'\]"):
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight,"):
         load_backend(ScalarHeadSettings(path=str(base), adapter=str(headless)))
 
 
@@ -273,7 +273,7 @@ def test_layers_above_the_exit_are_not_loaded(tmp_path: Path):
         ({"model_type": "gemma"}, {}, "model_type minicpm or llama, and has start_layer 2 and model_type gemma"),
         ({"start_layer": None}, {}, "not a layer-wise checkpoint"),
         ({"head_type": "raw"}, {}, "only head_type 'simple'"),
-        ({"head_multi": False}, {}, r"has no weights for \['lm_head.linear_head.weight'\], which would be random"),
+        ({"head_multi": False}, {}, r"has no weights for lm_head\.linear_head\.weight, which would be random"),
         ({"hidden_size": 64}, {}, "can't load this model"),
     ],
 )

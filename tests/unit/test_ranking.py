@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,6 +235,33 @@ def test_a_backend_that_raises_takes_one_query_down():
     outcomes = scheduler.run(relevance(backend), backend, requests)
     assert [o.error for o in outcomes] == [None, None, "RuntimeError: the backend broke", None]
     assert [o.request for o in outcomes] == requests
+
+
+def test_what_a_failed_pass_held_is_free_for_the_next():
+    """A traceback keeps the tensors of every call that the exception came through; the neighbours need the room."""
+    held: list[weakref.ref] = []
+    alive: list[int] = []
+
+    class Device(Oracle):
+        def run(self, calls):
+            alive.append(sum(tensor() is not None for tensor in held))
+            try:
+                self.forward(calls)
+            except MemoryError as error:
+                raise RuntimeError("out of memory") from error
+            return super().run(calls)
+
+        def forward(self, calls):
+            activations = np.zeros(10)
+            held.append(weakref.ref(activations))
+            if any("of q1" in call.text for call in calls):
+                raise MemoryError
+
+    requests = [make_list(f"q{i}") for i in range(4)]
+    backend = Device({text: 1.0 for request in requests for text in texts_of(request)})
+    outcomes = scheduler.run(relevance(backend), backend, requests)
+    assert [o.error for o in outcomes] == [None, "RuntimeError: out of memory", None, None]
+    assert alive == [0] * 5
 
 
 def test_a_backend_that_always_raises_is_no_fault_of_the_rows():

@@ -18,6 +18,8 @@ from transformers import (
     BertModel,
     ElectraConfig,
     ElectraModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
@@ -221,6 +223,18 @@ def test_a_truncated_student_is_the_layer(tiny_bert: Path, tmp_path: Path, head:
     torch.testing.assert_close(scores(whole)[:layer], expected)
 
 
+@pytest.mark.parametrize("branch_layers", [0, 1])
+def test_a_truncated_student_of_a_backbone_with_a_last_norm_is_the_layer(tmp_path: Path, branch_layers: int):
+    """ModernBERT's: the whole student's early layers are scored behind it, as the cut student's last is."""
+    alike = {"global_attn_every_n_layers": 1, "max_position_embeddings": 128}
+    base = tiny_encoder_folder(tmp_path / "m", ModernBertModel, ModernBertConfig, layers=4, **alike)
+    whole = stirred(start(base, "similarity", layers=(2, 4), interaction=1.0, branch_layers=branch_layers))
+    torch.nn.init.normal_(whole.backbone.final_norm.weight, 1.0, 0.5)
+    expected = scores(whole)[:1]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(scores(whole.truncated(2)), expected, atol=1e-4, rtol=1e-4)
+
+
 @both_heads
 def test_the_backend_stops_at_its_exit_layer(tiny_bert: Path, tmp_path: Path, head: str):
     """Without exit_layer a layer-wise student stops at its last, and says so; a one-layer student has none."""
@@ -326,6 +340,27 @@ def test_a_long_query_where_the_tokenizer_ends_before_max_length(tiny_cross_enco
     (encoded,) = student.encode(["cat " * 300], ["dog " * 300])
     assert len(encoded["input_ids"]) <= 128
     assert scores(student, ["cat " * 300], ["dog " * 300]).isfinite().all()
+
+
+def test_lengths_beyond_the_models_positions_are_refused(tiny_bert: Path, tiny_cross_encoder: Path, tmp_path: Path):
+    """Where the tokenizer knows no end: before, the first long document ended the job with an IndexError."""
+    for base, name in ((tiny_cross_encoder, "c"), (tiny_bert, "b")):
+        shutil.copytree(base, tmp_path / name)
+        tiny_bert_tokenizer(10**30).save_pretrained(tmp_path / name)
+    with pytest.raises(ModelError, match="max_length is 400, but the model ends at 128 tokens"):
+        load(tmp_path / "c", max_length=400)
+    with pytest.raises(ModelError, match="max_length is 400, but the model ends at 128 tokens"):
+        BiEncoder(BiEncoderSettings(path=str(tmp_path / "b"), max_length=400))
+    assert load(tmp_path / "c", max_length=128)
+
+
+def test_a_robertas_positions_begin_behind_its_padding_token(tmp_path: Path):
+    """Of 70 positions the padding token, number 0, and those before it have one."""
+    base = tiny_encoder_folder(tmp_path / "r", RobertaModel, RobertaConfig, layers=1)
+    with pytest.raises(ModelError, match="max_length is 70, but the model ends at 69 tokens"):
+        start(base, "linear", max_length=70)
+    student = start(base, "linear", max_length=69)
+    assert scores(student, ["cat"], ["dog " * 100]).isfinite().all()
 
 
 def test_a_truncated_checkpoint_names_the_model(tiny_cross_encoder: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
 from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder, tiny_t5_folder
 from safetensors.torch import load_file
+from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import processors
 from torch import nn
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from rerank_ray.errors import ModelError
+from rerank_ray.export import export
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.hf_seq2seq import HFSeq2Seq
@@ -51,8 +53,6 @@ def pairs(settings) -> list[float]:
 
 def as_theirs(folder: Path, queries: list[str], documents: list[str]) -> list[torch.Tensor]:
     """The last layer's scores as transformers and sentence-transformers compute them, padded on the right."""
-    from sentence_transformers import CrossEncoder as TheirCrossEncoder
-
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
@@ -103,6 +103,26 @@ def test_a_decoder_with_a_scalar_head_loads_anywhere(tiny_llama: Path, tmp_path:
     torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("base", ["tiny_bert", "tiny_llama"])
+def test_long_documents_are_cut_alike_elsewhere(request: pytest.FixtureRequest, tmp_path: Path, base: str):
+    """At the student's `max_length`, not at its base's: sentence-transformers reads the folder, and an export's."""
+    student = stirred(start(request.getfixturevalue(base), "linear", max_length=64, max_query_length=32))
+    student.save(tmp_path / "s")
+    export(str(tmp_path / "s"), str(tmp_path / "e"), form="transformers", layer=None, int8=False, overwrite=False)
+    documents = ["dog of beta gamma " * 60, "cat", "alpha " * 59 + "dog bird the cat"]
+    queries = ["which cat"] * len(documents)
+    expected = scores(student, queries, documents)[-1]
+    described = student.description
+    for folder in (tmp_path / "s", tmp_path / "e"):
+        pairs = [
+            (described.query_prefix + q, described.document_prefix + d) for q, d in zip(queries, documents, strict=True)
+        ]
+        theirs = TheirCrossEncoder(str(folder), device="cpu").predict(
+            pairs, activation_fn=nn.Identity(), show_progress_bar=False
+        )
+        torch.testing.assert_close(torch.as_tensor(theirs), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_layer_of_a_decoder_is_head_of_norm_of_hidden(tiny_llama: Path, tmp_path: Path):
     """One pair at a time, without padding, from the weights as they were saved."""
     student = stirred(start(tiny_llama, "linear", layers=(1, 2)))
@@ -128,6 +148,19 @@ def test_a_truncated_decoder_is_the_layer(tiny_llama: Path, tmp_path: Path):
     assert (expected[0] - expected[1]).abs().max() > 0.1
     whole.save(tmp_path / "w")
     torch.testing.assert_close(torch.tensor(pairs({"path": str(tmp_path / "w"), "exit_layer": 1})), expected[0])
+
+
+def test_a_foreign_decoder_whose_pairs_stand_in_a_chat_template_is_refused(tiny_llama: Path, tmp_path: Path):
+    """sentence-transformers puts them there; without a template its scores are ours."""
+    bare = {"query_prefix": "", "document_prefix": ""}
+    student = stirred(start(tiny_llama, "linear", max_length=400, max_query_length=40, **bare))
+    student.save(tmp_path / "s")
+    (tmp_path / "s" / "student.json").unlink()
+    (theirs, _) = as_theirs(tmp_path / "s", QUERIES, DOCUMENTS)
+    torch.testing.assert_close(torch.tensor(pairs({"path": str(tmp_path / "s"), "max_length": 400})), theirs)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "s")
+    with pytest.raises(ModelError, match=r"a decoder with a chat template.* kind: scalar_head .* method: yes_no"):
+        load(tmp_path / "s", max_length=400)
 
 
 def test_how_a_decoders_pair_is_put(tiny_llama: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,25 +44,46 @@ def tiny_colbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("prefix", [None, "alpha: "])
 def test_a_bi_encoder_student_is_a_sentence_encoder(tiny_bert: Path, tmp_path: Path, prefix: str | None):
-    """Its scores are scale · cosine of what the `bi_encoder` backend and sentence-transformers embed."""
+    """Its scores are scale · cosine of what the `bi_encoder` backend and sentence-transformers embed; both know its
+    prefixes and where it cuts a document."""
     from sentence_transformers import SentenceTransformer
 
     student = moved(start(tiny_bert, "bi_encoder", query_prefix=prefix, max_length=80))
     student.save(tmp_path / "s")
-    expected = scores(student)[0] / student.log_scale.exp().item()
+    texts = [*QUERIES, "cat"], [*DOCUMENTS, "bird " * 30 + "dog " * 70]
+    expected = scores(student, *texts)[0] / student.log_scale.exp().item()
     assert expected.std() > 0.01
     torch.testing.assert_close(scores(load(tmp_path / "s")), scores(student), atol=0, rtol=0)
-    settings = BiEncoderSettings(path=str(tmp_path / "s"), dtype="float32", max_length=64, query_prefix=prefix or "")
-    queries, documents = embedded(BiEncoder(settings), Embed)
+    settings = BiEncoderSettings(path=str(tmp_path / "s"), dtype="float32")
+    queries, documents = embedded(BiEncoder(settings), Embed, *texts)
     ours = torch.stack([q @ d for q, d in zip(queries, documents, strict=True)])
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    if prefix is not None:
+        with pytest.raises(ModelError, match="query_prefix is 'query: ', but this student was trained with 'alpha: '"):
+            BiEncoder(settings.model_copy(update={"query_prefix": "query: "}))
     model = SentenceTransformer(str(tmp_path / "s"), device="cpu")
     sides = [
-        model.encode(texts, prompt_name=role, convert_to_tensor=True, show_progress_bar=False)
-        for texts, role in ((QUERIES, "query"), (DOCUMENTS, "document"))
+        model.encode(side, prompt_name=role, convert_to_tensor=True, show_progress_bar=False)
+        for side, role in zip(texts, ("query", "document"), strict=True)
     ]
     torch.testing.assert_close((sides[0] * sides[1]).sum(-1), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sides[0].norm(dim=-1), torch.ones(len(QUERIES)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sides[0].norm(dim=-1), torch.ones(len(sides[0])), atol=1e-4, rtol=0)
+
+
+def test_a_sentence_encoder_without_its_weights_is_refused(tiny_bert: Path, tmp_path: Path):
+    """Under other names than the architecture's they are random; only a pooler, which nothing reads, may lack."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_bert, folder)
+    weights = load_file(folder / "model.safetensors")
+    without_pooler = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    assert len(without_pooler) < len(weights)
+    save_file(without_pooler, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = BiEncoderSettings(path=str(folder), dtype="float32", max_length=64)
+    assert BiEncoder(settings).run([Embed(text="cat", role="query")])
+    renamed = {f"net.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no weights for embeddings\.\S+ and \d+ more, which would be random"):
+        BiEncoder(settings)
 
 
 def test_a_colbert_student_is_a_colbert_checkpoint(tiny_colbert: Path, tmp_path: Path):

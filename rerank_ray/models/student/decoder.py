@@ -12,6 +12,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.instructed_pairs import InstructedPairs
 from rerank_ray.models.student.base import StudentDescription, collate_causal
 from rerank_ray.models.student.linear import LinearStudent
+from rerank_ray.models.student.source import final_norm
 
 
 class DecoderStudent(LinearStudent):
@@ -71,16 +72,14 @@ class DecoderStudent(LinearStudent):
         rows = torch.arange(len(last), device=last.device)
         scores = [self.model.score(output.last_hidden_state[rows, last])[:, 0]]
         if early:
-            norm = _final_norm(base)
+            norm = self._final_norm()
             # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
             hidden = {n: norm(output.hidden_states[n][rows, last]) for n in self.layers[:-1]}
             scores = [self.early_heads[str(n)](h)[:, 0] for n, h in hidden.items()] + scores
         return torch.stack(scores)
 
-
-def _final_norm(base: nn.Module) -> nn.Module:
-    """The norm that a decoder's last hidden state has passed."""
-    norm = next((getattr(base, n) for n in ("norm", "final_layernorm", "ln_f") if hasattr(base, n)), None)
-    if norm is None:
-        raise ModelError(f"{type(base).__name__}: can't find its last norm, so earlier layers can't have heads")
-    return norm
+    def _final_norm(self) -> nn.Module:
+        norm = final_norm(self.model)
+        if norm is None:
+            raise ModelError(f"{type(self.model).__name__}: can't find its last norm: earlier layers can't have heads")
+        return norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.packing import Packing, is_packable
+from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
-from rerank_ray.models.student.source import first_position, keep_layers
+from rerank_ray.models.student.source import keep_layers
 
 
 class LinearStudent(Student):
@@ -31,6 +33,11 @@ class LinearStudent(Student):
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return self.early_heads.state_dict()
+
+    def save(self, folder: Path) -> None:
+        # Where sentence-transformers' CrossEncoder cuts pairs.
+        self.tokenizer.model_max_length = self.description.max_length
+        super().save(folder)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         return encode_pairs(self.texts, self.description, queries, documents)

@@ -19,6 +19,8 @@ from rerank_ray.models.attention import GATED
 from rerank_ray.models.bi_encoder import saved_pooling
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
+from rerank_ray.models.loading import refuse_random
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
 from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
@@ -37,7 +39,8 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
     """Load a cross-encoder: a student of ours, or any sequence-classification checkpoint with one output.
 
     Raises:
-        ModelError: the model is missing, has no trained head, or has several outputs.
+        ModelError: the model is missing, has no trained head, or has several outputs; or its pairs stand in a chat
+            template, which is not done here.
     """
     source = Source.open(settings)
     folder = source.resolved.folder
@@ -45,15 +48,22 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         description = StudentDescription.model_validate_json((folder / DESCRIPTION).read_text())
         heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
         return _READ[description.head](source, description, heads, dtype).eval()
-    model, info = source.load(AutoModelForSequenceClassification, dtype, output_loading_info=True)
-    if info["missing_keys"]:
+    if source.is_decoder and source.tokenizer.chat_template is not None:
         raise ModelError(
-            f"{settings.path}: not a cross-encoder: the checkpoint has no weights for {sorted(info['missing_keys'])}, "
-            "which would be random; use a sequence-classification checkpoint, or distil one"
+            f"{settings.path}: a decoder with a chat template, into which sentence-transformers puts its pairs, and "
+            "which kind cross_encoder does not fill: use kind: scalar_head with its pairs' formats if it was trained "
+            "on bare text, or method: yes_no with a language model that answers a prompt"
         )
+    model, info = source.load(AutoModelForSequenceClassification, dtype, output_loading_info=True)
+    refuse_random(
+        info["missing_keys"],
+        f"{settings.path}: not a cross-encoder",
+        "; use a sequence-classification checkpoint, or distil one",
+    )
     if model.config.num_labels != 1:
         raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
     max_length = min(settings.max_length, source.tokenizer.model_max_length)
+    check_positions(model, max_length, settings.path)
     description = StudentDescription(
         head="linear",
         layers=(model.config.num_hidden_layers,),

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.settings.student import LoraSettings
+
+_PREFIX = "base_model.model."
+"""Of every name in PEFT's files."""
 
 
 def add_adapters(model: PreTrainedModel, settings: LoraSettings, *, base: str, revision: str | None) -> None:
@@ -84,9 +87,14 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(model) | heads
-    tensors = {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in state.items()}
+    tensors = {f"{_PREFIX}{name}": tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
+
+
+def saved_names(folder: Path | str) -> set[str]:
+    """What a folder of adapters holds, whole layers such as a head among it, by its name in the model."""
+    return {name.removeprefix(_PREFIX) for name in load_peft_weights(str(folder), device="cpu")}
 
 
 def with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models.packing import Packing, is_packable
+from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at
-from rerank_ray.models.student.source import first_position, keep_layers, layers_of, renumber
+from rerank_ray.models.student.source import final_norm, keep_layers, layers_of, renumber
 
 _BRANCHES = "branches."
 
@@ -128,7 +129,7 @@ class SimilarityStudent(Student):
         return is_packable(self.backbone)
 
     def states(self, *, input_ids, position_ids, segment_sign, attention_mask=None, places=None) -> list[torch.Tensor]:
-        """Hidden states [B, L, H] after each layer that has a head."""
+        """Hidden states [B, L, H] after each layer that has a head, as they are when the model ends there."""
         early = self.layers[:-1]
         tokens = {"input_ids": input_ids, "position_ids": position_ids}
         packing = None if places is None else Packing(places=places, mask=attention_mask)
@@ -143,6 +144,8 @@ class SimilarityStudent(Student):
             states = [self._along(branch, n, inputs) for branch, n in zip(self.branches, early, strict=True)]
         else:
             states = [output.hidden_states[n] for n in early]
+        if (norm := final_norm(self.backbone)) is not None:
+            states = [norm(hidden) for hidden in states]
         states.append(output.last_hidden_state)
         return states if packing is None else [packing.unpack(hidden) for hidden in states]
 

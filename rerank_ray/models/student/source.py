@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.models.student.base import DESCRIPTION, StudentDescription
 from rerank_ray.settings.models import ModelSettings
@@ -81,11 +82,7 @@ class Source:
                 f"({lost[0]}, …), which would be random: its weights are of another architecture than its config, "
                 f"{type(model).__name__}"
             )
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and self.settings.max_length > limit:
-            raise ModelError(
-                f"{self.settings.path}: max_length is {self.settings.max_length}, but the model ends at {limit} tokens"
-            )
+        check_positions(model, self.settings.max_length, self.settings.path)
         # Weights that were stored packed (GGUF) are not any more.
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
@@ -134,12 +131,12 @@ def embeddings_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
 
 
-def first_position(model: PreTrainedModel) -> int:
-    """The number that an encoder gives a sequence's first token."""
-    # RoBERTa's kind counts positions from the padding token's id + 1, and marks that in its position embeddings.
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding_position = getattr(positions, "padding_idx", None)
-    return 0 if padding_position is None else padding_position + 1
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm that the states after the last layer have passed, and those after earlier layers have not; None in
+    encoders of BERT's kind, whose layers end with one of their own."""
+    base = model.base_model
+    names = ("norm", "final_norm", "final_layernorm", "ln_f")
+    return next((getattr(base, n) for n in names if isinstance(getattr(base, n, None), nn.Module)), None)
 
 
 def keep_layers(model: PreTrainedModel, count: int) -> None:
