@@ -43,6 +43,8 @@ from rerank_ray.settings.jobs import StoreSettings
 # Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that exits
 # early as a whole would have to come again as a whole.
 STORED_CALLS = (NextToken, LogLikelihood, Generate, Pair, Embed)
+_READINGS = 2
+"""Raised where the same call of a model comes to be read otherwise: answers from before are no answers then."""
 # What says how a model is run, fed and paid for, not what it answers.
 _NOT_IN_KEY = frozenset(
     {
@@ -280,7 +282,7 @@ def model_key(backend: Backend, settings: Settings) -> str:
         from rerank_ray.models.engine import pick_dtype
 
         content["dtype"] = str(pick_dtype("auto", backend.device))
-    return json.dumps([__version__, backend.name, content], sort_keys=True)
+    return json.dumps([__version__, _READINGS, backend.name, content], sort_keys=True)
 
 
 class _Index:

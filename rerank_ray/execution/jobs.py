@@ -146,9 +146,14 @@ def _store_line(store: dict | None) -> str:
     if not store:
         return ""
     calls = store["hits"] + store["misses"]
-    faults = [f"{store[name]:,} {name.replace('_', ' ')}" for name in ("corrupt_segments", "failed_writes")]
+    faults = {
+        "corrupt_segments": "corrupt segments",
+        "failed_writes": "failed writes",
+        "not_stored": "answers not stored: raise store.max_gb",
+    }
+    told = [f"{store[name]:,} {words}" for name, words in faults.items() if store.get(name)]
     rate = f" ({store['hit_rate']:.1%})" if calls else ""
-    return ", ".join([f"{store['hits']:,} of {calls:,} calls{rate}", *(f for f in faults if not f.startswith("0 "))])
+    return ", ".join([f"{store['hits']:,} of {calls:,} calls{rate}", *told])
 
 
 def _defects_line(counts: Counts) -> str:

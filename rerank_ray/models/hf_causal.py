@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
 from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.positions import check_positions
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
     Answer,
@@ -91,18 +91,14 @@ class HFCausal:
         self.parameters = engine.count_parameters(self.model)
         if loaded:
             accelerate(self.model.base_model, settings)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and settings.max_length > limit:
-            raise ModelError(
-                f"{settings.path}: max_length is {settings.max_length}, but the model ends at {limit} tokens"
-            )
+        check_positions(self.model, settings.max_length, settings.path)
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
         # What is written is computed a token a row at a time, so there the more rows the better.
         self._writer = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._writer.stats = self._prefix_runner.stats = self.runner.stats
-        self._positions = limit
+        self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
         self.share_prefix = settings.share_prefix
         if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= _CACHED_LAYERS:
