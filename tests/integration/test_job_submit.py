@@ -34,6 +34,7 @@ ROWS = {"rows_per_batch": 4, "rows_per_block": 4}
 FAKE = {"method": "yes_no", "model": {"kind": "fake"}}
 TOPICS = ("river", "engine", "harvest", "signal")
 STARTING_TAKES_S = 180
+ENDING_TAKES_S = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +183,19 @@ def stop(head: subprocess.Popen) -> None:
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    _, left = psutil.wait_procs(left, timeout=10)
-    head.wait(timeout=10)
-    assert not left, f"still running: {left}"
+    head.wait(timeout=ENDING_TAKES_S)
+    deadline = time.monotonic() + ENDING_TAKES_S
+    while (running := [p for p in left if is_running(p)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not running, f"still running: {running}"
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Ended processes stay zombies until their parent, the machine's first process by then, comes to ask after them."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def write_beir(folder: Path) -> None:

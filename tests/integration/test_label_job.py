@@ -338,6 +338,7 @@ def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates,
             "misses": calls,
             "corrupt_segments": 0,
             "failed_writes": 0,
+            "not_stored": 0,
             "hit_rate": hits / (hits + calls),
         }
 
