@@ -99,10 +99,9 @@ class BiEncoder:
 
 def _student(resolved: ResolvedModel) -> StudentDescription | None:
     """How a bi-encoder student of ours was trained; None for other checkpoints."""
-    from rerank_ray.models.student.base import DESCRIPTION, StudentDescription
+    from rerank_ray.models.student.base import saved_description
 
-    text = None if resolved.folder is None else read_beside(resolved, DESCRIPTION)
-    student = None if text is None else StudentDescription.model_validate_json(text)
+    student = saved_description(resolved)
     return student if student is not None and student.head == "bi_encoder" else None
 
 

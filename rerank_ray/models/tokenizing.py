@@ -92,11 +92,12 @@ class PromptEncoder:
 
     def _prepare(self, call: NextToken | LogLikelihood | Generate, room: int) -> _Prepared | Failure:
         try:
+            if isinstance(call, NextToken):
+                prompt, labels = self._reading(call.prompt, call.labels)
+                return _Prepared(prompt=prompt, reserved=room, labels=labels)
             prompt = self.asked(call)
             if isinstance(call, Generate):
                 return _Prepared(prompt=prompt, reserved=call.max_tokens)
-            if isinstance(call, NextToken):
-                return _Prepared(prompt=prompt, reserved=room, labels=self.label_ids(call.prompt, call.labels))
         except (ModelError, PromptTooLongError) as error:
             return Failure(reason=str(error))
         continuation = self.continuation(call.prompt, call.continuation)

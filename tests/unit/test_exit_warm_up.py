@@ -61,6 +61,18 @@ def warmed(folder: Path, told: list[dict] | None = None, **changes) -> tuple[Stu
     return student, metrics
 
 
+def trainer_settings(base: Path, folder: Path, warming: dict, **more) -> DistillSettings:
+    """A student of layers 1 and 3, warmed up before it learns from eight lists of six."""
+    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
+    student = {"base": str(base), "head": "similarity", "layers": [1, 3], "max_length": 32, "max_query_length": 8}
+    content = {
+        "input": [write_labels(folder / "labels", rows)],
+        "student": student | {"exit_warm_up": {"passages": 4, "spans": 2} | warming},
+        "dtype": "float32",
+    }
+    return DistillSettings.model_validate(content | more)
+
+
 def test_the_early_exit_comes_to_score_as_the_last_layer_did(tiny_bert: Path):
     """Its scores of whole pairs near those that the last layer had; the last layer's stay nearer."""
     before = student_of(tiny_bert)
@@ -202,21 +214,7 @@ def test_embeddings_stay_and_are_trained_afterwards(tiny_bert: Path):
 
 
 def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_bert: Path, tmp_path: Path):
-    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
-    settings = DistillSettings.model_validate(
-        {
-            "input": [write_labels(tmp_path / "labels", rows)],
-            "student": {
-                "base": str(tiny_bert),
-                "head": "similarity",
-                "layers": [1, 3],
-                "max_length": 32,
-                "max_query_length": 8,
-                "exit_warm_up": {"steps": 2, "passages": 4, "spans": 2},
-            },
-            "dtype": "float32",
-        }
-    )
+    settings = trainer_settings(tiny_bert, tmp_path, {"steps": 2})
     trainer = Trainer(settings, World(), None)
     seen: list[dict] = []
 
@@ -235,22 +233,8 @@ def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_b
 
 def test_a_warm_up_that_was_killed_goes_on_as_if_it_had_not(tiny_bert: Path, tmp_path: Path):
     """From the checkpoint of any of its tenths: the same weights, metrics and first validation, dropout included."""
-    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
-    settings = DistillSettings.model_validate(
-        {
-            "input": [write_labels(tmp_path / "labels", rows)],
-            "student": {
-                "base": str(tiny_bert),
-                "head": "similarity",
-                "layers": [1, 3],
-                "max_length": 32,
-                "max_query_length": 8,
-                "exit_warm_up": {"steps": 20, "passages": 4, "spans": 2, "optimizer": {"learning_rate": 1e-3}},
-            },
-            "dtype": "float32",
-            "max_steps": 1,
-        }
-    )
+    warming = {"steps": 20, "optimizer": {"learning_rate": 1e-3}}
+    settings = trainer_settings(tiny_bert, tmp_path, warming, max_steps=1)
 
     def keep(folder: Path, kept: list[dict]) -> Callable[[dict, Path | None], None]:
         def report(metrics: dict, checkpoint: Path | None) -> None:
@@ -271,18 +255,11 @@ def test_a_warm_up_that_was_killed_goes_on_as_if_it_had_not(tiny_bert: Path, tmp
 
 
 def test_the_trainer_reads_the_texts_beside_its_lists(tiny_bert: Path, tmp_path: Path):
-    rows = [label_row(make_list(f"q{i}", 6), [float(s) for s in range(6)]) for i in range(8)]
     write_candidates((text_list(n) for n in range(10, 14)), str(tmp_path / "texts"))
-    warming = {"steps": 2, "passages": 4, "spans": 2}
-    student = {"base": str(tiny_bert), "head": "similarity", "layers": [1, 3], "max_length": 32, "max_query_length": 8}
 
     def metrics(**more) -> dict[str, float]:
-        settings = {
-            "input": [write_labels(tmp_path / "labels", rows)],
-            "student": student | {"exit_warm_up": warming | more},
-            "dtype": "float32",
-        }
-        warmed = Trainer(DistillSettings.model_validate(settings), World(), None).warm_up_metrics
+        settings = trainer_settings(tiny_bert, tmp_path, {"steps": 2} | more)
+        warmed = Trainer(settings, World(), None).warm_up_metrics
         return {name: value for name, value in warmed.items() if "kl" in name}
 
     assert metrics(texts=[str(tmp_path / "texts")]) != metrics()

@@ -18,6 +18,7 @@ from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Prompt
+from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.models.student import lora
 from rerank_ray.models.text_tokens import TextTokens
 from rerank_ray.settings.student import StudentHead
@@ -164,6 +165,14 @@ class Student(nn.Module):
         if heads := self.head_tensors():
             save_file({k: v.detach().contiguous().clone() for k, v in heads.items()}, folder / HEADS)
         (folder / DESCRIPTION).write_text(json.dumps(self.description.model_dump(mode="json"), indent=2) + "\n")
+
+
+def saved_description(resolved: ResolvedModel) -> StudentDescription | None:
+    """What a student's local folder says of it; None for other checkpoints, and on a hub."""
+    path = None if resolved.folder is None else resolved.folder / DESCRIPTION
+    if path is None or not path.exists():
+        return None
+    return StudentDescription.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def description_of(folder: str) -> Path:

@@ -21,7 +21,7 @@ from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
 from rerank_ray.models.loading import refuse_random
 from rerank_ray.models.positions import check_positions
-from rerank_ray.models.student.base import DESCRIPTION, HEADS, Student, StudentDescription, StudentPrompt
+from rerank_ray.models.student.base import HEADS, Student, StudentDescription, StudentPrompt, saved_description
 from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
 from rerank_ray.models.student.prompted import PromptedStudent
@@ -43,10 +43,10 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
             template, which is not done here.
     """
     source = Source.open(settings)
-    folder = source.resolved.folder
-    if folder is not None and (folder / DESCRIPTION).exists():
-        description = StudentDescription.model_validate_json((folder / DESCRIPTION).read_text())
-        heads = load_file(folder / HEADS) if (folder / HEADS).exists() else {}
+    description = saved_description(source.resolved)
+    if description is not None:
+        file = source.resolved.folder / HEADS
+        heads = load_file(file) if file.exists() else {}
         return _READ[description.head](source, description, heads, dtype).eval()
     if source.is_decoder and source.tokenizer.chat_template is not None:
         raise ModelError(

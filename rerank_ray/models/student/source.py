@@ -19,7 +19,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.models.student.base import DESCRIPTION, StudentDescription
+from rerank_ray.models.student.base import saved_description
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -38,9 +38,9 @@ class Source:
     def open(cls, settings: ModelSettings, *, weights: bool = True) -> Source:
         resolved = resolve(settings)
         config, tokenizer = load(AutoConfig, resolved, settings), load(AutoTokenizer, resolved, settings)
-        described = None if resolved.folder is None else resolved.folder / DESCRIPTION
-        if tokenizer.chat_template is None and described is not None and described.exists():
-            tokenizer.chat_template = StudentDescription.model_validate_json(described.read_text()).chat_template
+        student = saved_description(resolved)
+        if tokenizer.chat_template is None and student is not None:
+            tokenizer.chat_template = student.chat_template
         return cls(settings=settings, resolved=resolved, config=config, tokenizer=tokenizer, weights=weights)
 
     @property
