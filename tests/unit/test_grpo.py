@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.rows import label_row, write_labels
-from fixtures.tiny_models import WORDS, tiny_bert_folder, tiny_llama_tokenizer
+from fixtures.tiny_models import THINKING_TEMPLATE, WORDS, tiny_bert_folder, tiny_llama_tokenizer
 from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -368,10 +368,7 @@ def test_a_label_is_drawn_where_a_ranker_reads_it(labels: str, tiny_llama: Path,
     """Behind the empty think block that the template's own turns have, where a yes_no ranker or student reads."""
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     tokenizer = tiny_llama_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
+    tokenizer.chat_template = THINKING_TEMPLATE
     tokenizer.save_pretrained(folder)
     trainer = GRPOTrainer(settings(labels, folder, kl_weight=0.1), World(), None)
     (drawn, *_) = trainer.draw()
