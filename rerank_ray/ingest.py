@@ -260,9 +260,9 @@ def check_depth(depth: int | None) -> None:
 
 
 def check_apart(uri: str, source: str, out: str) -> None:
-    """Refuse to write to the folder that is read, `source`, which was given as `uri`."""
-    if storage.is_same(source, out):
-        raise InputError(f"{uri}: is also the folder to write to: name another --out, or the input would be lost")
+    """Refuse to write to the folder that is read or that holds it; `source` was given as `uri`."""
+    if storage.is_within(source, out):
+        raise InputError(f"{uri}: is in {out}, the folder to write to: name another --out, or the input would be lost")
 
 
 def _report_unknown(path: str, query_ids: Iterable[str], known: set[str], queries_path: str, bad: BadLines) -> None:

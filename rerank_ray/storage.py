@@ -44,10 +44,10 @@ def absolute(uri: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.abspath(text)
 
 
-def is_same(uri: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two addresses, spelled differently perhaps, are of one place."""
-    (fs, path), (other_fs, other_path) = open_filesystem(uri), open_filesystem(other)
-    return fs.equals(other_fs) and path.rstrip("/") == other_path.rstrip("/")
+def is_within(uri: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether an address, spelled differently perhaps, is of that folder or of what lies below it."""
+    (fs, path), (folder_fs, folder_path) = open_filesystem(uri), open_filesystem(folder)
+    return fs.equals(folder_fs) and f"{path}/".startswith(f"{folder_path.rstrip('/')}/")
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

@@ -334,8 +334,9 @@ def test_a_shuffle_that_did_not_end_is_no_input_and_is_begun_again(tmp_path: Pat
     with pytest.raises(InputError, match="already holds data"):
         shuffle_module.shuffle(source, out)
     assert shuffle_module.shuffle(source, out, seed=1, overwrite=True) == 40
-    with pytest.raises(InputError, match="is also the folder to write to"):
-        shuffle_module.shuffle(source, f"{source}/", overwrite=True)
+    for itself in (out, f"{out}/part-00000.parquet"):
+        with pytest.raises(InputError, match="the folder to write to: name another --out"):
+            shuffle_module.shuffle(itself, f"{out}/", overwrite=True)
 
 
 # Selectivity

@@ -212,11 +212,11 @@ def test_what_an_ingest_left_that_did_not_end_is_no_input(tmp_path):
     assert len(rows(Path(resolve_input(out)))) == 100
 
 
-@pytest.mark.parametrize("spelled", ["{0}", "{0}/", "file://{0}", "file://{0}/"])
+@pytest.mark.parametrize("spelled", ["{0}", "{0}/", "file://{0}", "file://{0}/", "{0}/part-00000.parquet"])
 def test_a_merge_does_not_delete_its_input(tmp_path, spelled: str):
     folder = str(tmp_path / "x")
     ingest_hits([write_lines(tmp_path / "a.jsonl", hits_entry("q1", "d1"))], out=folder)
-    with pytest.raises(InputError, match="is also the folder to write to"):
+    with pytest.raises(InputError, match="the folder to write to: name another --out"):
         ingest_merge([spelled.format(folder)], out=folder, overwrite=True)
     assert list(rows(tmp_path / "x")) == ["q1"]
 

@@ -25,8 +25,10 @@ def test_a_path_below_a_folder(folder: str, joined: str):
 
 @pytest.mark.parametrize("other", ["/a/b", "/a/b/", "file:///a/b", "file:///a/b/", "/a/../a/b"])
 def test_one_place_has_several_addresses(other: str):
-    assert storage.is_same("/a/b", other)
-    assert not storage.is_same("/a", other)
+    assert storage.is_within("/a/b", other)
+    assert storage.is_within(f"{other}/c.parquet", "/a/b")
+    assert not storage.is_within("/a", other)
+    assert not storage.is_within("/a/b2", other)
 
 
 class Bucket:
