@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_audit(commands)
     _add_prompt(commands)
     quickstart = commands.add_parser("quickstart", help="the whole path on a collection made on this machine")
-    quickstart.add_argument("--run", default="runs/quickstart", metavar="FOLDER")
+    quickstart.add_argument("--run", metavar="FOLDER", help="runs/quickstart, or runs/quickstart-full")
     quickstart.add_argument("--full", action="store_true", help="as much on a processor without bfloat16 as elsewhere")
     quickstart.set_defaults(command=_quickstart)
     return parser
@@ -390,7 +390,9 @@ def _prompt_list(options: argparse.Namespace, console: Console) -> None:
 def _quickstart(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.quickstart.run import quickstart
 
-    quickstart(Path(options.run), console, full=options.full)
+    # The small collection's run can't go on as the whole one's.
+    folder = options.run or ("runs/quickstart-full" if options.full else "runs/quickstart")
+    quickstart(Path(folder), console, full=options.full)
 
 
 if __name__ == "__main__":

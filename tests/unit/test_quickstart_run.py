@@ -10,6 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+import rerank_ray.quickstart.run as run_module
+from rerank_ray.cli import main
 from rerank_ray.evaluate import evaluate_sources
 from rerank_ray.models import engine
 from rerank_ray.quickstart.run import _ROLES, _Less, _less_where_slow, _page, _print, _settings, _systems
@@ -81,3 +83,19 @@ def test_less_reaches_every_step(tmp_path: Path):
     assert steps["student"].distill.student.max_length == steps["reranked"].rerank.ranker.model.max_length == 110
     assert steps["student"].distill.sampling.group_size == 7
     assert steps["student"].distill.optimizer.learning_rate == less.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ([], "runs/quickstart"),
+        (["--full"], "runs/quickstart-full"),
+        (["--full", "--run", "mine"], "mine"),
+    ],
+)
+def test_all_of_it_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, options: list[str], folder: str):
+    """Less of it may lie in the other: `make quickstart` on a processor without bfloat16."""
+    started = []
+    monkeypatch.setattr(run_module, "quickstart", lambda folder, console, full: started.append((str(folder), full)))
+    assert main(["quickstart", *options]) == 0
+    assert started == [(folder, "--full" in options)]
