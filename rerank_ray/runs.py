@@ -106,9 +106,9 @@ class RunFolder:
             for d in differences(old, new)
             if d.split(":")[0] in kept or d.split(".")[0].split(":")[0] not in _CHANGEABLE
         ]
-        # A run of an earlier version noted fewer of them.
-        known = {name: digest for name, digest in inputs.items() if name in before["inputs"]}
-        changed += [f"content of input {d}" for d in differences(before["inputs"], known)]
+        # A run of an earlier version noted fewer of them, and what a finished ingest read may be gone.
+        noted = {name: digest for name, digest in before["inputs"].items() if name in inputs}
+        changed += [f"content of input {d}" for d in differences(noted, {name: inputs[name] for name in noted})]
         if changed:
             lines = "\n".join(f"  {line}" for line in changed)
             raise RunError(

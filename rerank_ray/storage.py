@@ -123,10 +123,15 @@ def local_path(uri: str | os.PathLike[str]) -> Path | None:
 
 
 def digest(uri: str | os.PathLike[str]) -> str:
-    """16 hex digits that change with a file's bytes."""
+    """16 hex digits that change with a file's bytes, or with the names and bytes of a folder's files."""
     fs, path = open_filesystem(uri)
-    with fs.open_input_stream(path, compression=None) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256()
+    for file in list_files(uri, ""):
+        if file != path:
+            digest.update(f"{file.removeprefix(path)}\0{fs.get_file_info(file).size}\0".encode())
+        with fs.open_input_stream(file, compression=None) as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -10,32 +10,36 @@ from contextlib import contextmanager
 from math import ceil
 
 import ray
+from joblib import cpu_count
 from rich.console import Console
 
 from rerank_ray.errors import RunError
-from rerank_ray.settings.resources import Resources
+from rerank_ray.settings.resources import Needs
 
 # Logical CPUs of a local session beside a job's own, and beside the machine's.
 _SPARE_CPUS, _SPARE_CPUS_OF_MACHINE = 0.5, 2
 
 
 @contextmanager
-def session(needs: Resources) -> Iterator[None]:
+def session(needs: Needs) -> Iterator[None]:
     """Use the running Ray session, the cluster that RAY_ADDRESS names, or a local one with logical CPUs to spare.
 
     A local session is shut down at the end; a cluster is left as it was. A cluster that lacks something may be one that
     grows, so there it is said and the job waits.
 
     Raises:
-        RunError: this machine has not the GPUs that are needed.
+        RunError: this machine has not the GPUs or the memory that are needed.
     """
     if ray.is_initialized():
         yield
         return
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False)
-        if missing := needs.missing_from(ray.cluster_resources()):
-            Console(stderr=True, soft_wrap=True).print(f"{missing}. Unless the cluster grows, the job waits for them")
+        if missing := needs.missing_from(_nodes()):
+            Console(stderr=True, soft_wrap=True).print(
+                f"{missing}. Until the cluster has grown the job waits, and a job over rows for "
+                "execution.no_progress_timeout_s at most"
+            )
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's C++ side reports conditions of its own code as errors; what ends a job reaches it as an exception.
@@ -44,14 +48,14 @@ def session(needs: Resources) -> Iterator[None]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             address="local",
-            num_cpus=ceil(max(needs.cpus + _SPARE_CPUS, (os.cpu_count() or 1) + _SPARE_CPUS_OF_MACHINE)),
+            num_cpus=ceil(max(needs.total.cpus + _SPARE_CPUS, cpu_count() + _SPARE_CPUS_OF_MACHINE)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
     _say_of_idle_gpus(needs)
     try:
-        if not address and (missing := needs.missing_from(ray.cluster_resources())):
+        if not address and (missing := needs.missing_from(_nodes())):
             raise RunError(
                 f"{missing} on this machine. Ask for fewer in `execution`, or let RAY_ADDRESS name a cluster"
             )
@@ -60,8 +64,12 @@ def session(needs: Resources) -> Iterator[None]:
         ray.shutdown()
 
 
-def _say_of_idle_gpus(needs: Resources) -> None:
-    if not needs.gpus and (there := ray.cluster_resources().get("GPU")):
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _say_of_idle_gpus(needs: Needs) -> None:
+    if not needs.total.gpus and (there := ray.cluster_resources().get("GPU")):
         Console(stderr=True, soft_wrap=True).print(
             f"Ray has {there:g} GPUs, and this job uses none: reserve them with execution.gpus_per_actor (training: "
             "gpus_per_worker)"

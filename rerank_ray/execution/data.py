@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors
@@ -121,7 +122,9 @@ def _rank_rest(job: RowJob, done: int) -> dict:
     with session(job.execution.needs), ProgressDisplay(run.uri, job.source.rows, done) as progress:
         try:
             _execute(job, progress, share_out(job.source.rows - done, job.execution))
-        except (ray.exceptions.RayError, OSError, RuntimeError, TimeoutError) as error:
+        except ExecutionTimeoutError as error:
+            raise RunError(_nothing_finished(run, job.execution)) from error
+        except (ray.exceptions.RayError, OSError, RuntimeError) as error:
             raise RunError(
                 f"{run.uri}: stopped: {root_cause(error)}\nFinished rows are kept: mend the cause and start the same "
                 "command again"
@@ -132,6 +135,16 @@ def _rank_rest(job: RowJob, done: int) -> dict:
         tidy(job.store)
     timings["seconds_of_last_start"] = round(time.monotonic() - started, 2)
     return timings
+
+
+def _nothing_finished(run: RunFolder, execution: ExecutionSettings) -> str:
+    return (
+        f"{run.uri}: stopped: no block of rows was finished in {execution.no_progress_timeout_s:,} s. Finished blocks "
+        "are kept, and the same command goes on from there. If the replicas were at work, raise "
+        f"execution.no_progress_timeout_s, or lower execution.rows_per_block (now {execution.block_rows}) and "
+        f"rows_per_batch ({execution.rows_per_batch}); with `store` answers outlive a block that was not finished. If "
+        "they were not, the cluster lacks what execution asks for, or a model hangs: `ray status` and its dashboard say"
+    )
 
 
 def _execute(job: RowJob, progress: ProgressDisplay, shares: Shares) -> None:
@@ -184,7 +197,7 @@ def _configure(job: RowJob) -> None:
     )
     input_fs, _ = storage.open_filesystem(job.source_uri)
     size = sum(info.size for info in input_fs.get_file_info(list(source.files)))
-    block_bytes = max(1, size * execution.rows_per_block // max(1, source.rows))
+    block_bytes = max(1, size * execution.block_rows // max(1, source.rows))
     os.environ["RAY_DATA_PARQUET_BIN_PACKING_BYTES"] = str(block_bytes)
     # Ray Data would start 32 processes to read the files' footers, each of two seconds' work to import what it needs.
     readers = max(1, min(_MOST_FOOTER_READERS, len(source.files) // _FILES_PER_FOOTER_READER))

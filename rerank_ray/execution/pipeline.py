@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,13 +17,14 @@ from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.execution.pipeline_checks import check_steps, source_paths
 from rerank_ray.execution.synthesis_job import synthesize
+from rerank_ray.formats import beir
 from rerank_ray.ingest import IngestSummary, ingest_beir, ingest_hits, ingest_merge, ingest_trec
 from rerank_ray.ingest_labels import LIST_READERS, ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
-from rerank_ray.settings.pipeline import STEP_SCHEME, IngestSettings, PipelineSettings, StepSettings
-from rerank_ray.settings.resources import Resources
+from rerank_ray.settings.pipeline import STEP_SCHEME, BeirIngestSettings, IngestSettings, PipelineSettings, StepSettings
+from rerank_ray.settings.resources import Needs, Resources
 
 
 def run_pipeline(
@@ -61,11 +61,11 @@ def _may_retry(step: StepSettings, folder: str) -> bool:
     return step.job == "synthesize" or (step.job in ("label", "rerank") and _state(folder) == "failed")
 
 
-def _needs(steps: Sequence[StepSettings]) -> Resources:
+def _needs(steps: Sequence[StepSettings]) -> Needs:
     """The most that any step needs."""
     settings = [getattr(step, step.job) for step in steps]
-    each = [s.execution.needs for s in settings if hasattr(s, "execution")]
-    return Resources(cpus=max((r.cpus for r in each), default=1.0), gpus=max((r.gpus for r in each), default=0.0))
+    nothing = Needs(total=Resources(0.0), one=Resources(0.0))
+    return Needs.largest([nothing, *(s.execution.needs for s in settings if hasattr(s, "execution"))])
 
 
 def _with_references(settings: Settings, run_uri: str) -> Settings:
@@ -87,7 +87,7 @@ def ingest(settings: IngestSettings, run_uri: str, console: Console) -> RunFolde
     """Outside data to candidates, as a run folder."""
     run = RunFolder(uri=run_uri)
     with run.locked():
-        before = run.start("ingest", settings, _file_sizes(settings))
+        before = run.start("ingest", settings, _source_digests(settings))
         if before.get("state") == "done":
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
@@ -126,15 +126,15 @@ def print_ingest(summary: IngestSummary, console: Console) -> None:
             console.print(f"    {line}")
 
 
-def _file_sizes(settings: IngestSettings) -> dict[str, str]:
-    """Size and time of each source file: a changed collection must not be taken for the one already ingested."""
-    sizes = {}
-    for path in filter(storage.exists, source_paths(settings)):
-        fs, inner = storage.open_filesystem(path)
-        # A run folder stands for its data: the rest of it changes whenever the run is looked at again.
-        files = storage.list_files(resolve_input(path), "") if storage.is_directory(path) else [inner]
-        sizes[path] = ",".join(f"{os.path.basename(i.path)}:{i.size}:{i.mtime_ns}" for i in fs.get_file_info(files))
-    return sizes
+def _source_digests(settings: IngestSettings) -> dict[str, str]:
+    """Of what an ingest reads and what is still there, by path: a collection that has changed must not be taken for the
+    one already ingested."""
+    if isinstance(settings, BeirIngestSettings):
+        paths = [beir.look_for(settings.folder, name) for name in beir.file_names(settings.split)]
+    else:
+        paths = filter(storage.exists, source_paths(settings))
+    # A run folder stands for its data: the rest of it changes whenever the run is looked at again.
+    return {p: storage.digest(resolve_input(p) if storage.is_directory(p) else p) for p in paths if p}
 
 
 def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> EvaluationReport:

@@ -80,8 +80,7 @@ def _rankers(settings: Settings) -> Iterator[Check]:
 
 def _of_ingest(settings: IngestSettings, run_uri: str) -> Iterator[Check]:
     if isinstance(settings, BeirIngestSettings) and not _is_made_by_a_step(settings.folder, run_uri):
-        names = ["corpus.jsonl", "queries.jsonl", *([f"qrels/{settings.split}.tsv"] if settings.split else [])]
-        yield from (partial(beir.find_file, settings.folder, name) for name in names)
+        yield from (partial(beir.find_file, settings.folder, name) for name in beir.file_names(settings.split))
     else:
         yield from _files(source_paths(settings), run_uri)
 

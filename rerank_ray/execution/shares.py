@@ -32,8 +32,8 @@ def share_out(rows: int, execution: ExecutionSettings) -> Shares:
     that another replica could have begun with: there each gets one at a time.
     """
     rows_of_replica = ceil(max(rows, 1) / execution.actors)
-    batches = ceil(rows_of_replica / min(execution.rows_per_batch, execution.rows_per_block))
+    batches = ceil(rows_of_replica / min(execution.rows_per_batch, execution.block_rows))
     batch = ceil(rows_of_replica / batches)
-    batches_of_block = max(1, min(execution.rows_per_block // batch, batches // _BLOCKS_OF_A_REPLICA))
+    batches_of_block = max(1, min(execution.block_rows // batch, batches // _BLOCKS_OF_A_REPLICA))
     is_long = batches // batches_of_block >= _BLOCKS_OF_A_LONG_JOB
     return Shares(batch=batch, block=batch * batches_of_block, in_flight=2 if is_long else 1)

@@ -24,19 +24,27 @@ from rerank_ray.records import Candidate, Query
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
 
+def file_names(split: str | None) -> list[str]:
+    """What is read of a BEIR folder; without a split, all queries and no qrels."""
+    return ["corpus.jsonl", "queries.jsonl", *([] if split is None else [f"qrels/{split}.tsv"])]
+
+
+def look_for(folder: str, name: str) -> str | None:
+    """The file `name` of a BEIR folder, or its `.gz` twin, or None where there is neither."""
+    return next(filter(storage.exists, (storage.join(folder, name), storage.join(folder, name + ".gz"))), None)
+
+
 def find_file(folder: str, name: str) -> str:
     """The file `name` of a BEIR folder, or its `.gz` twin.
 
     Raises:
         InputError: there is neither.
     """
-    path = storage.join(folder, name)
-    for choice in (path, path + ".gz"):
-        if storage.exists(choice):
-            return choice
+    if path := look_for(folder, name):
+        return path
     raise InputError(
-        f"{path}: no such file: a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv "
-        "(for a folder without qrels give no split)"
+        f"{storage.join(folder, name)}: no such file: a BEIR folder holds corpus.jsonl, queries.jsonl and "
+        "qrels/<split>.tsv (for a folder without qrels give no split)"
     )
 
 

@@ -17,6 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from joblib import cpu_count
+
 from rerank_ray.errors import InputError
 from rerank_ray.quickstart.docstrings import PACKAGES, Docstring, SourceFile, read_docstrings, source_files, stable_hash
 
@@ -113,7 +115,7 @@ def build_collection(
 
 def _read_all(files: Sequence[SourceFile]) -> Iterator[list[Docstring] | None]:
     """Each file's docstrings, or None where it can't be parsed; parsing is divided among the machine's cores."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_read_or_none, files, chunksize=_FILES_AT_A_TIME)
 
 

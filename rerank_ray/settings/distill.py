@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from rerank_ray.config import Settings
 from rerank_ray.settings.objective import ObjectiveSettings
 from rerank_ray.settings.optimizer import OptimizerSettings
-from rerank_ray.settings.resources import Resources
+from rerank_ray.settings.resources import Needs, Resources
 from rerank_ray.settings.sampling import SamplingSettings
 from rerank_ray.settings.student import StudentSettings
 
@@ -49,10 +49,11 @@ class TrainingExecutionSettings(Settings):
         return None
 
     @property
-    def needs(self) -> Resources:
+    def needs(self) -> Needs:
         """Of the fewest workers that training goes on with."""
         fewest, _ = self.range_of_workers or (self.workers, self.workers)
-        return Resources(cpus=fewest * self.cpus_per_worker, gpus=fewest * self.gpus_per_worker)
+        one = Resources(self.cpus_per_worker, self.gpus_per_worker)
+        return Needs(total=Resources(*(fewest * amount for amount in one)), one=one)
 
 
 class DistillExecutionSettings(TrainingExecutionSettings):

@@ -10,9 +10,10 @@ from rerank_ray.config import Fraction, Settings
 from rerank_ray.records import DefectKind
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import FusionMethod, RankerSettings
-from rerank_ray.settings.resources import Resources
+from rerank_ray.settings.resources import Needs, Resources
 
 _CPUS_OF_READING_AND_WRITING = 1.5
+_ROWS_OF_A_BLOCK = 32
 
 
 class ExecutionSettings(Settings):
@@ -30,18 +31,26 @@ class ExecutionSettings(Settings):
     rows_per_batch: PositiveInt = 16
     """Queries that one call of a replica ranks side by side, at most; fewer where a job's last batches would leave
     replicas without work."""
-    rows_per_block: PositiveInt = 32
-    """Queries per output file, at most: what a crash may cost, and what one replica takes at a time."""
+    rows_per_block: PositiveInt | None = None
+    """Queries per output file, at most, and so per batch: what a crash may cost, and what one replica takes at a time.
+    null: 32, or `rows_per_batch` where that is more."""
     max_crashes_per_row: PositiveInt = 2
     """A row whose work ended the replica's process this often becomes a row with `error`."""
-    no_progress_timeout_s: PositiveInt = 1800
-    """A run in which nothing finished for this long ends with an error."""
+    no_progress_timeout_s: PositiveInt = 21_600
+    """A run that finished no block for this long ends with an error, whether replicas hang, or wait for a cluster to
+    grow."""
 
     @property
-    def needs(self) -> Resources:
+    def block_rows(self) -> int:
+        """`rows_per_block`, given or not."""
+        return self.rows_per_block or max(_ROWS_OF_A_BLOCK, self.rows_per_batch)
+
+    @property
+    def needs(self) -> Needs:
         """Of all replicas, and of what reads, divides and writes rows beside them."""
-        cpus = self.actors * self.cpus_per_actor + _CPUS_OF_READING_AND_WRITING
-        return Resources(cpus=cpus, gpus=self.actors * self.gpus_per_actor)
+        one = Resources(self.cpus_per_actor, self.gpus_per_actor, self.memory_gb_per_actor)
+        cpus, gpus, memory_gb = (self.actors * amount for amount in one)
+        return Needs(total=Resources(cpus + _CPUS_OF_READING_AND_WRITING, gpus, memory_gb), one=one)
 
 
 class StoreSettings(Settings):

@@ -94,6 +94,17 @@ def test_a_second_start_is_a_no_op_and_another_config_is_refused(make_candidates
         jobs.label(label_settings(source, seed=1), str(run), console)
 
 
+def test_a_job_that_finishes_nothing_ends_and_is_resumed(make_candidates, tmp_path, console):
+    """A block takes longer than the limit: the first start ends there, and names the settings that help."""
+    source, run = make_candidates(4), tmp_path / "run"
+    settings = label_settings(source, seconds_per_call=0.2)
+    impatient = settings.execution.model_copy(update={"no_progress_timeout_s": 1})
+    with pytest.raises(RunError, match=r"no block of rows was finished in 1 s.*execution\.no_progress_timeout_s"):
+        jobs.label(settings.model_copy(update={"execution": impatient}), str(run), console)
+    jobs.label(settings, str(run), console)
+    assert rows_of(run) == undisturbed(source, settings)
+
+
 @pytest.mark.timeout(900)  # four jobs, three with a Ray of their own
 def test_killed_driver_resumes_to_an_undisturbed_run(make_candidates, tmp_path):
     """`kill -9` twice in the middle; the third start ends with every query exactly once."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rerank_ray.errors import ConfigError
+from rerank_ray.errors import ConfigError, RunError
 from rerank_ray.execution import pipeline
 from rerank_ray.execution.pipeline_checks import check_steps
-from rerank_ray.settings.pipeline import PipelineSettings
+from rerank_ray.settings.pipeline import BeirIngestSettings, PipelineSettings
 
 FAKE = {"kind": "fake"}
 
@@ -105,3 +108,24 @@ def test_what_is_there_is_found(tmp_path: Path):
         {"name": "d", "evaluate": {"rankings": {"a": "step://a"}, "qrels": files["qrels"]}},
     )
     check_steps(steps.steps, str(tmp_path / "run"))
+
+
+def test_a_collection_is_known_by_its_bytes(tmp_path: Path):
+    """A copy of it has other times, and other splits are not read; what a finished ingest read may be gone."""
+    folder, run = tmp_path / "beir", tmp_path / "run"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "boundary layer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what is a boundary layer"}\n')
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    settings = BeirIngestSettings(kind="beir", folder=str(folder), split="train")
+    ingested = pipeline.ingest(settings, str(run), Console(quiet=True))
+    again = partial(pipeline.ingest, settings, str(run), Console(quiet=True))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    os.utime(folder / "corpus.jsonl", (0, 0))
+    assert again() == ingested
+    corpus = (folder / "corpus.jsonl").read_text()
+    (folder / "corpus.jsonl").write_text(corpus.replace("layer", "value"))
+    with pytest.raises(RunError, match=r"content of input .*corpus\.jsonl: '\w{16}' -> '\w{16}'"):
+        again()
+    shutil.rmtree(folder)
+    assert again() == ingested

@@ -23,6 +23,8 @@ numbers = st.integers(1, 80)
         (5, 8, 16, 32, Shares(batch=1, block=1, in_flight=1)),
         (100_000, 8, 16, 32, Shares(batch=16, block=32, in_flight=2)),
         (100_000, 8, 16, 8, Shares(batch=8, block=8, in_flight=2)),
+        (100_000, 8, 16, None, Shares(batch=16, block=32, in_flight=2)),
+        (100_000, 8, 64, None, Shares(batch=64, block=64, in_flight=2)),
         (0, 2, 16, 32, Shares(batch=1, block=1, in_flight=1)),
     ],
 )

@@ -1,6 +1,8 @@
 """Addresses of files: local paths and URIs, with options or without."""
 
 import gzip
+import hashlib
+import shutil
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -29,6 +31,22 @@ def test_one_place_has_several_addresses(other: str):
     assert storage.is_within(f"{other}/c.parquet", "/a/b")
     assert not storage.is_within("/a", other)
     assert not storage.is_within("/a/b2", other)
+
+
+def test_a_digest_is_of_names_and_bytes(tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"12")
+    (folder / "b").write_bytes(b"3")
+    seen = {storage.digest(folder / "a"), storage.digest(folder)}
+    assert storage.digest(folder / "a") == hashlib.sha256(b"12").hexdigest()[:16]
+    assert storage.digest(shutil.copytree(folder, tmp_path / "copy")) in seen
+    (folder / "a").write_bytes(b"1")
+    (folder / "b").write_bytes(b"23")
+    seen.add(storage.digest(folder))
+    (folder / "b").rename(folder / "c")
+    seen.add(storage.digest(folder))
+    assert len(seen) == 4
 
 
 class Bucket:
