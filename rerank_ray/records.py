@@ -105,6 +105,18 @@ class Usage:
         )
 
 
+@dataclass(slots=True, kw_only=True)
+class Computed:
+    """What a model's batches took so far: sequences' own tokens, and all positions, padding included. Tokens that are
+    generated are in neither."""
+
+    tokens: int = 0
+    positions: int = 0
+
+    def __add__(self, other: Computed) -> Computed:
+        return Computed(tokens=self.tokens + other.tokens, positions=self.positions + other.positions)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What a ranking method returns: one score per candidate (NaN = no score), higher is more relevant."""

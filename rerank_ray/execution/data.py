@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from rerank_ray.execution.progress import ProgressDisplay, nothing_done
 from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.label_store import LabelStore, tidy
 from rerank_ray.quarantine import CrashGuard
+from rerank_ray.records import Computed
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, PASSAGES, InputSummary
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
@@ -33,6 +35,7 @@ from rerank_ray.stages import RankStage, WriteStage
 
 Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
+_TELL_EVERY_S = 5.0
 _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
 
@@ -72,6 +75,7 @@ class RankWorker:
         self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
         counter.describe.remote(self._stage.ranker.name, self._stage.ranker.parameters)
+        threading.Thread(target=self._tell_what_is_computed, daemon=True).start()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         before = self._stage.usage
@@ -88,9 +92,19 @@ class RankWorker:
             started=started,
             ended=ended,
         )
+        self._counter.computed.remote(self._id, self._stage.ranker.computed)
         if self._store is not None:
             self._counter.store_counts.remote(self._id, asdict(self._store.counts))
         return result
+
+    def _tell_what_is_computed(self) -> None:
+        """While a batch goes on, not at its end alone."""
+        told = Computed()
+        while True:
+            time.sleep(_TELL_EVERY_S)
+            if (computed := self._stage.ranker.computed) != told:
+                self._counter.computed.remote(self._id, computed)
+                told = computed
 
 
 def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:

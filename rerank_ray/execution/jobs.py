@@ -131,6 +131,7 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
         "model calls": f"{usage['calls']:,}",
         "prompt tokens": f"{usage['prompt_tokens']:,}, {usage['cached_tokens']:,} of them cached",
         "output tokens": f"{usage['output_tokens']:,}",
+        "padding": _padding_line(timings.get("padding_share")),
         "label store": _store_line(timings.get("label_store")),
         "seconds of this start": f"{timings['seconds_of_last_start']:,.1f}",
         "output": run.data,
@@ -139,6 +140,11 @@ def _print_counts(console: Console, run: RunFolder, counts: Counts, timings: dic
         if value and (usage["calls"] or not name.endswith(("calls", "tokens"))):
             table.add_row(name, Text(value))
     console.print(table)
+
+
+def _padding_line(share: float | None) -> str:
+    """Of this start's batches; empty where no model ran here."""
+    return "" if share is None else f"{share:.1%} of what was computed"
 
 
 def _store_line(store: dict | None) -> str:

@@ -13,11 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from rerank_ray.records import Computed
+
 _LINE_EVERY_S = 15.0
 
 
 _NOTHING = {"rows": 0, "pairs": 0, "calls": 0, "tokens": 0, "replica_seconds": 0.0}
-_NO_REPORT = _NOTHING | {"model": {}, "ranking_seconds": 0.0, "store": {}}
+_NO_REPORT = _NOTHING | {"model": {}, "ranking_seconds": 0.0, "store": {}, "computed": Computed()}
 
 
 @ray.remote(num_cpus=0)
@@ -28,6 +30,7 @@ class Counter:
         self.totals = dict(_NOTHING)
         self.model: dict = {}
         self.stores: dict[str, dict[str, int]] = {}
+        self.computations: dict[str, Computed] = {}
         self.first_start, self.last_end = math.inf, 0.0
 
     def describe(self, name: str, parameters: int) -> None:
@@ -43,10 +46,17 @@ class Counter:
         """Take what a worker has counted of the label store since it started."""
         self.stores[worker] = counts
 
+    def computed(self, worker: str, computed: Computed) -> None:
+        """Take what a worker's models have computed since it started; two threads tell it, in any order."""
+        known = self.computations.get(worker, Computed())
+        self.computations[worker] = max(known, computed, key=lambda c: c.positions)
+
     def read(self) -> dict:
         ranking_seconds = max(0.0, self.last_end - self.first_start)
         store = {name: sum(c[name] for c in self.stores.values()) for name in next(iter(self.stores.values()), ())}
-        return self.totals | {"model": self.model, "ranking_seconds": ranking_seconds, "store": store}
+        computed = sum(self.computations.values(), start=Computed())
+        ranked = {"model": self.model, "ranking_seconds": ranking_seconds, "store": store, "computed": computed}
+        return self.totals | ranked
 
 
 class ProgressDisplay:
@@ -107,7 +117,9 @@ class ProgressDisplay:
         elapsed = time.monotonic() - self._started
         done = min(self._before + totals["rows"], self._rows)
         if not totals["rows"]:
-            return done, "starting"
+            # A batch may take hours.
+            tokens = totals["computed"].tokens
+            return done, f"first batch, {tokens / elapsed:,.1f} tokens/s" if tokens else "starting"
         left = (self._rows - done) * elapsed / totals["rows"]
         rates = ", ".join(f"{totals[k] / elapsed:,.1f} {k}/s" for k in ("rows", "pairs", "tokens"))
         return done, f"{rates}, {_duration(left)} left"
@@ -119,7 +131,7 @@ def nothing_done() -> dict:
 
 
 def _figures(totals: dict) -> dict:
-    seconds = totals["replica_seconds"]
+    seconds, computed = totals["replica_seconds"], totals["computed"]
     rate = round(totals["pairs"] / seconds, 2) if seconds else None
     store = totals["store"]
     calls = store["hits"] + store["misses"] if store else 0
@@ -128,6 +140,7 @@ def _figures(totals: dict) -> dict:
         "rows_this_start": totals["rows"],
         "calls_this_start": totals["calls"],
         "tokens_this_start": totals["tokens"],
+        "padding_share": round(1 - computed.tokens / computed.positions, 4) if computed.positions else None,
         "replica_seconds": round(seconds, 2),
         "pairs_per_replica_second": rate,
         "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.records import Computed
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -151,19 +151,6 @@ def group_in_order(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-@dataclass(slots=True, kw_only=True)
-class BatchStats:
-    """What a runner has computed so far: the sequences' own tokens, and the same with their padding."""
-
-    tokens: int = 0
-    padded_tokens: int = 0
-
-    @property
-    def padding_share(self) -> float:
-        """The part of the computed positions that was padding, 0 to 1."""
-        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-
 class BatchRunner:
     """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
 
@@ -179,7 +166,7 @@ class BatchRunner:
         default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
         self.tokens_per_batch = tokens_per_batch or default
         self.in_cache = in_cache if tokens_per_batch is None and device.type == "cpu" else None
-        self.stats = BatchStats()
+        self.computed = Computed()
 
     def run(
         self, lengths: Sequence[int], forward: Callable[[list[int]], Sequence], held: Sequence[int] | None = None
@@ -208,8 +195,8 @@ class BatchRunner:
                 for index, result in zip(indices, results, strict=True):
                     outputs[index] = result
                 rows = [computed[i] for i in indices]
-                self.stats.tokens += sum(rows)
-                self.stats.padded_tokens += len(rows) * padded_length(max(rows), None)
+                self.computed.tokens += sum(rows)
+                self.computed.positions += len(rows) * padded_length(max(rows), None)
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
 

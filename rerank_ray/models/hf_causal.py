@@ -97,7 +97,7 @@ class HFCausal:
         # What is written is computed a token a row at a time, so there the more rows the better.
         self._writer = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
-        self._writer.stats = self._prefix_runner.stats = self.runner.stats
+        self._writer.computed = self._prefix_runner.computed = self.runner.computed
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
         self.share_prefix = settings.share_prefix

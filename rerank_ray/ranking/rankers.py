@@ -16,7 +16,7 @@ from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.composition import Child
 from rerank_ray.ranking.heads_file import load_heads
-from rerank_ray.records import CandidateList
+from rerank_ray.records import CandidateList, Computed
 from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.rankers import CompositionSettings, RankerSettings
 
@@ -163,6 +163,12 @@ class Ranker:
     def parameters(self) -> int:
         """Parameters of the models, one that is shared counted once; 0 for methods without one."""
         return sum(b.parameters for b in self._backends.values())
+
+    @property
+    def computed(self) -> Computed:
+        """What the models have computed so far; of those that run elsewhere nothing is known."""
+        runners = (getattr(b, "runner", None) for b in self._backends.values())
+        return sum((r.computed for r in runners if r is not None), start=Computed())
 
     def rank(self, requests: Sequence[CandidateList]) -> list[scheduler.Outcome]:
         return self._rank(requests)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.tiny_models import tiny_cross_encoder_folder
 
 from rerank_ray import config
 from rerank_ray.audit import audit
@@ -249,6 +250,18 @@ def test_rerank_writes_rankings_and_a_trec_run(make_candidates, tmp_path, consol
     assert next(line.split()[:4] for line in lines if line.startswith("q0019 ")) == ["q0019", "Q0", "d0", "1"]
 
 
+def test_the_share_of_padding_is_told(make_candidates, tmp_path, console):
+    """Pairs of fewer than 16 tokens are computed at 16 positions."""
+    model = {"kind": "cross_encoder", "path": str(tiny_cross_encoder_folder(tmp_path / "model"))}
+    content = {"input": make_candidates(4), "ranker": {"method": "cross_encoder", "model": model}}
+    jobs.rerank(config.validate(RerankSettings, content, "test"), str(tmp_path / "run"), console)
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    tokens = state["counts"]["usage"]["prompt_tokens"]
+    positions = tokens / (1 - state["timings"]["padding_share"])
+    assert round(positions) % 16 == 0
+    assert positions > tokens
+
+
 def test_a_trec_run_may_be_asked_for_afterwards(make_candidates, tmp_path, console):
     """It is made of the rankings that are there, and none of them is made again."""
     source, run = make_candidates(20), tmp_path / "run"
@@ -339,6 +352,7 @@ def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates,
 
     plain, state = run(42, "plain", None)
     assert state["timings"]["label_store"] is None
+    assert state["timings"]["padding_share"] is None  # no model ran here
     for rows, name, calls, hits in ((40, "first", 200, 0), (40, "second", 0, 200), (42, "third", 10, 200)):
         scores, state = run(rows, name, store)
         assert scores == {i: plain[i] for i in scores}

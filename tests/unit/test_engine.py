@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.engine import BatchRunner, plan_batches
+from rerank_ray.records import Computed
 
 CPU = torch.device("cpu")
 lengths_of = st.lists(st.integers(1, 600), max_size=60)
@@ -101,6 +102,13 @@ def test_out_of_memory_halves_until_it_fits(lengths: list[int], capacity: int):
     assert runner.run(lengths, device) == [2 * i for i in range(len(lengths))]
     fitted = [i for batch in device.tried if len(batch) * max(lengths[i] for i in batch) <= capacity for i in batch]
     assert sorted(fitted) == list(range(len(lengths)))
+
+
+def test_padding_is_counted():
+    """Three sequences of 10, 20 and 30 tokens and 15 that are held already are computed at 16 and 32 positions."""
+    runner = BatchRunner(64, CPU)
+    runner.run([10, 20, 30 + 15], lambda batch: batch, [0, 0, 15])
+    assert runner.computed == Computed(tokens=60, positions=32 + 2 * 32)
 
 
 def test_the_smaller_budget_is_kept():

@@ -174,7 +174,7 @@ def test_cached_tokens_are_those_not_computed_again(tiny_llama: Path):
     framed = len(beginning) - len(model.tokenizer("<|end|><|assistant|>", add_special_tokens=False)["input_ids"])
     assert usages[12].cached_tokens == usages[18].cached_tokens == 0
     assert all(framed - 1 <= u.cached_tokens <= framed for u in usages[13:18])
-    assert model.runner.stats.tokens == sum(u.prompt_tokens - u.cached_tokens for u in usages)
+    assert model.runner.computed.tokens == sum(u.prompt_tokens - u.cached_tokens for u in usages)
 
 
 def test_sharing_can_be_switched_off(tiny_llama: Path):

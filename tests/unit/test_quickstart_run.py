@@ -68,7 +68,7 @@ def test_on_a_gpu_every_model_reserves_some_of_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda"))
     steps = {step.name: step for step in _settings(tmp_path, None).steps}
     of_models = ("llm-labels", "embedding-labels", "llm", "embedding", "reranked")
-    needs = [getattr(steps[name], steps[name].job).execution.needs.gpus for name in of_models]
+    needs = [getattr(steps[name], steps[name].job).execution.needs.total.gpus for name in of_models]
     assert needs == [1.0] * len(of_models)
     assert steps["student"].distill.execution.needs.gpus == 1.0
 
