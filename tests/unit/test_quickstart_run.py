@@ -70,7 +70,7 @@ def test_on_a_gpu_every_model_reserves_some_of_it(tmp_path: Path, monkeypatch: p
     of_models = ("llm-labels", "embedding-labels", "llm", "embedding", "reranked")
     needs = [getattr(steps[name], steps[name].job).execution.needs.total.gpus for name in of_models]
     assert needs == [1.0] * len(of_models)
-    assert steps["student"].distill.execution.needs.gpus == 1.0
+    assert steps["student"].distill.execution.needs.total.gpus == 1.0
 
 
 def test_less_reaches_every_step(tmp_path: Path):
