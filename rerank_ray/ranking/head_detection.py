@@ -11,7 +11,7 @@ import numpy as np
 
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models.backends import load_backend
-from rerank_ray.models.protocol import Answer, Attention, Backend
+from rerank_ray.models.protocol import Answer, Attention, Backend, Result
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.heads_file import HeadScore, HeadsFile
 from rerank_ray.records import CandidateList, Query
@@ -72,10 +72,10 @@ def score_heads(
     while batch := list(itertools.islice(examples, settings.queries_per_batch)):
         results = backend.run([_call(template, example, heads) for example in batch])
         for example, result in zip(batch, results, strict=True):
-            if not isinstance(result, Answer):
-                skipped[result.reason] = skipped.get(result.reason, 0) + 1
+            paid = _paid(result)
+            if isinstance(paid, str):
+                skipped[paid] = skipped.get(paid, 0) + 1
                 continue
-            paid = np.stack([tokens.astype(np.float64).sum(0) for tokens in result.value])
             total += contrast(paid, example.relevant, settings.temperature)
             queries += 1
     if not queries:
@@ -94,6 +94,14 @@ def score_heads(
         heads=tuple(sorted(scores, key=lambda h: -h.score)),
     )
     return Detection(heads=found, skipped=skipped)
+
+
+def _paid(result: Result) -> np.ndarray | str:
+    """Attention [documents, heads] that the query pays, or why it can't be used."""
+    if not isinstance(result, Answer):
+        return result.reason
+    paid = np.stack([tokens.astype(np.float64).sum(0) for tokens in result.value])
+    return paid if np.isfinite(paid).all() else "its attention is not a finite number"
 
 
 def _example(request: CandidateList, settings: DetectHeadsSettings) -> _Example | str:

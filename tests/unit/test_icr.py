@@ -414,6 +414,15 @@ def test_failed_prompts_are_left_out():
     assert detection.skipped == {"the call holds 'broken'": 1}
 
 
+def test_attention_that_is_no_number_spoils_its_query_alone():
+    """Half precision overflows; one NaN would be in every head's sum."""
+    lists = [labelled(["good", bad], [1.0, 0.0], bad) for bad in ("bad", "overflow", "bad 2")]
+    backend = Table(lambda text: np.full((2, 4), np.nan) if text == "overflow" else pays_the_relevant(text))
+    detection = detect(backend, lists)
+    assert detection.heads == detect(Table(pays_the_relevant), [lists[0], lists[2]]).heads
+    assert detection.skipped == {"its attention is not a finite number": 1}
+
+
 def test_from_candidates_to_a_ranking(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture):
     """The command writes a file for this model, `core_heads` reads it, and a model of other weights refuses it."""
     lists = [labelled(["cat dog", "bird of beta", "alpha"], [1.0, 0.0, 0.0], f"q{i}") for i in range(4)]
