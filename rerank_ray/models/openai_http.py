@@ -199,10 +199,10 @@ class OpenAIHTTP:
         except ValidationError as error:
             fault = error.errors()[0]
             return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
-        choice = parsed.choices[0]
+        choice, usage = parsed.choices[0], parsed.usage.counted()
         if choice.finish_reason == "content_filter":
-            return Failure(reason="the server's content filter took the answer away")
-        if isinstance(call, Generate):
+            value = Failure(reason="the server's content filter took the answer away")
+        elif isinstance(call, Generate):
             value = choice.generated()
         elif isinstance(call, NextToken):
             value = _label_values(call.labels, choice.top_logprobs())
@@ -210,8 +210,8 @@ class OpenAIHTTP:
             count = len(self._encoder.continuation(call.prompt, call.continuation))
             value = _continuation_values(choice.logprobs, count)
         if isinstance(value, Failure):
-            return value
-        usage = parsed.usage.counted()
+            # It is paid for like any other.
+            return replace(value, usage=usage)
         if not isinstance(call, Generate):
             return Answer(value=value, usage=usage)
         cut_off = choice.finish_reason == "length"

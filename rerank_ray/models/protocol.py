@@ -6,7 +6,7 @@ Methods know nothing of devices, backends nothing of ranking: a call is all that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rerank_ray.records import Usage
@@ -147,9 +147,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why one call has no answer; the others of its batch are unharmed."""
+    """Why one call has no answer, and what it cost all the same; the others of its batch are unharmed."""
 
     reason: str
+    usage: Usage = field(default_factory=Usage)
 
 
 Result = Answer | Failure

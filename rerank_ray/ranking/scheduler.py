@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rerank_ray.errors import RerankRayError, UnavailableError
-from rerank_ray.models.protocol import Answer, Backend, Call, Failure, Result
+from rerank_ray.models.protocol import Backend, Call, Result
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.records import CandidateList, Defect, Scores, Usage
 
@@ -128,7 +128,7 @@ def _run(method, backend: Backend | None, requests: Sequence[CandidateList]) -> 
         for task in running:
             results = answers[start : start + len(task.calls)]
             start += len(results)
-            task.usage = sum((r.usage for r in results if isinstance(r, Answer)), start=task.usage)
+            task.usage = sum((r.usage for r in results), start=task.usage)
             task.advance(results)
     return [Outcome(request=t.request, scores=t.scores, usage=t.usage, error=t.error, defects=t.defects) for t in tasks]
 
@@ -146,7 +146,7 @@ def _answer(backend: Backend | None, calls: list[Call]) -> list[Result]:
     results: list[Result] = []
     for call in calls:
         result = answered[call]
-        if call in seen and not isinstance(result, Failure):
+        if call in seen:
             tokens = result.usage.prompt_tokens
             result = replace(result, usage=Usage(prompt_tokens=tokens, cached_tokens=tokens))
         seen.add(call)

@@ -128,8 +128,10 @@ def test_a_refusal_and_a_content_filter_are_failures(serve):
     replies = [chat_reply(None, refusal="I can't help with that."), chat_reply("half an", finish="content_filter")]
     stub = serve(lambda e: e.send(replies[e.body["max_tokens"] % 2]))
     refused, filtered = backend(stub).run([generate(2), generate(3)])
-    assert refused == Failure(reason="the model refuses: I can't help with that.")
+    paid = Usage(calls=1, prompt_tokens=10, output_tokens=2)
+    assert refused == Failure(reason="the model refuses: I can't help with that.", usage=paid)
     assert "content filter" in filtered.reason
+    assert filtered.usage == paid
 
 
 def test_labels_are_read_off_the_likeliest_tokens_by_their_exact_text(serve):
@@ -161,6 +163,8 @@ def test_one_unreadable_label_leaves_its_candidate_unscored_and_the_others_alone
     assert outcome.scores.scores[0] == outcome.scores.scores[2] == -1.0
     assert math.isnan(outcome.scores.scores[1])
     assert str(outcome.scores.defects[0]).startswith("unscored: d1: label 'Yes'")
+    # The server bills the one without a label too.
+    assert outcome.usage == Usage(calls=3, prompt_tokens=30, output_tokens=6)
 
 
 def test_more_labels_than_the_server_reports_are_refused_before_any_call(serve):

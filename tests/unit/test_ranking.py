@@ -297,16 +297,22 @@ def test_calls_of_all_queries_are_one_batch_and_repeats_are_asked_once():
 
 def test_a_repeated_call_has_all_of_its_answer():
     """Two candidates of one text: what the second is told differs in its cost alone."""
-    told = Answer(value="Yes", usage=Usage(calls=1, prompt_tokens=7), cut_off=True, log_probability=-0.5, tokens=(3, 4))
+    usage = Usage(calls=1, prompt_tokens=7)
+    answer = Answer(value="Yes", usage=usage, cut_off=True, log_probability=-0.5, tokens=(3, 4))
 
     class Once:
+        def __init__(self, told: Result) -> None:
+            self.told = told
+
         def run(self, calls):
-            return [told for _ in calls]
+            return [self.told for _ in calls]
 
     call = Generate(prompt=Prompt(parts=("q",), passages=()), max_tokens=1)
-    first, second = scheduler._answer(Once(), [call, call])
-    assert first is told
-    assert second == replace(told, usage=Usage(prompt_tokens=7, cached_tokens=7))
+    again = Usage(prompt_tokens=7, cached_tokens=7)
+    for told in (answer, Failure(reason="no label", usage=answer.usage)):
+        first, second = scheduler._answer(Once(told), [call, call])
+        assert first is told
+        assert second == replace(told, usage=again)
 
 
 def test_a_repeated_call_that_fails_fails_for_both():
