@@ -124,7 +124,9 @@ class Scores:
     scores: tuple[float, ...]
     uncertainty: tuple[float, ...] | None = None
     rationales: tuple[str, ...] | None = None
-    """The teacher's reasoning: one a candidate, or of methods that show lists one a call."""
+    """The teacher's reasoning: one a candidate, or one a call."""
+    rationales_are_of_calls: bool = False
+    """Their number may be the same."""
     defects: tuple[Defect, ...] = ()
 
 

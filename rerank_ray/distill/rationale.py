@@ -37,6 +37,11 @@ from rerank_ray.settings.rationale import (
     TermSettings,
 )
 
+# Methods whose reasoning names passages by their places in a list that was shuffled, and those whose reasoning is of
+# several passages and whose scores are no grades. There may be as many texts as there would be of the right kind.
+_OF_SHUFFLES = ("group_rank:", "permutation_self_consistency:")
+_OF_LISTS = (*_OF_SHUFFLES, "rank_gpt:", "setwise:", "rank_r1:")
+
 
 class Term(Protocol):
     """One part of the objective."""
@@ -62,7 +67,8 @@ class PermutationTerm:
         _check_prefill(self.template, settings.reasoning)
 
     def teaches(self, labels: Labels) -> bool:
-        told = labels.rationales is not None and len(labels.rationales) == 1 and bool(labels.rationales[0].strip())
+        texts = () if labels.teacher.startswith(_OF_SHUFFLES) else labels.rationales or ()
+        told = len(texts) == 1 and bool(texts[0].strip())
         return not any(map(math.isnan, labels.scores)) and (told or not self.settings.reasoning)
 
     def prompt(self, labels: Labels) -> Prompt:
@@ -92,7 +98,8 @@ class ExplanationTerm:
         return any(self._explained(labels, i) for i in range(len(labels.candidate_list)))
 
     def _explained(self, labels: Labels, index: int) -> bool:
-        aligned = labels.rationales is not None and len(labels.rationales) == len(labels.candidate_list)
+        texts = () if labels.teacher.startswith(_OF_LISTS) else labels.rationales or ()
+        aligned = len(texts) == len(labels.candidate_list)
         return aligned and bool(labels.rationales[index].strip()) and labels.scores[index] in range(11)
 
     def text(self, labels: Labels, index: int) -> str:

@@ -53,11 +53,10 @@ class _Merged:
         if scores is None:
             self.error = f"{child.path}: {outcome.error}"
             return None
-        texts = scores.rationales or ()
-        # Those of methods that show lists are one a call, and no candidate's own.
-        for i, text in zip(candidates, texts, strict=True) if len(texts) == len(candidates) else ():
-            if text:
-                self.rationales.setdefault(i, []).append(text)
+        if scores.rationales and not scores.rationales_are_of_calls:
+            for i, text in zip(candidates, scores.rationales, strict=True):
+                if text:
+                    self.rationales.setdefault(i, []).append(text)
         return scores
 
     def outcome(self, scores: Scores | None) -> Outcome:

@@ -103,7 +103,8 @@ class Graded:
     def scores(self, request: CandidateList, values: Sequence[Value]) -> Scores:
         """What the grades came to, candidate by candidate, beside the reasoning and the defects of the answers."""
         scored = scores_from(request, values)
-        return replace(scored, rationales=self.rationales, defects=(*self.defects, *scored.defects))
+        defects = (*self.defects, *scored.defects)
+        return replace(scored, rationales=self.rationales, rationales_are_of_calls=True, defects=defects)
 
 
 def read_groups(

@@ -63,6 +63,7 @@ class RankGPT:
         return Scores(
             scores=scores_of_order(order),
             rationales=tuple(rationales) if any(rationales) else None,
+            rationales_are_of_calls=True,
             defects=tuple(defects),
         )
 

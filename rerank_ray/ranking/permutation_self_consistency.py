@@ -80,6 +80,7 @@ class PermutationSelfConsistency:
             scores=tuple(scores.tolist()),
             uncertainty=tuple(aggregation.rank_deviation(rankings, len(request)).tolist()),
             rationales=tuple(rationales) if any(rationales) else None,
+            rationales_are_of_calls=True,
             defects=tuple(defects),
         )
 

@@ -139,12 +139,14 @@ def test_defects_and_rationales_of_children_are_kept():
 
 
 def test_rationales_of_calls_are_no_candidates_own():
-    """Two windows over three candidates give two texts, neither of which is about the first or the second."""
+    """Three windows over three candidates give three texts, none of which is about one of them."""
 
     class Windows(Table):
         def _outcome(self, request: CandidateList) -> Outcome:
             outcome = super()._outcome(request)
-            return replace(outcome, scores=replace(outcome.scores, rationales=("window 1", "window 2")))
+            texts = ("window 1", "window 2", "window 3")
+            scores = replace(outcome.scores, rationales=texts, rationales_are_of_calls=True)
+            return replace(outcome, scores=scores)
 
     assert one(ensemble(Windows({"d0": 3.0, "d1": 2.0, "d2": 1.0}))).scores.rationales is None
 

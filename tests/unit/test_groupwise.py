@@ -141,6 +141,7 @@ def test_reasoning_before_the_grades_is_kept():
     scores = outcome_of(group_rank(backend), backend, request).scores
     assert scores.scores == (0.7, 0.7)
     assert scores.rationales == ('{"1": 1, "2": 1} at first',)
+    assert scores.rationales_are_of_calls
 
 
 def test_the_first_stage_has_its_weight():

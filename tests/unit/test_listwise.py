@@ -279,6 +279,7 @@ def test_reasoning_is_kept_and_not_ranked_by():
     outcome = outcome_of(rank_gpt(backend, window=3, step=2, prompt="rank_gpt_reasoning"), backend, request)
     assert outcome.scores.scores == (3.0, 4.0, 2.0, 1.0, 5.0)
     assert outcome.scores.rationales == ("first [1] > [2] > [3]?", "b")
+    assert outcome.scores.rationales_are_of_calls
     assert backend.calls[0].prompt.prefill == "<think>\n"
 
 
@@ -354,6 +355,7 @@ def test_what_a_shuffle_leaves_out_is_not_in_its_ranking():
     request, gains = known_list([1.0, 2.0, 3.0])
     backend = Oracle(gains, write=lambda g: f"[{best_first(g)[0] + 1}]")
     scores = outcome_of(self_consistency(backend, permutations=3), backend, request).scores
+    assert scores.rationales_are_of_calls
     assert scores.scores[2] == 1.0 + 2.0
     assert all(map(math.isnan, scores.scores[:2]))
     assert [str(d) for d in scores.defects[-2:]] == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
-from rerank_ray.records import Scores
+from rerank_ray.records import Labels, Scores
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
 from rerank_ray.settings.models import HFCausalSettings
 from rerank_ray.settings.rationale import PermutationTermSettings, RationaleSettings, TermSettings
@@ -230,6 +231,24 @@ def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tm
     for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
         with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
             open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))
+
+
+@pytest.mark.parametrize("teacher", ["group_rank:m", "permutation_self_consistency:m"])
+def test_reasoning_over_a_shuffled_list_is_not_learnt(teacher: str):
+    """Its [3] is another passage than the list's third."""
+    labels = Labels(candidate_list=make_list(), teacher=teacher, scores=SCORES, rationales=("[3] answers it.",))
+    assert not PermutationTerm(term(kind="permutation")).teaches(labels)
+    assert PermutationTerm(term(kind="permutation", reasoning=False, prompt="rank_gpt")).teaches(labels)
+    assert PermutationTerm(term(kind="permutation")).teaches(replace(labels, teacher="rank_gpt:m"))
+
+
+@pytest.mark.parametrize("teacher", ["rank_gpt:m", "setwise:m", "permutation_self_consistency:m"])
+def test_reasoning_over_several_passages_explains_none(teacher: str):
+    """Three texts for three passages, whose scores, N - rank, might be grades."""
+    texts = ("[2] > [1]", "[3] > [2]", "[1]")
+    labels = Labels(candidate_list=make_list(), teacher=teacher, scores=(2.0, 1.0, 0.0), rationales=texts)
+    assert not ExplanationTerm(term(kind="explanation")).teaches(labels)
+    assert ExplanationTerm(term(kind="explanation")).teaches(replace(labels, teacher="erank:m"))
 
 
 def test_texts_that_do_not_fit_are_skipped(tiny_llama: Path):
