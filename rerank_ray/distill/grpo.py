@@ -29,6 +29,7 @@ from rerank_ray.errors import InputError
 from rerank_ray.models import engine
 from rerank_ray.models.protocol import Answer, Generate, Prompt
 from rerank_ray.models.student.adaptation import set_dropout
+from rerank_ray.prompts.passages import has_what_is_shown
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import ReinforceSettings
 
@@ -154,7 +155,7 @@ class GRPOTrainer(PolicyTrainer):
         """Answers to the prompts of all queries, drawn side by side; queries that can't be asked are left out."""
         settings = self.settings
         shown = [(labels, self._shown(labels, epoch)) for labels in rows]
-        usable = [(labels, indices) for labels, indices in shown if len({g > 0 for g in gains_of(labels, indices)}) > 1]
+        usable = [(labels, indices) for labels, indices in shown if self._can_ask(labels, indices)]
         self._sums["skipped_queries"] += len(rows) - len(usable)
         prompts = [self._prompts(labels, indices) for labels, indices in usable]
         calls = [
@@ -179,6 +180,11 @@ class GRPOTrainer(PolicyTrainer):
             else:
                 self._sums["skipped_queries"] += 1
         return asked
+
+    def _can_ask(self, labels: Labels, indices: Sequence[int]) -> bool:
+        """Whether some of the passages are relevant and others not, and all that the prompt shows is known."""
+        differ = len({gain > 0 for gain in gains_of(labels, indices)}) > 1
+        return differ and has_what_is_shown(self.task.template, labels.candidate_list)
 
     def _prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         prompts = self.task.prompts(labels, indices)

@@ -26,7 +26,7 @@ from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.protocol import Failure, NextToken, Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError
-from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.passages import has_what_is_shown, scores_to_show, shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.rationale import (
@@ -37,6 +37,7 @@ from rerank_ray.settings.rationale import (
     TermSettings,
 )
 
+_THINK = "<think>"
 # Methods whose reasoning names passages by their places in a list that was shuffled, and those whose reasoning is of
 # several passages and whose scores are no grades. There may be as many texts as there would be of the right kind.
 _OF_SHUFFLES = ("group_rank:", "permutation_self_consistency:")
@@ -69,12 +70,13 @@ class PermutationTerm:
     def teaches(self, labels: Labels) -> bool:
         texts = () if labels.teacher.startswith(_OF_SHUFFLES) else labels.rationales or ()
         told = len(texts) == 1 and bool(texts[0].strip())
-        return not any(map(math.isnan, labels.scores)) and (told or not self.settings.reasoning)
+        learnable = not any(map(math.isnan, labels.scores)) and (told or not self.settings.reasoning)
+        return learnable and has_what_is_shown(self.template, labels.candidate_list)
 
     def prompt(self, labels: Labels) -> Prompt:
         request = labels.candidate_list
-        passages = shown_passages(request, self.settings.passage_words)
-        return self.template.list_prompt(request.query, passages, self.template.identifiers(len(request)))
+        passages, scores = shown_passages(request, self.settings.passage_words), scores_to_show(self.template, request)
+        return self.template.list_prompt(request.query, passages, self.template.identifiers(len(request)), scores)
 
     def text(self, labels: Labels) -> str:
         """What the model shall write, after the prefill."""
@@ -155,12 +157,12 @@ def make_terms(settings: RationaleSettings) -> list[Term]:
 
 
 def _turn(rationale: str, answer: str, template: Template) -> str:
-    text = f"<think>\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
+    text = f"{_THINK}\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
     return text.removeprefix(template.prefill)
 
 
 def _check_prefill(template: Template, reasoning: bool) -> None:
-    begin = "<think>\n" if reasoning else ""
+    begin = f"{_THINK}\n" if reasoning else ""
     if not begin.startswith(template.prefill):
         raise ConfigError(f"prompt: the template's prefill is {template.prefill!r}, but the texts begin with {begin!r}")
 
@@ -170,8 +172,25 @@ def _encoded(policy: Policy, prompt: Prompt, reserved: int) -> list[int] | None:
     return None if isinstance(ids, PromptTooLongError) else ids
 
 
+def in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
+    """A prompt and the text behind it, where the chat template opens the model's turn with a think tag, `opened`.
+
+    A text that begins with its reasoning goes on within the block, and one without any ends the block first: what ranks
+    takes everything before the block's end for reasoning.
+    """
+    if not opened:
+        return prompt, text
+    # The same text as the template's own; what follows is tokenised behind it.
+    prompt = replace(prompt, prefill=opened)
+    if not text.startswith(_THINK):
+        return prompt, f"\n</think>\n\n{text}"
+    within = text.removeprefix(_THINK)
+    return prompt, within.lstrip() if opened[-1].isspace() else within
+
+
 def _likelihood_loss(policy: Policy, prompt: Prompt, text: str) -> torch.Tensor | None:
     """Mean negative log-likelihood of a text's tokens and of the end of the turn; None where they don't fit."""
+    prompt, text = in_turn(prompt, text, policy.backend.encoder.opened_reasoning(prompt))
     tokens = [*policy.backend.encoder.continuation(prompt, text), policy.turn_end(prompt)]
     if len(tokens) >= policy.settings.max_length:
         return None
@@ -209,7 +228,7 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
 
 _WANTED = {
     "permutation": "every passage ranked in one window, with its reasoning (a `window` as long as the lists, and a "
-    "prompt such as rank_gpt_reasoning)",
+    "prompt such as rank_gpt_reasoning), and first-stage scores where the prompt shows them",
     "explanation": "reasoning and an integer 0 to 10 for a passage (method erank, `score: integer`)",
     "score": "two scores",
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from rerank_ray.errors import RowError
+from rerank_ray.prompts.render import Template
 from rerank_ray.records import Candidate, CandidateList
 
 _IDENTIFIER = re.compile(r"\[(\w{1,3})\]")
@@ -16,3 +18,27 @@ def shown_passages(request: CandidateList, words: int) -> list[str]:
 
 def shown_passage(candidate: Candidate, words: int) -> str:
     return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split()[:words]))
+
+
+def has_what_is_shown(template: Template, request: CandidateList) -> bool:
+    """Whether `scores_to_show` has an answer for this list."""
+    return not template.shows_scores or all(c.score is not None for c in request.candidates)
+
+
+def scores_to_show(template: Template, request: CandidateList) -> list[float] | None:
+    """First-stage scores for a template that shows them.
+
+    Raises:
+        RowError: a candidate has none.
+    """
+    if not template.shows_scores:
+        return None
+    return first_stage_scores(request, "the prompt shows first-stage scores")
+
+
+def first_stage_scores(request: CandidateList, why: str) -> list[float]:
+    """Raises `RowError`, saying why scores are needed, when a candidate has none."""
+    unscored = next((c.doc_id for c in request.candidates if c.score is None), None)
+    if unscored is not None:
+        raise RowError(f"candidate {unscored!r} has no score, and {why}")
+    return [c.score for c in request.candidates]

@@ -148,6 +148,11 @@ class Template(Settings):
         """The prompt that compares passage A with passage B."""
         return self._made(query, {"{passage_a}": a.contents, "{passage_b}": b.contents})
 
+    @property
+    def shows_scores(self) -> bool:
+        """Whether a list's entries show first-stage scores."""
+        return "{score}" in (self.passage or "")
+
     def list_prompt(
         self,
         query: Query,

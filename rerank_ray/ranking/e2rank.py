@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Embed, Failure, Result
-from rerank_ray.prompts.passages import shown_passage
+from rerank_ray.prompts.passages import scores_to_show, shown_passage
 from rerank_ray.prompts.render import load_template
-from rerank_ray.ranking.listwise import scores_to_show
 from rerank_ray.ranking.pointwise import Steps, scores_from
 from rerank_ray.records import CandidateList, Scores
 from rerank_ray.settings.rankers import E2RankSettings

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, NextToken, Result
-from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.passages import scores_to_show, shown_passages
 from rerank_ray.prompts.render import load_template
-from rerank_ray.ranking.listwise import check_fits, scores_to_show, slide
+from rerank_ray.ranking.listwise import check_fits, slide
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.windows import windows

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.scores import parse_score_rows
-from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.passages import first_stage_scores, scores_to_show, shown_passages
 from rerank_ray.prompts.render import Template, load_template
-from rerank_ray.ranking.listwise import check_fits, first_stage_scores, scores_to_show
+from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import GroupRankSettings

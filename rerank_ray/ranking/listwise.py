@@ -12,7 +12,7 @@ from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import Permutation, parse_permutation
-from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.passages import scores_to_show, shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
@@ -109,25 +109,6 @@ def read_permutation(template: Template, result: Result, count: int) -> tuple[st
         return "", Permutation(order=None, defects=(Defect(kind=DefectKind.UNSCORED, detail=result.reason),))
     text = template.prefill + result.value
     return split_reasoning(text)[0], parse_permutation(text, template.identifiers(count), cut_off=result.cut_off)
-
-
-def scores_to_show(template: Template, request: CandidateList) -> list[float] | None:
-    """First-stage scores for a template that shows them.
-
-    Raises:
-        RowError: a candidate has none.
-    """
-    if "{score}" not in template.passage:
-        return None
-    return first_stage_scores(request, "the prompt shows first-stage scores")
-
-
-def first_stage_scores(request: CandidateList, why: str) -> list[float]:
-    """Raises `RowError`, saying why scores are needed, when a candidate has none."""
-    unscored = next((c.doc_id for c in request.candidates if c.score is None), None)
-    if unscored is not None:
-        raise RowError(f"candidate {unscored!r} has no score, and {why}")
-    return [c.score for c in request.candidates]
 
 
 def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:

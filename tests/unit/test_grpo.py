@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
-from rerank_ray.errors import ConfigError, InputError, ModelError
+from rerank_ray.errors import ConfigError, InputError, ModelError, RowError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Generate, NextToken, Prompt
 from rerank_ray.records import Candidate, CandidateList, Query, Usage
@@ -270,6 +271,18 @@ def test_tasks_read_answers_for_the_passages_as_shown():
     # References 5, 3, 8; the integers 9, 7 and 2 of the relevant ones are above the other's 2 and below its 8.
     integers = [[answer("9"), answer("7")], [answer("2"), answer("8")], [answer("9"), answer("<answer>")]]
     assert worth(integers, kind="erank") == [[1.0, 0.25], [-1.0, -100.0], [1.0, -100.0]]
+
+
+def test_first_stage_scores_are_shown_with_their_passages():
+    """InsertRank's prompt, as the ranker has it; a list that lacks a score can't be asked about."""
+    given = labels_from_row(row(0))
+    scored = tuple(replace(c, score=float(i)) for i, c in enumerate(given.candidate_list.candidates))
+    made = task({"kind": "reason_rank", "prompt": "insert_rank", "reasoning": False})
+    (prompt,) = made.prompts(replace(given, candidate_list=replace(given.candidate_list, candidates=scored)), [2, 0])
+    assert [part.count("(BM25 score: 2.00)") for part in prompt.parts] == [0, 1, 0]
+    assert [part.count("(BM25 score: 0.00)") for part in prompt.parts] == [0, 0, 1]
+    with pytest.raises(RowError, match="candidate 'd0' has no score, and the prompt shows first-stage scores"):
+        made.prompts(given, [2, 0])
 
 
 def test_a_template_of_another_method_is_refused():

@@ -30,6 +30,8 @@ from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
+from rerank_ray.prompts.parse.answer import split_reasoning
+from rerank_ray.prompts.parse.permutation import parse_permutation
 from rerank_ray.records import Labels, Scores
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
 from rerank_ray.settings.models import HFCausalSettings
@@ -88,6 +90,40 @@ def test_texts_are_turns_of_the_prompts_form():
     explained = ExplanationTerm(term(kind="explanation"))
     given = labels_from_row(row(0, ("", " Yes. ", "No.")))
     assert explained.text(given, 1) == "<think>\nYes.\n</think>\n<answer>9</answer>"
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>"])
+def test_a_think_block_that_the_chat_template_opens_is_gone_on_with(tiny_llama: Path, tmp_path: Path, opened: str):
+    """What is learnt parses as the answer that it is: no second tag, and a bare ranking behind the block's end."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>{%", f"<|assistant|>{opened}{{%")
+    tokenizer.save_pretrained(folder)
+    made = policy(folder)
+    learnt: list[str] = []
+
+    def log_probabilities(prompt: list[int], texts: list[list[int]]) -> torch.Tensor:
+        learnt.append(tokenizer.decode(prompt).rpartition("<|assistant|>")[2] + "‖" + tokenizer.decode(texts[0]))
+        return torch.zeros(1)
+
+    made.log_probabilities = log_probabilities
+    explained = labels_from_row(row(0, ("Yes.", "", "")))
+    ExplanationTerm(term(kind="explanation")).loss(made, replace(explained, scores=(9.0, 0.5, 0.5)), 0, 0)
+    PermutationTerm(term(kind="permutation", prompt="rank_gpt", reasoning=False)).loss(made, explained, 0, 0)
+    within = "Yes.\n</think>\n<answer>9</answer><|end|>"
+    assert learnt[0] == (f"{opened}‖{within}" if opened[-1] == "\n" else f"{opened}‖\n{within}")
+    assert learnt[1] == f"{opened}‖\n</think>\n\n[2] > [3] > [1]<|end|>"
+    written = split_reasoning(learnt[1].replace("‖", "").removesuffix("<|end|>"))[1]
+    assert parse_permutation(written, ["1", "2", "3"]).order == (1, 2, 0)
+
+
+def test_first_stage_scores_are_shown_as_a_ranker_shows_them():
+    """InsertRank's prompt; a list without them can't be learnt from."""
+    insert = PermutationTerm(term(kind="permutation", prompt="insert_rank", reasoning=False))
+    given = Labels(candidate_list=make_list(scores=(3.25, 2.0, 1.0)), teacher="t", scores=SCORES)
+    assert insert.teaches(given)
+    assert "(BM25 score: 3.25)" in insert.prompt(given).parts[1]
+    assert not insert.teaches(replace(given, candidate_list=make_list()))
 
 
 def test_a_prefill_that_the_texts_do_not_begin_with_is_refused(tmp_path: Path):
