@@ -14,6 +14,7 @@ from transformers import DebertaV2Config, DebertaV2Model, ElectraConfig, Electra
 
 from rerank_ray import config
 from rerank_ray.distill.parallel import World
+from rerank_ray.distill.targets import Targets, objective
 from rerank_ray.distill.train import Trainer
 from rerank_ray.models.student import load_student
 from rerank_ray.records import Candidate, CandidateList, Query
@@ -57,6 +58,21 @@ RECIPE_MODELS = {
 
 def test_every_recipe_is_tried():
     assert {p.stem for p in RECIPES.glob("*.yaml")} == set(RECIPE_MODELS)
+
+
+def test_flagembeddings_objective_is_theirs():
+    """Of a query they add cross-entropy on the positive and −Σ softmax(t)·log softmax(s) over all layers, and with a
+    teacher nothing else; ours is that by the number of layers, less the teacher's entropy, which no score changes."""
+    loaded = config.load(DistillSettings, RECIPES / "flagembedding-layerwise.yaml")
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(21, 2, 4, generator=random)
+    teacher = torch.randn(2, 4, generator=random).sort(descending=True).values
+    gains, mask = torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 2), torch.ones(2, 4, dtype=torch.bool)
+    targets = Targets(teacher=teacher, gains=gains, mask=mask, confidence=torch.ones(2))
+    logs, target = scores.log_softmax(-1), teacher.softmax(-1)
+    theirs = -(logs[..., 1] + (target * logs).sum(-1)).sum(0)
+    entropy = -(target * target.log()).sum(-1)
+    torch.testing.assert_close(objective(scores, targets, loaded.objective)["total"].loss, theirs / 21 - entropy)
 
 
 @pytest.fixture(scope="module")
