@@ -45,7 +45,9 @@ class Policy(nn.Module):
         device = engine.pick_device("auto")
         self.dtype = engine.pick_dtype(settings.dtype, device)
         if settings.lora is not None:
-            model.to(self.dtype)
+            for parameter in model.parameters():
+                # Buffers stay: rotary frequencies in bfloat16 are other positions, a few hundred tokens on.
+                parameter.data = parameter.data.to(self.dtype)
             lora.add_adapters(model, settings.lora, base=settings.base, revision=settings.revision)
             for parameter in model.parameters():
                 if parameter.requires_grad:

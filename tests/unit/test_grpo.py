@@ -212,6 +212,8 @@ def test_without_adapters_it_is_the_base(tiny_llama: Path):
 def test_only_what_is_trained_is_float32(tiny_llama: Path):
     made = policy(tiny_llama, dtype="bfloat16")
     assert {p.requires_grad: p.dtype for p in made.parameters()} == {True: torch.float32, False: torch.bfloat16}
+    # As `from_pretrained` leaves it in what runs the saved model.
+    assert made.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert math.isfinite(made.log_probabilities([5, 6], [(7, 8)]).sum().item())
 
 
