@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import THINKING_TEMPLATE, WORDS, tiny_bert_folder, tiny_llama_tokenizer
 from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels, reinforce
@@ -227,6 +229,23 @@ def test_a_saved_policy_is_an_ordinary_model(tiny_llama: Path, tmp_path: Path):
     call = Generate(prompt=Prompt(parts=("the cat of",), passages=()), max_tokens=5)
     backend = HFCausal(HFCausalSettings(path=str(tmp_path), max_length=256, dtype="float32"))
     assert backend.run([call])[0].value == made.backend.run([call])[0].value
+
+
+def test_a_saved_policy_keeps_what_bfloat16_rounds_away(tiny_llama: Path, tmp_path: Path):
+    """Each weight moved by less than half a step of its bfloat16: the file has base and change, to the last bit that
+    float32 has of their sum."""
+    made = policy(tiny_llama, dtype="bfloat16")
+    layer = made.model.model.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        for parameter in made.trained:
+            parameter.mul_(0.01)
+    base, change = layer.get_base_layer().weight.float(), layer.get_delta_weight("default").float()
+    assert ((base + change).bfloat16() == base).float().mean() > 0.9
+    made.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    saved = load_file(tmp_path / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    torch.testing.assert_close(saved - base, change, atol=1e-7, rtol=0.0)
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16
 
 
 def test_what_can_not_be_a_policy_is_refused(tmp_path: Path):

@@ -59,10 +59,11 @@ def _targets(model: PreTrainedModel, wanted: tuple[str, ...] | None) -> list[str
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its adapters added to its weights: a copy, or the model itself when it has none."""
+    """The model with its adapters added to its weights: a float32 copy, or the model itself when it has none."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
-    # In the CPU's memory: beside the model there may be no room for a second one on its GPU.
+    # In the CPU's memory: beside the model there may be no room for a second one on its GPU. In float32: at a low rate
+    # most of what was learnt is less than half a step of bfloat16 weights, which adding it to them would round away.
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, {number: _on_cpu(t) for number, t in tensors.items()})
     for name, module in list(model.named_modules()):
@@ -74,7 +75,8 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    copied = tensor.detach().to("cpu", copy=True)
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    copied = tensor.detach().to("cpu", dtype, copy=True)
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
