@@ -30,6 +30,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.protocol import Answer, Generate, Prompt
 from rerank_ray.models.student.adaptation import set_dropout
 from rerank_ray.prompts.passages import has_what_is_shown
+from rerank_ray.prompts.render import Template
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import ReinforceSettings
 
@@ -155,7 +156,7 @@ class GRPOTrainer(PolicyTrainer):
         """Answers to the prompts of all queries, drawn side by side; queries that can't be asked are left out."""
         settings = self.settings
         shown = [(labels, self._shown(labels, epoch)) for labels in rows]
-        usable = [(labels, indices) for labels, indices in shown if self._can_ask(labels, indices)]
+        usable = [(labels, indices) for labels, indices in shown if len({g > 0 for g in gains_of(labels, indices)}) > 1]
         self._sums["skipped_queries"] += len(rows) - len(usable)
         prompts = [self._prompts(labels, indices) for labels, indices in usable]
         calls = [
@@ -180,11 +181,6 @@ class GRPOTrainer(PolicyTrainer):
             else:
                 self._sums["skipped_queries"] += 1
         return asked
-
-    def _can_ask(self, labels: Labels, indices: Sequence[int]) -> bool:
-        """Whether some of the passages are relevant and others not, and all that the prompt shows is known."""
-        differ = len({gain > 0 for gain in gains_of(labels, indices)}) > 1
-        return differ and has_what_is_shown(self.task.template, labels.candidate_list)
 
     def _prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         prompts = self.task.prompts(labels, indices)
@@ -330,11 +326,14 @@ _SUMS = (
 
 
 def open_labels(settings: ReinforceSettings) -> LabelSet:
-    """The labels, refused where they can't reward anything.
+    """The labels, without lists that lack first-stage scores which the prompt shows; refused where they can't reward
+    anything.
 
     Raises:
-        InputError: no training query, or no held-out one, has candidates with different known gains; or scores that are
-            to be references of ERank's integers lie outside their scale.
+        InputError: no training query, or no held-out one, has candidates with different known gains, or the first-stage
+            scores that the prompt shows; or scores that are to be references of ERank's integers lie outside their
+            scale.
+        ConfigError: the template is not there, or is written for another method.
     """
     data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
     lowest, highest = data.score_range
@@ -349,4 +348,16 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
             "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
         )
     data.require_held_out_gains(settings.input, "raise validation.fraction")
-    return data
+    template = make_task(settings.reward).template
+    return _with_shown_scores(data, template, settings) if template.shows_scores else data
+
+
+def _with_shown_scores(data: LabelSet, template: Template, settings: ReinforceSettings) -> LabelSet:
+    kept = data.where(lambda labels: has_what_is_shown(template, labels.candidate_list))
+    if len(kept.train) == 0 or len(kept.validation) == 0:
+        raise InputError(
+            f"{', '.join(settings.input)}: of {len(data.train)} training and {len(data.validation)} held-out lists, "
+            f"{len(kept.train)} and {len(kept.validation)} have the first-stage score of each passage, which "
+            f"{settings.reward.prompt} shows: label candidates of a first stage, or give a prompt without {{score}}"
+        )
+    return kept

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -134,6 +134,14 @@ class LabelSet:
                 f"{', '.join(uris)}: none of {len(self.validation)} held-out queries has a candidate with a known "
                 f"gain: ingest with qrels, which set the candidates' 'label', or {otherwise}"
             )
+
+    def where(self, usable: Callable[[Labels], bool]) -> LabelSet:
+        """Only the lists that are usable; the counts are still of all."""
+
+        def chosen(positions: np.ndarray) -> np.ndarray:
+            return positions[[usable(labels) for labels in self.reader().read(positions)]]
+
+        return replace(self, train=chosen(self.train), validation=chosen(self.validation))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Training positions [rows, 2] of one epoch: row groups shuffled, then rows within windows of 16 groups.

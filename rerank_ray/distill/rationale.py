@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed
 
@@ -172,7 +171,7 @@ def _encoded(policy: Policy, prompt: Prompt, reserved: int) -> list[int] | None:
     return None if isinstance(ids, PromptTooLongError) else ids
 
 
-def in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
+def _in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
     """A prompt and the text behind it, where the chat template opens the model's turn with a think tag, `opened`.
 
     A text that begins with its reasoning goes on within the block, and one without any ends the block first: what ranks
@@ -190,7 +189,7 @@ def in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
 
 def _likelihood_loss(policy: Policy, prompt: Prompt, text: str) -> torch.Tensor | None:
     """Mean negative log-likelihood of a text's tokens and of the end of the turn; None where they don't fit."""
-    prompt, text = in_turn(prompt, text, policy.backend.encoder.opened_reasoning(prompt))
+    prompt, text = _in_turn(prompt, text, policy.backend.encoder.opened_reasoning(prompt))
     tokens = [*policy.backend.encoder.continuation(prompt, text), policy.turn_end(prompt)]
     if len(tokens) >= policy.settings.max_length:
         return None
@@ -215,7 +214,7 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
         data = LabelSet.open(term.input, settings.validation.fraction, settings.seed)
         if isinstance(term, ScoreTermSettings):
             check_objective(data, term.objective)
-        kept = _kept(data, made.teaches)
+        kept = data.where(made.teaches)
         if len(kept.train) == 0 or len(kept.validation) == 0:
             raise InputError(
                 f"terms.{number} ({term.kind}): of {len(data.train)} training and {len(data.validation)} held-out "
@@ -228,17 +227,10 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
 
 _WANTED = {
     "permutation": "every passage ranked in one window, with its reasoning (a `window` as long as the lists, and a "
-    "prompt such as rank_gpt_reasoning), and first-stage scores where the prompt shows them",
+    "prompt such as rank_gpt_reasoning), and a first-stage score where the prompt shows them",
     "explanation": "reasoning and an integer 0 to 10 for a passage (method erank, `score: integer`)",
     "score": "two scores",
 }
-
-
-def _kept(data: LabelSet, teaches: Callable[[Labels], bool]) -> LabelSet:
-    def usable(positions: np.ndarray) -> np.ndarray:
-        return positions[[teaches(labels) for labels in data.reader().read(positions)]]
-
-    return replace(data, train=usable(data.train), validation=usable(data.validation))
 
 
 def distill_rationales(

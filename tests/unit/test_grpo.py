@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.tasks import Task, make_task
-from rerank_ray.errors import ConfigError, InputError, ModelError, RowError
+from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Generate, NextToken, Prompt
 from rerank_ray.records import Candidate, CandidateList, Query, Usage
@@ -294,16 +293,21 @@ def test_tasks_read_answers_for_the_passages_as_shown():
     assert worth(integers, kind="erank") == [[1.0, 0.25], [-1.0, -100.0], [1.0, -100.0]]
 
 
-def test_first_stage_scores_are_shown_with_their_passages():
-    """InsertRank's prompt, as the ranker has it; a list that lacks a score can't be asked about."""
-    given = labels_from_row(row(0))
-    scored = tuple(replace(c, score=float(i)) for i, c in enumerate(given.candidate_list.candidates))
-    made = task({"kind": "reason_rank", "prompt": "insert_rank", "reasoning": False})
-    (prompt,) = made.prompts(replace(given, candidate_list=replace(given.candidate_list, candidates=scored)), [2, 0])
-    assert [part.count("(BM25 score: 2.00)") for part in prompt.parts] == [0, 1, 0]
-    assert [part.count("(BM25 score: 0.00)") for part in prompt.parts] == [0, 0, 1]
-    with pytest.raises(RowError, match="candidate 'd0' has no score, and the prompt shows first-stage scores"):
-        made.prompts(given, [2, 0])
+def test_tasks_show_first_stage_scores(tmp_path: Path, tiny_llama: Path):
+    """Those of the passages shown, in their order; lists without are left out of the labels."""
+    rows = [row(i) for i in range(12)]
+    for number, of_list in enumerate(rows[:10]):
+        for i, candidate in enumerate(of_list["candidates"]):
+            candidate["score"] = number + i / 4
+    reward = {"kind": "reason_rank", "prompt": "insert_rank", "reasoning": False, "max_tokens": 9}
+    (prompt,) = task(reward).prompts(labels_from_row(rows[1]), [2, 0])
+    assert [part.partition(" (BM25 score: ")[2][:4] for part in prompt.parts[1:]] == ["1.50", "1.00"]
+    some = open_labels(settings(write_labels(tmp_path / "some", rows), tiny_llama, reward=reward))
+    assert len(some.train) + len(some.validation) == 10
+    without = write_labels(tmp_path / "without", [row(i) for i in range(12)])
+    with pytest.raises(InputError, match="0 and 0 have the first-stage score of each passage, which insert_rank shows"):
+        open_labels(settings(without, tiny_llama, reward=reward))
+    open_labels(settings(without, tiny_llama))
 
 
 def test_a_template_of_another_method_is_refused():

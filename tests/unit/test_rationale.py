@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +33,11 @@ from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import parse_permutation
+from rerank_ray.ranking.listwise import RankGPT
 from rerank_ray.records import Labels, Scores
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
 from rerank_ray.settings.models import HFCausalSettings
+from rerank_ray.settings.rankers import RankGPTSettings
 from rerank_ray.settings.rationale import PermutationTermSettings, RationaleSettings, TermSettings
 from rerank_ray.settings.reinforce import PolicySettings
 from rerank_ray.settings.student import StudentSettings
@@ -115,15 +118,6 @@ def test_a_think_block_that_the_chat_template_opens_is_gone_on_with(tiny_llama: 
     assert learnt[1] == f"{opened}‖\n</think>\n\n[2] > [3] > [1]<|end|>"
     written = split_reasoning(learnt[1].replace("‖", "").removesuffix("<|end|>"))[1]
     assert parse_permutation(written, ["1", "2", "3"]).order == (1, 2, 0)
-
-
-def test_first_stage_scores_are_shown_as_a_ranker_shows_them():
-    """InsertRank's prompt; a list without them can't be learnt from."""
-    insert = PermutationTerm(term(kind="permutation", prompt="insert_rank", reasoning=False))
-    given = Labels(candidate_list=make_list(scores=(3.25, 2.0, 1.0)), teacher="t", scores=SCORES)
-    assert insert.teaches(given)
-    assert "(BM25 score: 3.25)" in insert.prompt(given).parts[1]
-    assert not insert.teaches(replace(given, candidate_list=make_list()))
 
 
 def test_a_prefill_that_the_texts_do_not_begin_with_is_refused(tmp_path: Path):
@@ -267,6 +261,26 @@ def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tm
     for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
         with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
             open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))
+
+
+def test_first_stage_scores_are_shown_as_a_ranker_shows_them(tiny_llama: Path, tmp_path: Path):
+    """A list without them is left out, as a ranker with the template refuses it."""
+    scored = [make_list(f"q{i}", 3, scores=(2.5, 1.25, 0.5)) for i in range(9)]
+    teacher = label_columns("teacher", Scores(scores=SCORES))
+    rows = [candidate_row(request) | teacher for request in scored]
+    mixed = write_labels(tmp_path / "mixed", [*rows, row(20, None), row(21, None)])
+    shows = {"kind": "permutation", "prompt": "insert_rank", "reasoning": False}
+    (data,) = open_terms(settings(tiny_llama, shows | {"input": [mixed]}))
+    assert len(data.train) + len(data.validation) == 9
+    prompt = PermutationTerm(term(**shows)).prompt(labels_from_row(rows[0]))
+    ranker = RankGPT(
+        RankGPTSettings(model=HFCausalSettings(path="m"), prompt="insert_rank"), SimpleNamespace(name="model")
+    )
+    assert [call.prompt for call in next(ranker.rank(scored[0]))] == [prompt]
+    assert "(BM25 score: 1.25)" in "".join(prompt.parts)
+    without = write_labels(tmp_path / "without", [row(i, None) for i in range(9)])
+    with pytest.raises(InputError, match=r"0 and 0 have .* a first-stage score where the prompt shows them"):
+        open_terms(settings(tiny_llama, shows | {"input": [without]}))
 
 
 @pytest.mark.parametrize("teacher", ["group_rank:m", "permutation_self_consistency:m"])
