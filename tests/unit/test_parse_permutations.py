@@ -186,15 +186,56 @@ def test_tiers_and_broken_chains_are_read_in_their_order(text: str):
 @pytest.mark.parametrize(
     ("text", "order"),
     [
-        ("In the requested form [1] > [2]: [5] > [4] > [3]", (4, 3, 2, 0, 1)),
-        ("Comparing: [4] > [5] is clear. [1] > [2] is clear.\nFinal ranking: [2] > [1] > [3]", (1, 0, 2, 3, 4)),
+        ("In the requested form [3] > [5]: [5] > [4] > [3]", (4, 3, 2, 0, 1)),
+        ("Comparing: [2] > [3] is clear. [1] > [2] is clear.\nFinal ranking: [2] > [1] > [3]", (1, 0, 2, 3, 4)),
         ("Least relevant: [4] > [5]\nMost relevant: [1] > [2] > [3]", (0, 1, 2, 3, 4)),
-        ("Compared with [2], [1] > [3] > [4] > [5]", (0, 2, 3, 4, 1)),
-        ("[4] > [5]. [1] > [2] > [3]", (0, 1, 2, 3, 4)),
+        ("Not relevant: [2]\nRanking: [1] > [3] > [4] > [5]", (0, 2, 3, 4, 1)),
+        ("[2] > [3]. [1] > [3] > [2]", (0, 2, 1, 3, 4)),
     ],
 )
 def test_guesses_and_comparisons_are_no_part_of_a_ranking(text: str, order: tuple[int, ...]):
     assert ranked(text, NUMBERS[:5]) == (order, ["missing"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Compared with [2], [1] > [3] > [4] > [5]",
+        "[4] > [5]. [1] > [2] > [3]",
+        "[2]\n[3] > [1] > [5] > [4]",
+        "Highly relevant: [3] > [1]\nSomewhat relevant is [2].\nNot relevant: [4] > [5]",
+        "[2] is the most relevant passage, followed by [3], [1], [5], [4].",
+        "Passage [2] ranks first, then [3], [1], [5], [4]",
+        "The best is [2]. Then [3]. Then [1], [4], [5].",
+        "Most relevant: [2] names the year\nNext: [3], [1], [5], [4]",
+    ],
+)
+def test_a_ranking_that_lacks_what_is_named_before_it_is_none(text: str):
+    """What a ranking lacks comes last: the passage that these name first would."""
+    assert ranked(text, NUMBERS[:5]) == (None, ["unparsed"])
+
+
+@pytest.mark.parametrize(
+    ("text", "order", "defects"),
+    [
+        ("Highly relevant: [3]\nSomewhat relevant: [1] > [2]\nNot relevant: [4] > [5]", (2, 0, 1, 3, 4), ["missing"]),
+        ("Highly relevant: [3] > [1]\nSomewhat relevant: [2].\nNot relevant: [4] > [5]", (2, 0, 1, 3, 4), ["missing"]),
+        ("Relevant:\n[3]\n\nNot relevant:\n[2] > [1] > [4] > [5]", (2, 1, 0, 3, 4), ["missing"]),
+        ("Most relevant: [2]\nThen: [3] > [1] > [5] > [4]", (1, 2, 0, 4, 3), ["missing"]),
+        ("Relevant: [2]\nNot relevant: [4] > [5] > [1]", (1, 3, 4, 0, 2), ["missing"]),
+        ("Relevant: [2] (the year), [3]\nNot relevant: [4] > [5] > [1]", (1, 2, 3, 4, 0), ["missing"]),
+        ("[3] = [1] > [2] > [4] > [5]", (2, 0, 1, 3, 4), ["missing"]),
+        ("Ranking: [3], [1] > [2] > [4] > [5]", (2, 0, 1, 3, 4), ["missing"]),
+        ("3 = 1 > 2 > 4 > 5", (2, 0, 1, 3, 4), ["missing"]),
+        ("[3] names the year, as does [1].\nRanking: [1] > [3] > [2] > [5] > [4]", (0, 2, 1, 4, 3), []),
+    ],
+)
+def test_a_tier_or_tie_of_one_keeps_its_place(text: str, order: tuple[int, ...], defects: list[str]):
+    assert ranked(text, NUMBERS[:5]) == (order, defects)
+
+
+def test_letters_in_an_empty_bracket_are_no_passages():
+    assert ranked("[C] > [B] > [N/A], [D] > [A]", LETTERS[:4]) == ((2, 1, 3, 0), ["missing"])
 
 
 @pytest.mark.parametrize(
@@ -293,6 +334,11 @@ def test_a_cut_off_answer_that_is_whole():
         "passage " * 8000,
         "<think>" * 8000,
         "a: " * 15000,
+        "Best: [1] > [2]\n" * 3000,
+        "".join(f"Best: [{n}] > [{n + 1}]\n" for n in range(1, 4000, 2)),
+        "[1], [2] > [3] x " * 3000,
+        "Best:" + "\n" * 40000,
+        "[1] = " * 8000 + "[2] > [3]",
         " " * 40000,
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ def parse_permutation(text: str, identifiers: Sequence[str], *, cut_off: bool = 
     A chain of bracketed identifiers is a ranking whatever stands around it. Anything less (bare numbers, a list, lines
     that identifiers open) must name half of the passages, or be the whole answer: an order that is mostly the input's
     is not the model's. Passages that prose mentions are none, nor are lines that go through them in the prompt's order.
+    Where a ranking lacks a passage that the text names before it, there is none: "[2] is best. Next: [3] > [1]" would
+    put the best passage last.
 
     Args:
         identifiers: the labels of the N passages as the prompt shows them, "1", "2", … or "A", "B", …
@@ -78,10 +81,12 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     chains = [(m.span(), _names(re.sub(_REASON, "", m[0]))) for m in matches]
     refusal = REFUSAL.search(text)
     if chains:
-        joined = _tiers(text, chains, set(known)) or _without_gaps(text, chains, bracketed)
-        (start, _), best = max(enumerate(joined), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))[1]
+        joined = _tiers(text, chains, link) or _without_gaps(text, chains, item, bracketed)
+        (start, end), best = max(enumerate(joined), key=lambda c: (len(set(c[1][1]) & set(known)), c[0]))[1]
         refused = refusal is not None and refusal.start() < start
         if 2 * len(set(best) & set(known)) >= len(known) or ("[" in text[start : start + 1] and not refused):
+            if _passes_over(text[:end], best, known, bracketed):
+                return [], None, None
             flaw = None if any(best == names for _, names in chains) else _BROKEN
             if any(sorted(other) == sorted(best) and other != best for _, other in joined):
                 flaw = _RIVALS
@@ -90,6 +95,8 @@ def _ranked_names(answer: str, known: dict[str, int], cut_off: bool) -> tuple[li
     start, names = max(found, key=lambda f: len(set(f[1]) & set(known)), default=(len(text), []))
     if refusal and refusal.start() < start:
         return [], None, DefectKind.REFUSAL
+    if _passes_over(text[:start], names, known, bracketed):
+        return [], None, None
     count = len(set(names) & set(known))
     if 2 * count >= len(known) or count == 0:
         return names, None, None
@@ -172,13 +179,12 @@ _NUMBERED = (
 )
 _ORDER = re.compile(r"\b(?:rank\w*|order\w*|best|first|top|most)\b", re.I)
 _TIER_WORD = re.compile(
-    r"\b(?:(?:ir)?relevan\w*|best|top|first|second|third|fourth|fifth|next|other|others|rest|remaining|last|most|least)\b",
+    r"\b(?:(?:ir)?relevan\w*|best|top|first|second|third|fourth|fifth|next|then|other|others|rest|remaining|last|most|least)\b",
     re.I,
 )
 _Chain = tuple[tuple[int, int], list[str]]
 """Where a chain of identifiers stands in a text, and what it names."""
 _GAP = re.compile(r"(?:[ \t>=,;]|\[[^\[\]\n]*+\])++")
-_TIER = re.compile(r"^[^\[\]\n>:]*?\b(?:ir)?relevan[^\[\]\n>:]*+:[ \t]*+\Z", re.I | re.M)
 _LOW_TIER = re.compile(
     r"\b(?:least|less|not|no|non|low(?:er|est)?|worst|bottom|others?|rest|remaining|irrelevan\w*|unrelated|off[- ]topic"
     r"|unlike|excluded?|except)\b",
@@ -186,29 +192,57 @@ _LOW_TIER = re.compile(
 )
 
 
-def _without_gaps(text: str, chains: Sequence[_Chain], bracketed: str) -> list[_Chain]:
-    """The chains, those that only another sign or an empty bracket parts put together ("[1] > [2], [3] > [] > [4]")."""
-    joined = [chains[0]]
-    for span, names in chains[1:]:
-        (start, end), before = joined[-1]
-        if _GAP.fullmatch(text, end, span[0]):
-            between = [n for m in re.finditer(bracketed, text[end : span[0]]) for n in _names(m[0])]
-            joined[-1] = ((start, span[1]), [*before, *between, *names])
+def _passes_over(text: str, ranking: Sequence[str], known: dict[str, int], bracketed: str) -> bool:
+    """Whether a text, up to where its ranking is, names a passage that the ranking lacks.
+
+    Passages that a line's label calls the lowest may well be missing: last is their place.
+    """
+    named: set[str] = set()
+    for line in text.splitlines():
+        label, colon, _ = line.partition(":")
+        if not (colon and "[" not in label and _LOW_TIER.search(label)):
+            named.update(_names(" ".join(re.findall(bracketed, line))))
+    return not named.isdisjoint(known.keys() - set(ranking))
+
+
+def _without_gaps(text: str, chains: Sequence[_Chain], item: str, bracketed: str) -> list[_Chain]:
+    """The chains, with what another sign ties to their beginning ("[3] = [1] > [2]"), and those as one that only such
+    a sign or an empty bracket parts ("[1] > [2], [3] > [] > [4]")."""
+    tied = re.compile(rf"(?:\A|[\n:])[ \t]*+((?:{item}[ \t]*+[=,;][ \t]*+)++)\Z")
+    joined: list[_Chain] = []
+    for (start, end), names in chains:
+        (begin, before_end), before = joined[-1] if joined else ((0, 0), [])
+        between = text[before_end:start]
+        if joined and _GAP.fullmatch(between):
+            parts = [n for m in re.finditer(bracketed, between) for n in _names(m[0])]
+            joined[-1] = ((begin, end), [*before, *parts, *names])
+        elif lead := tied.search(between):
+            joined.append(((before_end + lead.start(1), end), [*_names(lead[1]), *names]))
         else:
-            joined.append((span, names))
+            joined.append(((start, end), names))
     return joined
 
 
-def _tiers(text: str, chains: Sequence[_Chain], known: set[str]) -> list[_Chain]:
-    """One ranking of tiers, "Highly relevant: [3] > [5]" above "Less relevant: [2] > [4]", or none.
+def _tiers(text: str, chains: Sequence[_Chain], link: str) -> list[_Chain]:
+    """One ranking of tiers, "Highly relevant: [3]" above "Less relevant: [2] > [4]", or none.
 
-    Every chain must be a tier, the lowest not the first, and no two may rank the same passage: else one is a guess.
+    Every chain must be in a tier, the lowest not the first, and no two may rank the same passage: else one is a guess.
     """
-    labels = [_TIER.search(text, 0, start) for (start, _), _ in chains]
-    names = [n for _, of_chain in chains for n in of_chain if n in known]
-    if len(chains) < 2 or not all(labels) or _LOW_TIER.search(labels[0][0]) or len(set(names)) < len(names):
+    run = rf"{link}(?:(?:[ \t=,;]++|\s*+>\s*+)*+{link})*+"
+    found = [
+        m
+        for m in re.finditer(rf"^([^\[\]\n>:]*+):\s*+({run})([ \t.,;]*+$)?", text, re.M)
+        if _TIER_WORD.search(m[1]) and (">" in m[2] or m[3] is not None)
+    ]
+    names = [n for m in found for n in _names(re.sub(_REASON, "", m[2]))]
+    if len(found) < 2 or _LOW_TIER.search(found[0][1]) or len(set(names)) < len(names):
         return []
-    return [((chains[0][0][0], chains[-1][0][1]), [n for _, of_chain in chains for n in of_chain])]
+    starts, ends = [m.start(2) for m in found], [m.end(2) for m in found]
+    for (start, _), _ in chains:
+        place = bisect_right(starts, start) - 1
+        if place < 0 or start >= ends[place]:
+            return []
+    return [((starts[0], ends[-1]), names)]
 
 
 def _listed_names(text: str) -> list[str]:
