@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import RunError
-from rerank_ray.records import PARSE_FAILURES, Usage
+from rerank_ray.records import PARSE_FAILURES, Usage, kind_and_count
 from rerank_ray.schema import ROWS_PER_GROUP, id_hash
 from rerank_ray.settings.jobs import LimitSettings
 
@@ -118,11 +118,13 @@ def _add(counts: Counts, defects: Counter, rows_by_defect: Counter, table: pa.Ta
         counts.examples += [f"{r['query_id']}: {r['error']}" for r in rows.to_pylist()]
     if "defects" in table.column_names:
         for row, has_error in zip(table["defects"].to_pylist(), failed.to_pylist(), strict=True):
-            kinds = [d.partition(":")[0] for d in row or ()]
+            counted = [kind_and_count(d) for d in row or ()]
+            kinds = {kind for kind, _ in counted}
             counts.rows_with_defects += bool(kinds) and not has_error
             counts.rows_with_parse_failures += not PARSE_FAILURES.isdisjoint(kinds)
-            defects.update(kinds)
-            rows_by_defect.update(set(kinds))
+            for kind, count in counted:
+                defects[kind] += count
+            rows_by_defect.update(kinds)
     if "usage" in table.column_names:
         unasked = pc.and_(pc.invert(failed), pc.equal(pc.struct_field(table["usage"], "calls"), 0))
         counts.rows_without_calls += pc.sum(unasked).as_py() or 0

@@ -7,6 +7,7 @@ so each stage is a map from one record to one record.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -73,13 +74,25 @@ PARSE_FAILURES = frozenset({DefectKind.EMPTY, DefectKind.REFUSAL, DefectKind.UNP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defect:
-    """One flaw in a teacher's answer; stored as `kind: detail`, so that rates by kind can be counted."""
+    """One flaw in a teacher's answer, or `count` alike of which `detail` tells the first.
+
+    It is stored as `kind: detail`, or `kind: 7×, first of detail`, so that rates by kind can be counted.
+    """
 
     kind: DefectKind
     detail: str
+    count: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}"
+        several = f"{self.count}×, first of " if self.count > 1 else ""
+        return f"{self.kind}: {several}{self.detail}"
+
+
+def kind_and_count(stored: str) -> tuple[str, int]:
+    """The kind of a stored defect, and for how many it stands."""
+    kind, _, rest = stored.partition(": ")
+    several = re.match(r"([0-9]{1,9})×, first of ", rest)
+    return kind, int(several[1]) if several else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

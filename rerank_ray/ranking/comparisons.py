@@ -98,6 +98,6 @@ class Comparisons:
             defects=(
                 *(Defect(kind=DefectKind.UNSCORED, detail=detail) for detail in unjudged),
                 *(Defect(kind=DefectKind.INCONSISTENT, detail=detail) for detail in contradicting),
-                *(Defect(kind=kind, detail=f"{len(of)}×, first of {of[0]}") for kind, of in self._flaws.items()),
+                *(Defect(kind=kind, detail=of[0], count=len(of)) for kind, of in self._flaws.items()),
             ),
         )

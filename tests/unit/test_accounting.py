@@ -93,6 +93,18 @@ def test_rates_and_bounds_by_hand(tmp_path: Path):
     ]
 
 
+def test_a_defect_that_stands_for_several_counts_as_they_do(tmp_path: Path):
+    """Seven unreadable answers of twenty, five of them told as one by a ranker that a composition holds."""
+    several = Defect(kind=DefectKind.REFUSAL, detail="stages.1.ranker: d0, d1: no", count=5)
+    assert str(several) == "refusal: 5×, first of stages.1.ranker: d0, d1: no"
+    one, two = (Defect(kind=k, detail="7×, they say") for k in (DefectKind.REFUSAL, DefectKind.UNPARSED))
+    scored = Scores(scores=(1.0, 2.0, 3.0), defects=(several, one, two))
+    write_labels(tmp_path, [schema.candidate_row(make_list()) | schema.label_columns("t", scored, Usage(calls=20))])
+    counts = count_output(str(tmp_path), 1)
+    assert (counts.defects, counts.rows_by_defect) == ({"refusal": 6, "unparsed": 1}, {"refusal": 1, "unparsed": 1})
+    assert counts.rates()["parse_failure"] == {"per_call": 0.35, "rows_affected": 1.0}
+
+
 def test_a_bound_for_a_kind_that_does_not_exist():
     with pytest.raises(ConfigError, match=r"max_defect_rates\.refusals.*'refusal'"):
         validate(LimitSettings, {"max_defect_rates": {"refusals": 0.1}}, "limits")
