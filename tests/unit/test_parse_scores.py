@@ -296,6 +296,10 @@ def test_a_label_that_was_cut_off():
     assert parse_label("B. The passage", list("ABC"), cut_off=True).defects == ()
     assert kinds(parse_label("The better passage", list("ABC"), cut_off=True)) == ["cut_off"]
     assert kinds(parse_label("<think>[B] is", list("ABC"), cut_off=True)) == ["cut_off"]
+    # The 1 may be the start of 12.
+    assert kinds(parse_label("so</think><answer>[1", NUMBERS, cut_off=True)) == ["cut_off"]
+    assert parse_label("so</think><answer>[1]", NUMBERS, cut_off=True).index == 0
+    assert parse_label("[1", NUMBERS).index == 0
 
 
 # Lists

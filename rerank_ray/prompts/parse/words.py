@@ -58,7 +58,9 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
     index_of = {label.upper(): i for i, label in enumerate(labels)}
     # "I'd" is no label I.
     start = re.match(r"\W*+(?:(?:the|passage|document|answer|is)\b\W*+)*+(\w++)(?!['’]\w)", answer, re.I)
-    if start and start[1].upper() in index_of and _stands_alone(answer, start, index_of):
+    # A number at the end of what was cut off may lack digits.
+    half = cut_off and start and start[1].isdigit() and start.end() == len(answer)
+    if start and not half and start[1].upper() in index_of and _stands_alone(answer, start, index_of):
         return ParsedLabel(index=index_of[start[1].upper()])
     kind = nothing_in(answer)
     if kind is None and not cut_off:
