@@ -190,6 +190,7 @@ def test_tiers_and_broken_chains_are_read_in_their_order(text: str):
         ("Comparing: [2] > [3] is clear. [1] > [2] is clear.\nFinal ranking: [2] > [1] > [3]", (1, 0, 2, 3, 4)),
         ("Least relevant: [4] > [5]\nMost relevant: [1] > [2] > [3]", (0, 1, 2, 3, 4)),
         ("Not relevant: [2]\nRanking: [1] > [3] > [4] > [5]", (0, 2, 3, 4, 1)),
+        ("Passage [2] is off topic, so I leave it out.\n[3] > [1] > [5] > [4]", (2, 0, 4, 3, 1)),
         ("[2] > [3]. [1] > [3] > [2]", (0, 2, 1, 3, 4)),
     ],
 )

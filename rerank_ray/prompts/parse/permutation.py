@@ -195,13 +195,12 @@ _LOW_TIER = re.compile(
 def _passes_over(text: str, ranking: Sequence[str], known: dict[str, int], bracketed: str) -> bool:
     """Whether a text, up to where its ranking is, names a passage that the ranking lacks.
 
-    Passages that a line's label calls the lowest may well be missing: last is their place.
+    Passages of which a sentence says that they are not relevant may well be missing: last is their place.
     """
     named: set[str] = set()
-    for line in text.splitlines():
-        label, colon, _ = line.partition(":")
-        if not (colon and "[" not in label and _LOW_TIER.search(label)):
-            named.update(_names(" ".join(re.findall(bracketed, line))))
+    for sentence in re.split(r"[.;!?\n]", text):
+        if not _LOW_TIER.search(sentence):
+            named.update(_names(" ".join(re.findall(bracketed, sentence))))
     return not named.isdisjoint(known.keys() - set(ranking))
 
 
