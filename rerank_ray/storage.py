@@ -126,9 +126,10 @@ def digest(uri: str | os.PathLike[str]) -> str:
     """16 hex digits that change with a file's bytes, or with the names and bytes of a folder's files."""
     fs, path = open_filesystem(uri)
     digest = hashlib.sha256()
-    for file in list_files(uri, ""):
+    for file in list_files(uri, "") if is_directory(uri) else [path]:
         if file != path:
-            digest.update(f"{file.removeprefix(path)}\0{fs.get_file_info(file).size}\0".encode())
+            name = file.removeprefix(path.rstrip("/"))
+            digest.update(f"{name}\0{fs.get_file_info(file).size}\0".encode())
         with fs.open_input_stream(file, compression=None) as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()[:16]

@@ -41,6 +41,9 @@ def test_a_digest_is_of_names_and_bytes(tmp_path: Path):
     seen = {storage.digest(folder / "a"), storage.digest(folder)}
     assert storage.digest(folder / "a") == hashlib.sha256(b"12").hexdigest()[:16]
     assert storage.digest(shutil.copytree(folder, tmp_path / "copy")) in seen
+    assert storage.digest(f"file://{folder}/") in seen
+    with pytest.raises(FileNotFoundError):
+        storage.digest(tmp_path / "gone")
     (folder / "a").write_bytes(b"1")
     (folder / "b").write_bytes(b"23")
     seen.add(storage.digest(folder))
