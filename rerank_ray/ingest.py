@@ -80,12 +80,11 @@ def ingest_beir(
     bm25.check_parameters(k1, b)
     check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
-    corpus_path, queries_path = beir.find_file(folder, "corpus.jsonl"), beir.find_file(folder, "queries.jsonl")
-    sources = [corpus_path, queries_path]
+    sources = [beir.find_file(folder, name) for name in beir.file_names(split)]
+    corpus_path, queries_path = sources[:2]
     queries = list(beir.read_queries(queries_path, bad))
     qrels: Qrels = {}
     if split is not None:
-        sources.append(beir.find_file(folder, f"qrels/{split}.tsv"))
         qrels = beir.read_qrels(sources[-1], bad)
         _report_unknown(sources[-1], qrels, {q.query_id for q in queries}, queries_path, bad)
         queries = [q for q in queries if q.query_id in qrels]

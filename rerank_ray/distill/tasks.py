@@ -9,7 +9,7 @@ from rerank_ray.distill import rewards
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.models.protocol import Answer, Prompt
 from rerank_ray.prompts.parse.scores import parse_score
-from rerank_ray.prompts.passages import scores_to_show, shown_passage
+from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passage
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import (
@@ -73,9 +73,8 @@ class _OfLists:
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         request = labels.candidate_list
         passages = [shown_passage(request.candidates[i], self.settings.passage_words) for i in indices]
-        scores = scores_to_show(self.template, request)
-        shown = None if scores is None else [scores[i] for i in indices]
-        return [self.template.list_prompt(request.query, passages, self.template.identifiers(len(indices)), shown)]
+        scores = scores_of(indices, scores_to_show(self.template, request))
+        return [self.template.list_prompt(request.query, passages, self.template.identifiers(len(indices)), scores)]
 
     def rewards(
         self, labels: Labels, indices: Sequence[int], answers: Sequence[Sequence[Answer]]

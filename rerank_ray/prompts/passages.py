@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
 from rerank_ray.prompts.render import Template
@@ -34,6 +35,11 @@ def scores_to_show(template: Template, request: CandidateList) -> list[float] | 
     if not template.shows_scores:
         return None
     return first_stage_scores(request, "the prompt shows first-stage scores")
+
+
+def scores_of(members: Sequence[int], shown: Sequence[float] | None) -> list[float] | None:
+    """Those of `scores_to_show` that belong to these candidates."""
+    return None if shown is None else [shown[i] for i in members]
 
 
 def first_stage_scores(request: CandidateList, why: str) -> list[float]:

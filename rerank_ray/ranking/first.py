@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, NextToken, Result
-from rerank_ray.prompts.passages import scores_to_show, shown_passages
+from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passages
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.listwise import check_fits, slide
 from rerank_ray.ranking.orders import scores_of_order
@@ -44,7 +44,7 @@ class First:
 
         def ask(members: Sequence[int]) -> Call:
             labels = self.template.identifiers(len(members))
-            scores = None if shown_scores is None else [shown_scores[i] for i in members]
+            scores = scores_of(members, shown_scores)
             prompt = self.template.list_prompt(request.query, [passages[i] for i in members], labels, scores)
             return NextToken(prompt=prompt, labels=labels)
 

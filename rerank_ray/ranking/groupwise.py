@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.scores import parse_score_rows
-from rerank_ray.prompts.passages import first_stage_scores, scores_to_show, shown_passages
+from rerank_ray.prompts.passages import first_stage_scores, scores_of, scores_to_show, shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
@@ -83,7 +83,7 @@ def group_calls(
                 request.query,
                 [passages[i] for i in group],
                 template.identifiers(len(group)),
-                None if scores is None else [scores[i] for i in group],
+                scores_of(group, scores),
                 criteria,
             ),
             max_tokens=max_tokens,

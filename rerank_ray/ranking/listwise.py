@@ -12,7 +12,7 @@ from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import Permutation, parse_permutation
-from rerank_ray.prompts.passages import scores_to_show, shown_passages
+from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passages
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
@@ -98,8 +98,8 @@ def permutation_call(
     max_tokens: int,
 ) -> Generate:
     """Ask for an order of the candidates `members`."""
-    shown = None if scores is None else [scores[i] for i in members]
-    prompt = template.list_prompt(query, [passages[i] for i in members], template.identifiers(len(members)), shown)
+    names, shown = template.identifiers(len(members)), scores_of(members, scores)
+    prompt = template.list_prompt(query, [passages[i] for i in members], names, shown)
     return Generate(prompt=prompt, max_tokens=max_tokens)
 
 

@@ -11,11 +11,7 @@ from rerank_ray.models.protocol import Backend, Generate
 from rerank_ray.prompts.passages import scores_to_show, shown_passages
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import aggregation
-from rerank_ray.ranking.listwise import (
-    check_fits,
-    permutation_call,
-    read_permutation,
-)
+from rerank_ray.ranking.listwise import check_fits, permutation_call, read_permutation
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.windows import windows
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores

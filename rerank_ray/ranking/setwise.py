@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 
 from rerank_ray.models.protocol import Backend, Call, Generate, NextToken, Result
-from rerank_ray.prompts.passages import scores_to_show
+from rerank_ray.prompts.passages import scores_of, scores_to_show
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.comparisons import Comparisons, read_choice
 from rerank_ray.ranking.listwise import check_fits
@@ -71,9 +71,8 @@ class Setwise:
     def _call(self, request: CandidateList, order: Group) -> Call:
         identifiers = self.identifiers[: len(order)]
         passages = [request.candidates[i].contents for i in order]
-        scores = scores_to_show(self.template, request)
-        shown = None if scores is None else [scores[i] for i in order]
-        prompt = self.template.list_prompt(request.query, passages, identifiers, shown)
+        scores = scores_of(order, scores_to_show(self.template, request))
+        prompt = self.template.list_prompt(request.query, passages, identifiers, scores)
         if self.settings.mode == "likelihood":
             return NextToken(prompt=prompt, labels=identifiers)
         stop = ("</answer>",) if self.settings.mode == "reasoning" else ()
