@@ -42,4 +42,4 @@ def test_a_folder_of_the_splits_name_is_no_input(tmp_path: Path, console, monkey
     (tmp_path / "test").mkdir()
     settings = BeirIngestSettings(kind="beir", folder=str(tmp_path), split="test", depth=1)
     run = ingest(settings.model_copy(update={"folder": "."}), "runs/ingest", console)
-    assert list(run.state()["inputs"]) == ["."]
+    assert set(run.state()["inputs"]) == {"./corpus.jsonl", "./queries.jsonl", "./qrels/test.tsv"}
