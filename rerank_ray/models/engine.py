@@ -21,7 +21,8 @@ Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 
 _LENGTH_MULTIPLE = 16
-_CPU_TOKENS_PER_BATCH, _GPU_TOKENS_PER_BATCH = 4096, 65536
+_CPU_TOKENS_PER_BATCH = 4096
+GPU_TOKENS_PER_BATCH = 65536
 LLM_TOKENS_IN_CACHE = 1024
 """Of an LLM's activations a core's cache holds those of about so many tokens."""
 _LONGEST_UNFUSED = 512
@@ -163,7 +164,7 @@ class BatchRunner:
     """
 
     def __init__(self, tokens_per_batch: int | None, device: torch.device, *, in_cache: int | None = None) -> None:
-        default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else _GPU_TOKENS_PER_BATCH
+        default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else GPU_TOKENS_PER_BATCH
         self.tokens_per_batch = tokens_per_batch or default
         self.in_cache = in_cache if tokens_per_batch is None and device.type == "cpu" else None
         self.computed = Computed()
