@@ -132,7 +132,7 @@ def _add(counts: Counts, defects: Counter, rows_by_defect: Counter, table: pa.Ta
             counts.usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
 
-def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id") -> int:
+def drop_errors(data_uri: str, checkpoint_uri: str) -> int:
     """Take rows with `error` out of a run's output and out of its checkpoint, so that a resume does them again.
 
     Each step can be repeated: killed anywhere and called again, it ends in the same state.
@@ -146,7 +146,7 @@ def drop_errors(data_uri: str, checkpoint_uri: str, id_column: str = "query_id")
     for path in storage.list_files(data_uri, ".parquet"):
         table = pq.read_table(path, filesystem=fs)
         good = table.filter(pc.is_null(table["error"]))
-        kept_ids.append(good.select([id_column]))
+        kept_ids.append(good.select(["query_id"]))
         if good.num_rows == table.num_rows:
             continue
         dropped += table.num_rows - good.num_rows

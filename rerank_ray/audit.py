@@ -233,7 +233,8 @@ class _ScoreStatistics:
 
 
 class _Comparison:
-    """Agreement of two runs over the candidates that both scored, matched by document id."""
+    """Agreement of two runs, documents matched by id: τ-b and rank change over the candidates that both scored, RBO and
+    the first place over each run's whole ranking."""
 
     def __init__(self) -> None:
         names = ("kendall_tau", "rbo_0.9", "rank_change", "first_changed", "kendall_tau_with_its_input_order")

@@ -112,8 +112,6 @@ def evaluate_sources(
     *,
     qrels: str,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    resamples: int = 9999,
-    seed: int = 0,
 ) -> EvaluationReport:
     """Evaluate sources (each `PATH` or `NAME=PATH`, or paths by name; see `load_rankings`) against TREC or BEIR qrels.
 
@@ -146,7 +144,7 @@ def evaluate_sources(
             name: SystemReport(path=item.path, kind=item.kind, rows_with_error=len(item.errors), result=results[name])
             for name, item in loaded.items()
         },
-        comparisons=tuple(c for m in parsed for c in compare_systems(results, m.name, resamples=resamples, seed=seed)),
+        comparisons=tuple(c for m in parsed for c in compare_systems(results, m.name)),
     )
 
 

@@ -61,7 +61,6 @@ def ingest_beir(
     *,
     k1: float = bm25.K1,
     b: float = bm25.B,
-    stopwords: str | None = "en",
     instruction: str | None = None,
     skip_bad_lines: bool = False,
     overwrite: bool = False,
@@ -74,7 +73,7 @@ def ingest_beir(
     Raises:
         InputError: a file is missing or has a bad line, a judged query has no text, no query has any candidate, or
             `out` holds an ingest already.
-        ConfigError: depth, k1 or b out of range, or an unknown stop word list.
+        ConfigError: depth, k1 or b out of range.
     """
     check_depth(depth)
     bm25.check_parameters(k1, b)
@@ -90,7 +89,7 @@ def ingest_beir(
         queries = [q for q in queries if q.query_id in qrels]
 
     corpus = ((d.doc_id, d.contents) for d in beir.read_corpus(corpus_path, bad))
-    index = bm25.BM25Index.build(corpus, k1=k1, b=b, stopwords=stopwords)
+    index = bm25.BM25Index.build(corpus, k1=k1, b=b)
     retrieved = [index.top(q.text, depth) for q in queries]
     needed = {index.doc_ids[p] for positions, _ in retrieved for p in positions}
     # The index's pass has reported the corpus' bad lines already.
@@ -113,7 +112,7 @@ def ingest_beir(
         qrels=qrels,
         bad=bad,
         instruction=instruction,
-        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": stopwords},
+        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": "en"},
         overwrite=overwrite,
     )
 

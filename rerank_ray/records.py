@@ -145,16 +145,13 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """A candidate list with a teacher's scores, or with the `error` that left it without any."""
+    """A candidate list with a teacher's scores; None where a file has candidates alone."""
 
     candidate_list: CandidateList
     teacher: str
     scores: tuple[float, ...] | None
     uncertainty: tuple[float, ...] | None = None
     rationales: tuple[str, ...] | None = None
-    defects: tuple[str, ...] = ()
-    usage: Usage = Usage()
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -140,10 +140,10 @@ def _candidate(item: dict | None, index: int, where: str) -> Candidate:
 
 
 def labels_from_row(row: dict) -> Labels:
-    """Build labels from a row of the `labels` columns; rows with `error` keep their candidates unchecked.
+    """Build labels from a row of the `labels` columns.
 
     Raises:
-        RowError: the candidate columns break the contract, or the scores do not align with the candidates.
+        RowError: the row has `error`, its candidate columns break the contract, or its scores do not align with them.
     """
     if row["error"] is not None:
         raise RowError(f"query {row['query_id']!r} was not labelled: {row['error']}")
@@ -160,8 +160,6 @@ def labels_from_row(row: dict) -> Labels:
         scores=tuple(math.nan if s is None else s for s in row["scores"]),
         uncertainty=_tuple_or_none(row["uncertainty"]),
         rationales=_tuple_or_none(row["rationales"]),
-        defects=tuple(row["defects"] or ()),
-        usage=Usage(**row["usage"]) if row["usage"] else Usage(),
     )
 
 
@@ -423,7 +421,6 @@ def write_rows(
     schema: pa.Schema,
     *,
     rows_per_file: int = ROWS_PER_FILE,
-    on_rows: Callable[[int], None] | None = None,
     suffix: str = "",
 ) -> int:
     """Stream rows to `uri`/part-00000.parquet and on, in small row groups; returns the number written.
@@ -443,8 +440,6 @@ def write_rows(
             writer = pq.ParquetWriter(path, schema, filesystem=fs)
             part += 1
         writer.write_table(pa.Table.from_pylist(buffer, schema=schema))
-        if on_rows:
-            on_rows(len(buffer))
         buffer.clear()
 
     try:

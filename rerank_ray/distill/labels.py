@@ -137,11 +137,13 @@ class LabelSet:
 
     def where(self, usable: Callable[[Labels], bool]) -> LabelSet:
         """Only the lists that are usable; the counts are still of all."""
-
-        def chosen(positions: np.ndarray) -> np.ndarray:
-            return positions[[usable(labels) for labels in self.reader().read(positions)]]
-
-        return replace(self, train=chosen(self.train), validation=chosen(self.validation))
+        both = np.concatenate([self.train, self.validation])
+        # In the files' order, so that each row group is read once.
+        order = np.lexsort((both[:, 1], both[:, 0]))
+        kept = np.empty(len(both), dtype=bool)
+        kept[order] = [usable(labels) for labels in self.reader().read(both[order])]
+        train, validation = np.split(kept, [len(self.train)])
+        return replace(self, train=self.train[train], validation=self.validation[validation])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Training positions [rows, 2] of one epoch: row groups shuffled, then rows within windows of 16 groups.

@@ -12,9 +12,7 @@ from rerank_ray.errors import InputError
 from rerank_ray.models.student import Student, StudentPrompt, adapt, load_student, new_student
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.settings.distill import DistillSettings
-from rerank_ray.settings.student import StudentSettings
-
-_PROMPTED = ("yes_no", "token_logit")
+from rerank_ray.settings.student import PROMPTED_HEADS, StudentSettings
 
 
 def check_labels(data: LabelSet, settings: DistillSettings) -> None:
@@ -28,7 +26,7 @@ def check_labels(data: LabelSet, settings: DistillSettings) -> None:
     if settings.validation.gains == "labels":
         data.require_held_out_gains(settings.input, "set validation.gains to teacher")
     student = settings.student
-    if data.with_instruction and student.head in _PROMPTED and "{instruction}" in _template(student).text:
+    if data.with_instruction and student.head in PROMPTED_HEADS and "{instruction}" in _template(student).text:
         raise InputError(
             f"{', '.join(settings.input)}: {data.with_instruction} training queries have an instruction of their own; "
             f"a student with head {student.head} keeps its template's one, so teacher and student would read different "
@@ -83,7 +81,7 @@ def first_student(settings: StudentSettings, resume: Path | None) -> Student:
 
 def prompt_digest(settings: StudentSettings) -> dict[str, str]:
     """What a resumed run must find again: the template, by name, of a student that is asked a prompt."""
-    return {f"prompt {settings.prompt}": _template(settings).digest} if settings.head in _PROMPTED else {}
+    return {f"prompt {settings.prompt}": _template(settings).digest} if settings.head in PROMPTED_HEADS else {}
 
 
 def _template(settings: StudentSettings) -> Template:
@@ -96,7 +94,7 @@ def student_prompt(settings: StudentSettings) -> StudentPrompt | None:
     Raises:
         ConfigError: no such template, or a bad one.
     """
-    if settings.head not in _PROMPTED:
+    if settings.head not in PROMPTED_HEADS:
         return None
     template = _template(settings)
     return StudentPrompt(

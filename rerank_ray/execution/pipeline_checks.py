@@ -16,11 +16,13 @@ from rerank_ray.errors import ConfigError, InputError, RerankRayError
 from rerank_ray.formats import beir
 from rerank_ray.metrics.evaluation import parse_metric
 from rerank_ray.models.resolve import resolve
+from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import CombineSettings, EvaluateSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.pipeline import BeirIngestSettings, IngestSettings, StepSettings, step_references
 from rerank_ray.settings.rankers import CompositionSettings
+from rerank_ray.settings.student import PROMPTED_HEADS
 from rerank_ray.settings.synthesize import SynthesizeSettings
 
 Check = Callable[[], object]
@@ -107,9 +109,13 @@ def _of_combine(settings: CombineSettings, run_uri: str) -> Iterator[Check]:
 
 
 def _of_distill(settings: DistillSettings, run_uri: str) -> Iterator[Check]:
-    yield from _files(settings.input, run_uri)
-    if not step_references(settings.student.base):
-        yield partial(resolve, settings.student.model_settings())
+    student = settings.student
+    texts = student.exit_warm_up.texts if student.exit_warm_up else ()
+    yield from _files([*settings.input, *texts], run_uri)
+    if not step_references(student.base):
+        yield partial(resolve, student.model_settings())
+    if student.head in PROMPTED_HEADS:
+        yield partial(load_template, student.prompt, "yes_no")
 
 
 def _of_evaluate(settings: EvaluateSettings, run_uri: str) -> Iterator[Check]:

@@ -67,12 +67,12 @@ class ProgressDisplay:
     stay what they were; the job goes on.
     """
 
-    def __init__(self, name: str, rows: int, already_done: int, console: Console | None = None) -> None:
+    def __init__(self, name: str, rows: int, already_done: int) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.counter = Counter.options(scheduling_strategy=here).remote()
         self._totals = _NO_REPORT
         self._name, self._rows, self._before = name, rows, already_done
-        self._console = console or Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+        self._console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 

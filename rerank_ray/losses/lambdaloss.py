@@ -14,6 +14,8 @@ from torch.nn.functional import softplus
 
 from rerank_ray.losses.masking import at_least_float32, pairs
 
+_MU = 10.0
+
 
 def lambdarank(scores: torch.Tensor, gains: torch.Tensor, mask: torch.Tensor, sigma: float = 1.0) -> torch.Tensor:
     """LambdaRank (Burges et al. 2006): w = |G_i − G_j| · |1/D_{r_i} − 1/D_{r_j}|, what swapping i and j does to nDCG.
@@ -36,14 +38,12 @@ def ndcg_loss2(scores: torch.Tensor, gains: torch.Tensor, mask: torch.Tensor, si
     return _lambda_loss(scores, gains, mask, sigma, _gap)
 
 
-def ndcg_loss2pp(
-    scores: torch.Tensor, gains: torch.Tensor, mask: torch.Tensor, sigma: float = 1.0, mu: float = 10.0
-) -> torch.Tensor:
-    """NDCG-Loss2++: LambdaRank's weight plus μ times NDCG-Loss2's.
+def ndcg_loss2pp(scores: torch.Tensor, gains: torch.Tensor, mask: torch.Tensor, sigma: float = 1.0) -> torch.Tensor:
+    """NDCG-Loss2++: LambdaRank's weight plus ten times NDCG-Loss2's, ten being the paper's μ.
 
-    Args and result as of `lambdarank`; mu is the paper's 10.
+    Args and result as of `lambdarank`.
     """
-    return _lambda_loss(scores, gains, mask, sigma, lambda i, j: _swap(i, j) + mu * _gap(i, j))
+    return _lambda_loss(scores, gains, mask, sigma, lambda i, j: _swap(i, j) + _MU * _gap(i, j))
 
 
 def _swap(rank_i: torch.Tensor, rank_j: torch.Tensor) -> torch.Tensor:

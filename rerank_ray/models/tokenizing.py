@@ -248,9 +248,12 @@ class PromptEncoder:
         for with_special in (True, False):
             indices = [i for i, s in enumerate(special) if s is with_special]
             if indices:
-                ids = self.tokenizer([texts[i] for i in indices], add_special_tokens=with_special)["input_ids"]
-                for i, row in zip(indices, ids, strict=True):
-                    encoded[i] = row
+                # Calls that differ in what is asked of them may have one prompt.
+                distinct = list(dict.fromkeys(texts[i] for i in indices))
+                ids = self.tokenizer(distinct, add_special_tokens=with_special)["input_ids"]
+                ids_of = dict(zip(distinct, ids, strict=True))
+                for i in indices:
+                    encoded[i] = ids_of[texts[i]]
         return encoded
 
     def encode_spans(self, prompt: Prompt, query: str, others: Sequence[str] = ()) -> list[SpannedPrompt]:

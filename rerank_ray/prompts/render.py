@@ -50,7 +50,7 @@ _LIST = _Needs(slots=frozenset({"query", "passages"}), keys=frozenset({"passage"
 _NEEDS = {
     "yes_no": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "query_likelihood": _Needs(slots=frozenset({"passage"}), keys=frozenset({"continuation"})),
-    "icr": _Needs(slots=frozenset({"query", "passages"}), keys=frozenset({"passage"}), optional=frozenset({"count"})),
+    "icr": _LIST,
     "fine_grained": _Needs(slots=frozenset({"query", "passage"}), keys=frozenset({"labels"})),
     "erank": _Needs(slots=frozenset({"query", "passage"})),
     "prp": _Needs(slots=frozenset({"query", "passage_a", "passage_b"}), keys=frozenset({"labels"})),

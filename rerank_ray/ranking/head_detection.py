@@ -120,7 +120,7 @@ def _example(request: CandidateList, settings: DetectHeadsSettings) -> _Example 
 
 
 def _call(template: Template, example: _Example, heads: tuple[tuple[int, int], ...]) -> Attention:
-    identifiers = [str(n + 1) for n in range(len(example.passages))]
+    identifiers = template.identifiers(len(example.passages))
     prompt = template.list_prompt(example.query, example.passages, identifiers)
     return Attention(prompt=prompt, query=example.query.text, heads=heads, each_head=True)
 

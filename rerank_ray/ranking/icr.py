@@ -59,7 +59,7 @@ class ICR:
 
     def _call(self, request: CandidateList, shown: Sequence[int]) -> Attention:
         passages = [request.candidates[i].contents for i in shown]
-        prompt = self.template.list_prompt(request.query, passages, [str(n + 1) for n in range(len(shown))])
+        prompt = self.template.list_prompt(request.query, passages, self.template.identifiers(len(shown)))
         return Attention(
             prompt=prompt, query=request.query.text, calibration=CALIBRATION_QUERY, heads=self.heads, each_head=False
         )

@@ -88,10 +88,8 @@ def preflight(settings: RankerSettings) -> dict[str, str]:
     if hasattr(settings, "prompt"):
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         found[f"prompt {settings.prompt}"] = template.digest
-        if hasattr(settings, "children"):
-            template.identifiers(settings.children + 1)
-        if hasattr(settings, "window"):
-            template.identifiers(settings.window)
+        if hasattr(settings, "passages_at_once"):
+            template.identifiers(settings.passages_at_once)
     if hasattr(settings, "heads_file"):
         load_heads(settings.heads_file).best(settings.count, settings.prune)
         found[settings.heads_file] = storage.digest(settings.heads_file)

@@ -46,7 +46,6 @@ class BM25Index:
         k1: float = K1,
         b: float = B,
         stopwords: str | Sequence[str] | None = "en",
-        stemmer: Callable[[list[str]], list[str]] | None = None,
     ) -> BM25Index:
         """Index (doc id, contents) pairs in one pass; texts are dropped once they are tokenised.
 
@@ -63,7 +62,7 @@ class BM25Index:
             raise ConfigError(f"stopwords={stopwords!r}: {error}") from error
 
         def tokenize(texts: Iterable[str]) -> list[list[str]]:
-            return bm25s.tokenize(texts, stopwords=stopwords, stemmer=stemmer, return_ids=False, show_progress=False)
+            return bm25s.tokenize(texts, stopwords=stopwords, return_ids=False, show_progress=False)
 
         doc_ids: list[str] = []
 
@@ -72,7 +71,7 @@ class BM25Index:
                 doc_ids.append(doc_id)
                 yield text
 
-        tokens = bm25s.tokenize(contents(), stopwords=stopwords, stemmer=stemmer, show_progress=False)
+        tokens = bm25s.tokenize(contents(), stopwords=stopwords, show_progress=False)
         if not doc_ids:
             raise InputError("the collection has no documents: there is nothing to retrieve from")
         if not tokens.vocab:

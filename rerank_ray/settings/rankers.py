@@ -148,6 +148,11 @@ class SetwiseSettings(Settings):
     max_tokens: PositiveInt = 16
     """generation: tokens of the text."""
 
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.children + 1
+
     @model_validator(mode="after")
     def _a_heap_has_branches(self) -> SetwiseSettings:
         return _refuse_a_chain(self)
@@ -176,6 +181,11 @@ class RankR1Settings(Settings):
     """Tokens of reasoning and answer."""
 
     @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.children + 1
+
+    @property
     def mode(self) -> Literal["reasoning"]:
         return "reasoning"
 
@@ -201,6 +211,11 @@ class ICRSettings(Settings):
     documents_per_prompt: Annotated[int, Field(ge=2)] = 100
     """A longer list is ordered window by window, half a window apart, and its scores are N − rank."""
 
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.documents_per_prompt
+
 
 class CoReHeadsSettings(Settings):
     """In-context re-ranking over the heads that tell relevant documents from others best."""
@@ -218,6 +233,11 @@ class CoReHeadsSettings(Settings):
     """A built-in template's name or the path of a YAML template."""
     documents_per_prompt: Annotated[int, Field(ge=2)] = 100
     """A longer list is ordered window by window, half a window apart, and its scores are N − rank."""
+
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.documents_per_prompt
 
 
 class CrossEncoderRankerSettings(Settings):
@@ -287,6 +307,11 @@ class WindowSettings(ListwiseSettings):
     """Passages in one prompt."""
     step: PositiveInt = 10
     """How far the window moves; window − step passages are carried to the next one."""
+
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.window
 
     @model_validator(mode="after")
     def _windows_overlap(self) -> WindowSettings:
@@ -361,6 +386,11 @@ class GroupRankSettings(ListwiseSettings):
     max_tokens: PositiveInt = 512
     """Tokens of one answer, reasoning included, which takes thousands."""
 
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.group_size
+
 
 class RebelSettings(ListwiseSettings):
     """Relevance and criteria that the model first writes for the query (REBEL)."""
@@ -378,6 +408,11 @@ class RebelSettings(ListwiseSettings):
     max_tokens: PositiveInt = 512
     """Tokens of one answer, reasoning included, which takes thousands."""
 
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.group_size
+
 
 class E2RankSettings(ListwiseSettings):
     """Cosine with a query that is embedded together with its first passages (E²Rank)."""
@@ -390,6 +425,11 @@ class E2RankSettings(ListwiseSettings):
     """Documents beside the query, those of highest cosine with it alone."""
     passage_words: PositiveInt = 300
     """A document beside the query is cut to so many words; a text too long for the model is an error of the row."""
+
+    @property
+    def passages_at_once(self) -> int:
+        """Passages in one prompt, at most."""
+        return self.documents
 
 
 class CompositionSettings(Settings):

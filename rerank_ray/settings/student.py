@@ -12,7 +12,7 @@ from rerank_ray.settings.optimizer import OptimizerSettings
 
 StudentHead = Literal["linear", "similarity", "yes_no", "token_logit", "bi_encoder", "colbert"]
 _LAYERED: tuple[StudentHead, ...] = ("linear", "similarity")
-_PROMPTED: tuple[StudentHead, ...] = ("yes_no", "token_logit")
+PROMPTED_HEADS: tuple[StudentHead, ...] = ("yes_no", "token_logit")
 _PREFIXED: tuple[StudentHead, ...] = ("linear", "bi_encoder")
 
 
@@ -172,7 +172,7 @@ class StudentSettings(Settings):
     @model_validator(mode="after")
     def _every_option_counts(self) -> StudentSettings:
         owners = {"layers": _LAYERED, "query_prefix": _PREFIXED, "document_prefix": _PREFIXED}
-        owners |= {"prompt": _PROMPTED, "token": ("token_logit",), "instruction": ("linear",)}
+        owners |= {"prompt": PROMPTED_HEADS, "token": ("token_logit",), "instruction": ("linear",)}
         for option, heads in owners.items():
             if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:
                 raise ValueError(f"{option} is for head {' and '.join(heads)}, and the head is {self.head}")

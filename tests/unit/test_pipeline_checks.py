@@ -83,6 +83,22 @@ def test_all_faults_are_told_at_once_with_their_steps(tmp_path: Path, no_session
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_student_needs_beside_its_labels_is_looked_for(tmp_path: Path):
+    """Lists that warm up its exits, and the template of its prompt."""
+    layered = {"head": "similarity", "layers": [2, 4], "exit_warm_up": {"texts": [f"{tmp_path}/no-texts"]}}
+    prompted = {"head": "yes_no", "prompt": "yes_no_typo"}
+    steps = settings_of(
+        {"name": "labels", "label": {"input": str(tmp_path), "teacher": {"method": "yes_no", "model": FAKE}}},
+        {"name": "one", "distill": {"input": ["step://labels"], "student": {"base": "hub/model", **layered}}},
+        {"name": "two", "distill": {"input": ["step://labels"], "student": {"base": "hub/model", **prompted}}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_steps(steps.steps, str(tmp_path / "run"))
+    _, first, second = str(caught.value).splitlines()
+    assert first == f"  step one: {tmp_path}/no-texts: no such file or folder"
+    assert second.startswith("  step two: prompt: no built-in template 'yes_no_typo'")
+
+
 def test_a_step_that_is_done_lacks_nothing_any_more(tmp_path: Path, no_session: None):
     """Its source may be gone by then, as the collection of a job that was moved."""
     steps = [

@@ -96,14 +96,6 @@ def test_a_doc_id_outside_the_collection_has_no_score():
     assert math.isnan(unknown)
 
 
-def test_a_stemmer_maps_documents_and_queries_alike():
-    def strip_s(tokens: list[str]) -> list[str]:
-        return [token.removesuffix("s") for token in tokens]
-
-    index = BM25Index.build([("d1", "cats"), ("d2", "dog")], stemmer=strip_s)
-    assert [[d for d, _ in found] for found in index.search(["cat", "dogs", "cats"], 5)] == [["d1"], ["d2"], ["d1"]]
-
-
 def test_a_collection_without_any_token_finds_nothing_and_one_without_documents_is_refused():
     index = BM25Index.build([("d1", ""), ("d2", "the")])
     assert index.search(["the cat"], 3) == [[]]

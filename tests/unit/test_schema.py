@@ -94,7 +94,8 @@ def test_labels_survive_arrow(scores: list[float], rationale: str, usage: Usage)
     assert labels.candidate_list == make_list()
     np.testing.assert_array_equal(labels.scores, scores)
     assert (labels.uncertainty, labels.rationales) == ((0.0, 0.5, 1.0), (rationale, "", "b"))
-    assert (labels.defects, labels.usage, labels.teacher) == (("unscored: d1: why",), usage, "t")
+    assert labels.teacher == "t"
+    assert (back["defects"], Usage(**back["usage"])) == (["unscored: d1: why"], usage)
 
 
 @pytest.mark.parametrize(

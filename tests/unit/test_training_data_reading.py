@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.lines import BadLines
-from rerank_ray.formats.training_data import text_id
+from rerank_ray.formats.sentence_transformers import read_margins
+from rerank_ray.formats.training_data import TrainingLists, text_id
 from rerank_ray.formats.triples import read_triples
 from rerank_ray.ingest_labels import ingest_lists, ingest_rank_distillm, ingest_triples
 from rerank_ray.records import Query
@@ -148,6 +149,23 @@ def test_margins_become_one_list_for_each_query_and_first_passage(tmp_path):
         text_id("r"): [("a", 0.0), ("b", -1.0)],
         text_id("q") + "-2": [("d", 0.0), ("b", -3.0)],
     }
+
+
+def test_any_number_of_passes_gathers_the_same_margins(tmp_path):
+    triplets = [("q", "a", "b", 1.0), ("r", "a", "c", 2.0), ("q", "a", "d", -1.0), ("s", "e", "f", 0.5)]
+    lines = [dict(zip(("query", "positive", "negative", "label"), t, strict=True)) for t in triplets]
+    path = str(write_lines(tmp_path / "m.jsonl", *lines, {"query": "t"}))
+
+    def gathered(bytes_per_pass: int) -> dict:
+        bad = BadLines(skip=True)
+        lists = read_margins(path, bad, TrainingLists(), bytes_per_pass=bytes_per_pass)
+        found = {labels.candidate_list.query.text: shown(labels) for labels in lists}
+        return found | {"bad": len(bad.listed)}
+
+    whole = gathered(10_000)
+    assert [entry[1] for entry in whole["q"]] == ["a", "b", "d"]
+    assert (len(whole), whole["bad"]) == (4, 1)
+    assert gathered(20) == whole
 
 
 TRIPLES = ("q1\ta\tb", "q2\tc\td", "q1\ta\te", "q1\tf\tb", "q1\ta\tb")

@@ -35,7 +35,7 @@ from rerank_ray.settings.student import StudentSettings
 Heads = dict[str, torch.Tensor]
 
 
-def load_student(settings: ModelSettings, *, max_query_length: int | None = None, dtype=torch.float32) -> Student:
+def load_student(settings: ModelSettings, *, dtype=torch.float32) -> Student:
     """Load a cross-encoder: a student of ours, or any sequence-classification checkpoint with one output.
 
     Raises:
@@ -68,7 +68,7 @@ def load_student(settings: ModelSettings, *, max_query_length: int | None = None
         head="linear",
         layers=(model.config.num_hidden_layers,),
         max_length=max_length,
-        max_query_length=max_query_length or max_length // 2,
+        max_query_length=max_length // 2,
     )
     return _linear_class(source)(description, source.tokenizer, model).eval()
 
