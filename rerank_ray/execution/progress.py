@@ -114,15 +114,28 @@ class ProgressDisplay:
 
     def _read(self) -> tuple[int, str]:
         totals = self._read_totals()
-        elapsed = time.monotonic() - self._started
         done = min(self._before + totals["rows"], self._rows)
-        if not totals["rows"]:
-            # A batch may take hours.
-            tokens = totals["computed"].tokens
-            return done, f"first batch, {tokens / elapsed:,.1f} tokens/s" if tokens else "starting"
-        left = (self._rows - done) * elapsed / totals["rows"]
-        rates = ", ".join(f"{totals[k] / elapsed:,.1f} {k}/s" for k in ("rows", "pairs", "tokens"))
-        return done, f"{rates}, {_duration(left)} left"
+        return done, rates(totals, self._rows - self._before, time.monotonic() - self._started)
+
+
+def rates(totals: dict, rows: int, elapsed: float) -> str:
+    """Rows, pairs and tokens a second since the start, and the time left.
+
+    A batch may take hours: what models have computed of those that are under way counts as rows in proportion, as if
+    these were like the finished ones.
+
+    Args:
+        totals: what the counter reads.
+        rows: that this start has to do.
+        elapsed: seconds since it.
+    """
+    computed = totals["computed"].tokens
+    if not totals["rows"]:
+        return f"first batch, {computed / elapsed:,.1f} tokens/s" if computed else "starting"
+    under_way = max(1.0, computed / totals["tokens"]) if totals["tokens"] else 1.0
+    speed = {name: under_way * totals[name] / elapsed for name in ("rows", "pairs", "tokens")}
+    left = max(0.0, rows / speed["rows"] - elapsed)
+    return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {_duration(left)} left"
 
 
 def nothing_done() -> dict:
