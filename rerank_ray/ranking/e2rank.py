@@ -47,9 +47,7 @@ class E2Rank:
         chosen = [request.candidates[i] for i in members]
         scores = scores_to_show(self.template, CandidateList(query=request.query, candidates=tuple(chosen)))
         texts = [shown_passage(c, self.settings.passage_words) for c in chosen]
-        prompt = self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores)
-        head, *tails = prompt.parts
-        return head + "".join(text + tail for text, tail in zip(prompt.passages, tails, strict=True))
+        return self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores).body
 
 
 def _cosines(query: Result, documents: Sequence[Result], name: str) -> list[float | Failure]:
