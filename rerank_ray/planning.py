@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank_ray import config, storage
+from rerank_ray.accounting import committed
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
@@ -261,8 +262,7 @@ def _duration(seconds: float) -> str:
 def _finished(run: RunFolder) -> np.ndarray:
     """Hashes of the query ids that a run's checkpoint holds."""
     fs, _ = storage.open_filesystem(run.checkpoint)
-    paths = [p for p in storage.list_files(run.checkpoint, ".parquet") if not p.endswith(".pending.parquet")]
-    tables = [pq.read_table(path, filesystem=fs, columns=["query_id"]) for path in paths]
+    tables = [pq.read_table(path, filesystem=fs, columns=["query_id"]) for path in committed(run.checkpoint)]
     hashes = (id_hash(query_id) for table in tables for query_id in table["query_id"].to_pylist())
     return np.unique(np.fromiter(hashes, dtype=np.uint64))
 

@@ -18,7 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors
+from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
@@ -223,8 +223,7 @@ def _checkpointed(run: RunFolder) -> int:
     import pyarrow.parquet as pq
 
     fs, _ = storage.open_filesystem(run.checkpoint)
-    paths = storage.list_files(run.checkpoint, ".parquet")
-    return sum(pq.read_metadata(p, filesystem=fs).num_rows for p in paths if not p.endswith(".pending.parquet"))
+    return sum(pq.read_metadata(path, filesystem=fs).num_rows for path in committed(run.checkpoint))
 
 
 def _finish_retry(run: RunFolder, retry_errors: bool) -> None:
