@@ -31,6 +31,7 @@ from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Usage
+from rerank_ray.report.tables import duration
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import CANDIDATES, InputSummary, candidate_list_from_row, id_hash, inspect_input, open_parquet
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings
@@ -213,8 +214,8 @@ def print_forecast(
         "tokens to compute": f"{work['tokens']:,.0f}{_plus_minus(forecast.tokens_error)}",
         "floating-point operations": _flops(forecast, work["tokens"]),
         "memory of a replica": _memory(forecast),
-        "time": f"{_duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''}, "
-        f"{_duration(forecast.load_seconds)} of it to load the model",
+        "time": f"{duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''}, "
+        f"{duration(forecast.load_seconds)} of it to load the model",
         f"{unit}-hours": f"{hours:,.2f}",
         "cost": "" if price_per_hour is None else f"{hours * price_per_hour:,.2f}",
     }
@@ -251,12 +252,6 @@ def _flops(forecast: Forecast, tokens: float) -> str:
 def _memory(forecast: Forecast) -> str:
     gpu = "" if forecast.gpu_memory_gib is None else f", {forecast.gpu_memory_gib:.1f} GiB of the GPU's"
     return f"{forecast.memory_gib:.1f} GiB{gpu}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
 
 
 def _finished(run: RunFolder) -> np.ndarray:

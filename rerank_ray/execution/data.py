@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
@@ -82,11 +83,10 @@ class RankWorker:
         started = time.time()
         result = self._guard(table)
         ended = time.time()
-        pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
         usage = self._stage.usage
         self._counter.add.remote(
             rows=result.num_rows,
-            pairs=pairs,
+            pairs=pc.sum(pc.list_value_length(result["scores"])).as_py() or 0,
             calls=usage.calls - before.calls,
             tokens=usage.computed_tokens - before.computed_tokens,
             started=started,

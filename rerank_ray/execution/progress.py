@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from rerank_ray.records import Computed
+from rerank_ray.report.tables import duration
 
 _LINE_EVERY_S = 15.0
 
@@ -122,7 +123,7 @@ class ProgressDisplay:
             return done, f"first batch, {tokens / elapsed:,.1f} tokens/s" if tokens else "starting"
         left = (self._rows - done) * elapsed / totals["rows"]
         rates = ", ".join(f"{totals[k] / elapsed:,.1f} {k}/s" for k in ("rows", "pairs", "tokens"))
-        return done, f"{rates}, {_duration(left)} left"
+        return done, f"{rates}, {duration(left)} left"
 
 
 def nothing_done() -> dict:
@@ -146,9 +147,3 @@ def _figures(totals: dict) -> dict:
         "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
         "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
