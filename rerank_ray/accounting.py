@@ -17,6 +17,8 @@ from rerank_ray.schema import ROWS_PER_GROUP, id_hash
 from rerank_ray.settings.jobs import LimitSettings
 
 _EXAMPLES = 20
+_PENDING = ".pending.parquet"
+"""How the names of Ray Data's checkpoints end whose output files may be half written."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,6 +168,11 @@ def drop_errors(data_uri: str, checkpoint_uri: str) -> int:
     return dropped
 
 
+def committed(checkpoint_uri: str) -> list[str]:
+    """The files of a checkpoint that name finished rows, as `storage.list_files` has them."""
+    return [path for path in storage.list_files(checkpoint_uri, ".parquet") if not path.endswith(_PENDING)]
+
+
 def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     """Delete output files whose checkpoint was never committed: a crash may have left them half written.
 
@@ -173,15 +180,14 @@ def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     back whole, and its rows are done once more.
     """
     fs, _ = storage.open_filesystem(checkpoint_uri)
-    suffix = ".pending.parquet"
     checkpoints = set(storage.list_files(checkpoint_uri, ".parquet"))
-    pending = [path for path in checkpoints if path.endswith(suffix)]
-    prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(suffix) for p in pending)
+    pending = [path for path in checkpoints if path.endswith(_PENDING)]
+    prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(_PENDING) for p in pending)
     for path in storage.list_files(data_uri, ".parquet") if prefixes else ():
         if path.rsplit("/", 1)[-1].startswith(prefixes):
             fs.delete_file(path)
     for path in pending:
-        twin = path.removesuffix(suffix) + ".parquet"
+        twin = path.removesuffix(_PENDING) + ".parquet"
         if twin in checkpoints:
             fs.delete_file(twin)
         # Last: by it a call that was stopped half-way is known.

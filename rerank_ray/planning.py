@@ -24,12 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank_ray import config, storage
+from rerank_ray.accounting import committed
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Usage
+from rerank_ray.report.tables import duration
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import CANDIDATES, InputSummary, candidate_list_from_row, id_hash, inspect_input, open_parquet
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings
@@ -212,8 +214,8 @@ def print_forecast(
         "tokens to compute": f"{work['tokens']:,.0f}{_plus_minus(forecast.tokens_error)}",
         "floating-point operations": _flops(forecast, work["tokens"]),
         "memory of a replica": _memory(forecast),
-        "time": f"{_duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''}, "
-        f"{_duration(forecast.load_seconds)} of it to load the model",
+        "time": f"{duration(wall)} on {gpus:g} {unit}{'s' if gpus != 1 else ''}, "
+        f"{duration(forecast.load_seconds)} of it to load the model",
         f"{unit}-hours": f"{hours:,.2f}",
         "cost": "" if price_per_hour is None else f"{hours * price_per_hour:,.2f}",
     }
@@ -252,17 +254,10 @@ def _memory(forecast: Forecast) -> str:
     return f"{forecast.memory_gib:.1f} GiB{gpu}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
-
-
 def _finished(run: RunFolder) -> np.ndarray:
     """Hashes of the query ids that a run's checkpoint holds."""
     fs, _ = storage.open_filesystem(run.checkpoint)
-    paths = [p for p in storage.list_files(run.checkpoint, ".parquet") if not p.endswith(".pending.parquet")]
-    tables = [pq.read_table(path, filesystem=fs, columns=["query_id"]) for path in paths]
+    tables = [pq.read_table(path, filesystem=fs, columns=["query_id"]) for path in committed(run.checkpoint)]
     hashes = (id_hash(query_id) for table in tables for query_id in table["query_id"].to_pylist())
     return np.unique(np.fromiter(hashes, dtype=np.uint64))
 

@@ -180,10 +180,7 @@ def _chosen(calls: Iterator[Call], number: int | None) -> tuple[Call, str]:
 
 def _plain(call: Call) -> str:
     prompt = getattr(call, "prompt", None)
-    if prompt is None:
-        return call.text
-    body = "".join(itertools.chain(*itertools.zip_longest(prompt.parts, prompt.passages, fillvalue="")))
-    return "\n\n".join([*([prompt.system] if prompt.system else []), body]) + prompt.prefill
+    return call.text if prompt is None else prompt.plain_text
 
 
 def _encoded(call: Call, encoder: PromptEncoder, model: ModelSettings) -> tuple[str, list[str]]:

@@ -20,7 +20,7 @@ from rerank_ray.distill.policy import Policy
 from rerank_ray.distill.policy_trainer import PolicyTrainer
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.seeds import seed_of
-from rerank_ray.distill.targets import Targets, check_objective, objective
+from rerank_ray.distill.targets import Targets, check_objective, objective, term_names
 from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.protocol import Failure, NextToken, Prompt
@@ -303,7 +303,7 @@ class RationaleTrainer(PolicyTrainer):
         return means
 
     def validate_and_report(self, report: Report) -> None:
-        progress, names = self.progress, term_names(self.settings.terms)
+        progress, names = self.progress, term_names(t.kind for t in self.settings.terms)
         metrics = {"step": progress.step, "total_steps": self.total_steps}
         since = self.over_workers(self._since).tolist()
         metrics |= {f"loss/{n}": total / count for n, (total, count) in zip(names, since, strict=True) if count}
@@ -322,11 +322,3 @@ class RationaleTrainer(PolicyTrainer):
             "best_step": progress.best_step,
         }
         self.report_checkpoint(report, metrics)
-
-
-def term_names(terms: Sequence[TermSettings]) -> list[str]:
-    """The terms' names in metrics: the kind, with the term's number from its second use on."""
-    names: list[str] = []
-    for number, term in enumerate(terms, start=1):
-        names.append(term.kind if term.kind not in names else f"{term.kind}_{number}")
-    return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -93,7 +93,7 @@ def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveS
     nothing = torch.zeros_like(targets.confidence, dtype=torch.bool)
     terms = {}
     total = torch.zeros_like(targets.confidence)
-    for name, term in zip(term_names(settings), settings.losses, strict=True):
+    for name, term in zip(term_names(t.loss for t in settings.losses), settings.losses, strict=True):
         prepared = _Prepared.of(targets, term)
         weights = term.layer_weights or (1.0,) * len(layer_scores)
         compute = _LOSSES[term.loss]
@@ -109,11 +109,11 @@ def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveS
     return {**terms, "total": Term(loss=total, skipped=nothing)}
 
 
-def term_names(settings: ObjectiveSettings) -> list[str]:
-    """The terms' names in metrics: the loss's own, with the term's number from its second use on."""
+def term_names(kinds: Iterable[str]) -> list[str]:
+    """The terms' names in metrics: the kind's own, with the term's number from its second use on."""
     names: list[str] = []
-    for number, term in enumerate(settings.losses, start=1):
-        names.append(term.loss if term.loss not in names else f"{term.loss}_{number}")
+    for number, kind in enumerate(kinds, start=1):
+        names.append(kind if kind not in names else f"{kind}_{number}")
     return names
 
 

@@ -122,7 +122,8 @@ class Trainer:
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[StepData]] | None = None
         self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
-        self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(term_names(settings.objective), 0)
+        names = term_names(t.loss for t in settings.objective.losses)
+        self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(names, 0)
 
     def _warm_up(self, report: Report, resume: Path | None) -> dict[str, float]:
         """Warm up the early exits, where the settings say so."""

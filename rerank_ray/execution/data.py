@@ -12,13 +12,14 @@ from functools import partial
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors
+from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
@@ -82,11 +83,10 @@ class RankWorker:
         started = time.time()
         result = self._guard(table)
         ended = time.time()
-        pairs = sum(len(scores or ()) for scores in result["scores"].to_pylist())
         usage = self._stage.usage
         self._counter.add.remote(
             rows=result.num_rows,
-            pairs=pairs,
+            pairs=pc.sum(pc.list_value_length(result["scores"])).as_py() or 0,
             calls=usage.calls - before.calls,
             tokens=usage.computed_tokens - before.computed_tokens,
             started=started,
@@ -223,8 +223,7 @@ def _checkpointed(run: RunFolder) -> int:
     import pyarrow.parquet as pq
 
     fs, _ = storage.open_filesystem(run.checkpoint)
-    paths = storage.list_files(run.checkpoint, ".parquet")
-    return sum(pq.read_metadata(p, filesystem=fs).num_rows for p in paths if not p.endswith(".pending.parquet"))
+    return sum(pq.read_metadata(path, filesystem=fs).num_rows for path in committed(run.checkpoint))
 
 
 def _finish_retry(run: RunFolder, retry_errors: bool) -> None:

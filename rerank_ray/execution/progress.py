@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from rerank_ray.records import Computed
+from rerank_ray.report.tables import duration
 
 _LINE_EVERY_S = 15.0
 
@@ -135,7 +136,7 @@ def rates(totals: dict, rows: int, elapsed: float) -> str:
     under_way = max(1.0, computed / totals["tokens"]) if totals["tokens"] else 1.0
     speed = {name: under_way * totals[name] / elapsed for name in ("rows", "pairs", "tokens")}
     left = max(0.0, rows / speed["rows"] - elapsed)
-    return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {_duration(left)} left"
+    return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {duration(left)} left"
 
 
 def nothing_done() -> dict:
@@ -159,9 +160,3 @@ def _figures(totals: dict) -> dict:
         "seconds_from_first_to_last_batch": round(totals["ranking_seconds"], 2),
         "label_store": store | {"hit_rate": store["hits"] / calls if calls else None} if store else None,
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

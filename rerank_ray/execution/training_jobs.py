@@ -67,14 +67,15 @@ def reinforce(settings: ReinforceSettings, run_uri: str, console: Console) -> Ru
 
 def distill_rationales(settings: RationaleSettings, run_uri: str, console: Console) -> RunFolder:
     """Train a language model on what teachers wrote: the run's `student/` holds the best step's."""
-    from rerank_ray.distill.rationale import make_terms, open_terms, term_names
+    from rerank_ray.distill.rationale import make_terms, open_terms
+    from rerank_ray.distill.targets import term_names
     from rerank_ray.execution.policy import with_absolute_paths
 
     terms = [t.model_copy(update={"input": [resolve_input(uri) for uri in t.input]}) for t in settings.terms]
     settings = settings.model_copy(update={"terms": tuple(terms)})
     absolute = with_absolute_paths(settings)
     data = open_terms(absolute)
-    named = dict(zip(term_names(settings.terms), data, strict=True))
+    named = dict(zip(term_names(t.kind for t in settings.terms), data, strict=True))
     digests = {name: labels.fingerprint for name, labels in named.items()}
     digests |= {f"prompt {term.settings.prompt}": term.template.digest for term in make_terms(settings)}
     counts = {

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.formats.lines import (
+    FLOAT32_MAX,
     BadLines,
     Fault,
     FirstSeen,
@@ -34,7 +35,6 @@ from rerank_ray.schema import doc_id_path, open_parquet
 _SPACES = re.compile(r"[ \t\v\f\r]+")
 _NOT_IN_AN_ID = re.compile(r"[ \t\n\v\f\r]")
 _ROWS_PER_BATCH = 1024
-_LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 QUERY_IDS = ("_id", "id", "query_id", "qid")
 # MS MARCO v2 passages have both: 'pid' names the passage, 'docid' the document it was cut from.
@@ -168,7 +168,7 @@ def _run_lines(ranking: Ranking, tag: str | None) -> Iterator[str]:
     scored = [(doc_id, score) for doc_id, score in pairs if not math.isnan(score)]
     unscored = [doc_id for doc_id, score in pairs if math.isnan(score)]
     values = [score for _, score in scored]
-    if any(abs(v) > _LARGEST_SCORE for v in values):
+    if any(abs(v) > FLOAT32_MAX for v in values):
         raise InputError(
             f"{where}: a score is infinite as a 32-bit float: a run holds finite scores, with room below for unscored "
             "ones"

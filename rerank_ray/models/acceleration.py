@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.prepacked import prepack
+from rerank_ray.models.prepacked import prepack, replace_linear
 from rerank_ray.settings.models import TorchSettings
 
 _SMALLEST = 64
@@ -94,11 +94,7 @@ def accelerate(model: nn.Module, settings: TorchSettings) -> None:
 
 def _to_int8(model: nn.Module) -> None:
     """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            # A subclass may do more than its base, so only the base is replaced.
-            if type(child) is nn.Linear and min(child.weight.shape) >= _SMALLEST:
-                setattr(module, name, Int8Linear(child))
+    replace_linear(model, lambda linear: min(linear.weight.shape) >= _SMALLEST, Int8Linear)
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:

@@ -17,7 +17,6 @@ from rerank_ray.models.loading import load, load_adapted, read_beside
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.records import Usage
 from rerank_ray.settings.models import BiEncoderSettings
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ class BiEncoder:
 
     def _embed(self, calls: Sequence[Embed]) -> list[Answer]:
         ids = self._encode(calls)
-        vectors = self.runner.run([len(i) for i in ids], lambda batch: self._forward([ids[i] for i in batch]))
-        return [
-            Answer(value=vector, usage=Usage(calls=1, prompt_tokens=len(i)))
-            for vector, i in zip(vectors, ids, strict=True)
-        ]
+        return self.runner.answer(ids, [len(i) for i in ids], self._forward)
 
     def _encode(self, calls: Sequence[Embed]) -> list[list[int]]:
         ids: list[list[int]] = [[]] * len(calls)

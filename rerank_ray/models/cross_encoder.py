@@ -53,12 +53,7 @@ class CrossEncoder:
         return self.student.encode([c.query for c in calls], [c.text for c in calls])
 
     def _answers(self, encoded: Sequence[Encoded]) -> list[Answer]:
-        lengths = [len(e["input_ids"]) for e in encoded]
-        scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
-            for score, length in zip(scores, lengths, strict=True)
-        ]
+        return self.runner.answer(encoded, [len(e["input_ids"]) for e in encoded], self._forward)
 
     def _run_lists(self, calls: Sequence[PairList]) -> list[Result]:
         lists = [self.student.encode([c.query] * len(c.texts), list(c.texts)) for c in calls]

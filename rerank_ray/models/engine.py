@@ -15,7 +15,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.records import Computed
+from rerank_ray.models.protocol import Answer
+from rerank_ray.records import Computed, Usage
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -200,6 +201,17 @@ class BatchRunner:
                 self.computed.positions += len(rows) * padded_length(max(rows), None)
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
+
+    def answer(
+        self, encoded: Sequence[Item], lengths: Sequence[int], forward: Callable[[list[Item]], Sequence]
+    ) -> list[Answer]:
+        """Answers to calls, one for each of `encoded`, which is `lengths` tokens long: `forward` takes a batch of them
+        and returns a value for each."""
+        values = self.run(lengths, lambda batch: forward([encoded[i] for i in batch]))
+        return [
+            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
+            for value, length in zip(values, lengths, strict=True)
+        ]
 
 
 def padded_length(longest: int, limit: int | None) -> int:

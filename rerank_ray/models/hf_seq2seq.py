@@ -20,7 +20,7 @@ from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFSeq2SeqSettings
 
 # Positions are relative in these, so that padding moves nothing.
-_FAMILY = {"t5", "mt5", "umt5"}
+T5_FAMILY = {"t5", "mt5", "umt5"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +60,9 @@ class HFSeq2Seq:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         self.model = load_adapted(AutoModelForSeq2SeqLM, resolved, settings, dtype=dtype).to(self.device).eval()
-        if self.model.config.model_type not in _FAMILY:
+        if self.model.config.model_type not in T5_FAMILY:
             raise ModelError(
-                f"{settings.path}: model type '{self.model.config.model_type}' is none of {sorted(_FAMILY)}, "
+                f"{settings.path}: model type '{self.model.config.model_type}' is none of {sorted(T5_FAMILY)}, "
                 "the T5 family that hf_seq2seq runs"
             )
         self.parameters = engine.count_parameters(self.model)

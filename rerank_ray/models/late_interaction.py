@@ -20,7 +20,6 @@ from rerank_ray.models.embedding_cache import EmbeddingCache
 from rerank_ray.models.loading import load, read_beside, refuse_random
 from rerank_ray.models.protocol import Answer, EmbedTokens, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.records import Usage
 from rerank_ray.settings.models import ColBERTSettings
 
 METADATA = "artifact.metadata"
@@ -150,12 +149,7 @@ class ColBERT:
 
     def _embed(self, calls: Sequence[EmbedTokens]) -> list[Answer]:
         encoded = self.tokens.encode([c.text for c in calls], [c.role for c in calls])
-        lengths = [len(e.ids) for e in encoded]
-        values = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
-            for value, length in zip(values, lengths, strict=True)
-        ]
+        return self.runner.answer(encoded, [len(e.ids) for e in encoded], self._forward)
 
     @torch.inference_mode()
     def _forward(self, batch: list[EncodedText]) -> list[np.ndarray]:

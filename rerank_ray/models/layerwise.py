@@ -20,9 +20,8 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
 from rerank_ray.models.loading import load, refuse_random
-from rerank_ray.models.protocol import Answer, Pair, Result
+from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
-from rerank_ray.records import Usage
 from rerank_ray.settings.models import LayerwiseSettings
 
 _MODEL_TYPES = ("minicpm", "llama")
@@ -84,12 +83,7 @@ class Layerwise:
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         queries, passages = [QUERY_PREFIX + c.query for c in calls], [DOCUMENT_PREFIX + c.text for c in calls]
         encoded = self.pairs.encode(queries, passages)
-        lengths = [len(ids) for ids in encoded]
-        scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
-            for score, length in zip(scores, lengths, strict=True)
-        ]
+        return self.runner.answer(encoded, [len(ids) for ids in encoded], self._forward)
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:

@@ -124,7 +124,7 @@ class OpenAIHTTP:
         if self.settings.api == "chat":
             return [self._chat_request(c) for c in calls]
         if self._encoder is None:
-            return [self._completion_request(c, _plain_text(c.prompt)) for c in calls]
+            return [self._completion_request(c, c.prompt.plain_text) for c in calls]
         encoded = self._encoder.encode_calls(calls, _GENERATED)
         return [
             e if isinstance(e, Failure) else self._completion_request(c, [*e.prompt, *e.continuation])
@@ -152,7 +152,7 @@ class OpenAIHTTP:
                 reason="the template is plain text (chat: false), which a chat API can't take: use api: completions"
             )
         messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
-        messages.append({"role": "user", "content": _joined(prompt)})
+        messages.append({"role": "user", "content": prompt.body})
         body: dict[str, Any] = {"model": self.settings.model, "messages": messages}
         if prompt.prefill:
             if self.settings.prefill == "none":
@@ -325,17 +325,6 @@ def _local_encoder(settings: OpenAIHTTPSettings) -> PromptEncoder | None:
         return None
     source = ModelSettings(path=settings.tokenizer)
     return PromptEncoder(load(AutoTokenizer, resolve(source), source), settings.max_length, settings.chat)
-
-
-def _joined(prompt: Prompt) -> str:
-    pieces = [prompt.parts[0]]
-    for passage, part in zip(prompt.passages, prompt.parts[1:], strict=True):
-        pieces += [passage, part]
-    return "".join(pieces)
-
-
-def _plain_text(prompt: Prompt) -> str:
-    return (f"{prompt.system}\n\n" if prompt.system else "") + _joined(prompt) + prompt.prefill
 
 
 def _first_words(text: str, count: int) -> str:

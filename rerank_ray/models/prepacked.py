@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -38,11 +40,16 @@ def prepack(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
+    replace_linear(model, lambda linear: linear.bias is not None and _is_fit(linear.weight), PrepackedLinear)
+
+
+def replace_linear(model: nn.Module, fits: Callable[[nn.Linear], bool], make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `make` makes of it in the place of each of a model's linear layers that `fits`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             # A subclass may do more than its base, so only the base is replaced.
-            if type(child) is nn.Linear and child.bias is not None and _is_fit(child.weight):
-                setattr(module, name, PrepackedLinear(child))
+            if type(child) is nn.Linear and fits(child):
+                setattr(module, name, make(child))
 
 
 def _is_fit(weight: torch.Tensor) -> bool:

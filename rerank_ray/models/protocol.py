@@ -12,6 +12,14 @@ from typing import Any, Protocol
 from rerank_ray.records import Usage
 
 
+def interleaved(parts: Sequence[str], passages: Sequence[str]) -> str:
+    """`parts[0] + passages[0] + parts[1] + …`."""
+    pieces = [parts[0]]
+    for passage, part in zip(passages, parts[1:], strict=True):
+        pieces += [passage, part]
+    return "".join(pieces)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """Text with slots for passages: `parts[0] + passages[0] + parts[1] + …`; only passages may be truncated.
@@ -26,6 +34,16 @@ class Prompt:
     system: str | None = None
     chat: bool = True
     prefill: str = ""
+
+    @property
+    def body(self) -> str:
+        """What stands between `system` and `prefill`."""
+        return interleaved(self.parts, self.passages)
+
+    @property
+    def plain_text(self) -> str:
+        """The whole prompt where no chat template parts it: the system message, a blank line, the rest."""
+        return (f"{self.system}\n\n" if self.system else "") + self.body + self.prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

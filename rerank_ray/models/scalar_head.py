@@ -14,10 +14,9 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load, refuse_random
 from rerank_ray.models.positions import check_positions
-from rerank_ray.models.protocol import Answer, Pair, Result
+from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
 from rerank_ray.models.student.lora import saved_names
-from rerank_ray.records import Usage
 from rerank_ray.settings.models import ScalarHeadSettings
 
 
@@ -51,12 +50,7 @@ class ScalarHead:
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         encoded = self.encode(calls)
-        lengths = [len(ids) for ids in encoded]
-        scores = self.runner.run(lengths, lambda batch: self._forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=score, usage=Usage(calls=1, prompt_tokens=length))
-            for score, length in zip(scores, lengths, strict=True)
-        ]
+        return self.runner.answer(encoded, [len(ids) for ids in encoded], self._forward)
 
     def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
         """Token ids of each pair: formatted, cut apart, and joined by the tokenizer's own template for pairs."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.continuations import THINK_BLOCK, answer_lead, continuation_ids, label_ids, render_chat
-from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt
+from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt, interleaved
 
 _SLOT = "\ue000PASSAGE\ue001"
 _THINK = "<think>"
@@ -192,7 +192,7 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[list[int] | PromptTooLongError]:
         """Token ids of each prompt, at most `max_length − reserved` long; passages are cut at a token's end to fit."""
         frames = [self._framed(p.parts, p.system, p.prefill, p.chat and self.chat) for p in prompts]
-        texts = [_fill(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
+        texts = [interleaved(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
         special = [not (p.chat and self.chat) for p in prompts]
         encoded: list[list[int] | PromptTooLongError] = self._encode_texts(texts, special)
         for i, prompt in enumerate(prompts):
@@ -206,7 +206,7 @@ class PromptEncoder:
         """One prompt as `encode` makes it, with what is left of its passages."""
         chat = prompt.chat and self.chat
         frame = self._framed(prompt.parts, prompt.system, prompt.prefill, chat)
-        (ids,) = self._encode_texts([_fill(frame, prompt.passages)], [not chat])
+        (ids,) = self._encode_texts([interleaved(frame, prompt.passages)], [not chat])
         if len(ids) <= self.max_length - reserved:
             return FittedPrompt(ids=ids, passages=prompt.passages)
         return self._truncated(frame, prompt, self.max_length - reserved, not chat)
@@ -280,7 +280,7 @@ class PromptEncoder:
                 raise ModelError("the tokenizer's chat template changes the user's text; set chat: false")
         special = not (prompt.chat and self.chat)
         passages = prompt.passages
-        texts = [_fill(frame, passages) for frame in frames]
+        texts = [interleaved(frame, passages) for frame in frames]
         if max(map(len, self._encode_texts(texts, [special] * len(texts)))) > self.max_length:
             passages = self._cut(frames, passages, self.max_length, special)
         return [
@@ -296,7 +296,7 @@ class PromptEncoder:
             end = start + len(passage)
             characters.append(range(start, end))
         characters.append(range(end + query.start, end + query.stop))
-        encoded = self.tokenizer(_fill(frame, passages), add_special_tokens=special, return_offsets_mapping=True)
+        encoded = self.tokenizer(interleaved(frame, passages), add_special_tokens=special, return_offsets_mapping=True)
         *spans, query_span = _token_spans(encoded["offset_mapping"], characters)
         return SpannedPrompt(ids=encoded["input_ids"], passages=tuple(spans), query=query_span)
 
@@ -307,7 +307,7 @@ class PromptEncoder:
             passages = self._cut([frame], prompt.passages, limit, special)
         except PromptTooLongError as error:
             return error
-        ids = self._encode_texts([_fill(frame, passages)], [special])[0]
+        ids = self._encode_texts([interleaved(frame, passages)], [special])[0]
         return FittedPrompt(ids=ids, passages=tuple(passages))
 
     def _cut(self, frames: Sequence[tuple[str, ...]], passages: Sequence[str], limit: int, special: bool) -> list[str]:
@@ -317,7 +317,7 @@ class PromptEncoder:
             PromptTooLongError: there is no room for a token of each.
         """
         specials = [special] * len(frames)
-        bare = max(map(len, self._encode_texts([_fill(f, [""] * len(passages)) for f in frames], specials)))
+        bare = max(map(len, self._encode_texts([interleaved(f, [""] * len(passages)) for f in frames], specials)))
         if limit - bare < len(passages):
             raise PromptTooLongError(
                 f"the prompt takes {bare} tokens without its passage and max_length leaves {limit}: raise max_length"
@@ -328,7 +328,7 @@ class PromptEncoder:
         cap = _largest_cap([len(o) for o in offsets], limit - bare)
         while cap > 0:
             cut = [p if len(o) <= cap else p[: o[cap - 1][1]] for p, o in zip(passages, offsets, strict=True)]
-            longest = max(map(len, self._encode_texts([_fill(f, cut) for f in frames], specials)))
+            longest = max(map(len, self._encode_texts([interleaved(f, cut) for f in frames], specials)))
             if longest <= limit:
                 return cut
             # Joining a cut passage to its frame can give a token or two more than the parts counted apart.
@@ -356,13 +356,6 @@ def _token_spans(offsets: Sequence[tuple[int, int]], characters: Sequence[range]
 def _prefilled(frame: tuple[str, ...], prefill: str) -> tuple[str, ...]:
     """The prefill is no message of the conversation: templates edit those (Qwen3's drops think blocks from them)."""
     return (*frame[:-1], frame[-1] + prefill)
-
-
-def _fill(frame: Sequence[str], passages: Sequence[str]) -> str:
-    pieces = [frame[0]]
-    for passage, part in zip(passages, frame[1:], strict=True):
-        pieces += [passage, part]
-    return "".join(pieces)
 
 
 def _largest_cap(lengths: Sequence[int], room: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rerank_ray.models.protocol import Answer, Backend, Embed, Result
-from rerank_ray.ranking.pointwise import Steps, Value, scores_from
+from rerank_ray.models.protocol import Backend, Embed
+from rerank_ray.ranking.pointwise import Steps, cosine, scores_from
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.rankers import BiEncoderRankerSettings
 
@@ -21,12 +21,4 @@ class BiEncoderRanker:
             Embed(text=request.query.text, role="query"),
             *(Embed(text=c.contents, role="document") for c in request.candidates),
         ]
-        return scores_from(request, [_cosine(query, document) for document in documents])
-
-
-def _cosine(query: Result, document: Result) -> Value:
-    """Of two unit vectors, or why one is missing."""
-    for result in (query, document):
-        if not isinstance(result, Answer):
-            return result
-    return sum(a * b for a, b in zip(query.value, document.value, strict=True))
+        return scores_from(request, [cosine(query, document) for document in documents])

@@ -8,7 +8,7 @@ from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Embed, Failure, Result
 from rerank_ray.prompts.passages import scores_to_show, shown_passage
 from rerank_ray.prompts.render import load_template
-from rerank_ray.ranking.pointwise import Steps, scores_from
+from rerank_ray.ranking.pointwise import Steps, cosine, scores_from
 from rerank_ray.records import CandidateList, Scores
 from rerank_ray.settings.rankers import E2RankSettings
 
@@ -47,9 +47,7 @@ class E2Rank:
         chosen = [request.candidates[i] for i in members]
         scores = scores_to_show(self.template, CandidateList(query=request.query, candidates=tuple(chosen)))
         texts = [shown_passage(c, self.settings.passage_words) for c in chosen]
-        prompt = self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores)
-        head, *tails = prompt.parts
-        return head + "".join(text + tail for text, tail in zip(prompt.passages, tails, strict=True))
+        return self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores).body
 
 
 def _cosines(query: Result, documents: Sequence[Result], name: str) -> list[float | Failure]:
@@ -60,6 +58,4 @@ def _cosines(query: Result, documents: Sequence[Result], name: str) -> list[floa
     """
     if not isinstance(query, Answer):
         raise RowError(f"{name} has no embedding: {query.reason}")
-    return [
-        sum(a * b for a, b in zip(query.value, d.value, strict=True)) if isinstance(d, Answer) else d for d in documents
-    ]
+    return [cosine(query, document) for document in documents]

@@ -19,6 +19,14 @@ def score_each(request: CandidateList, calls: Sequence[Call], read: Callable[[tu
     return scores_from(request, [read(r.value) if isinstance(r, Answer) else r for r in results])
 
 
+def cosine(query: Result, document: Result) -> float | Failure:
+    """Of two embeddings, which are unit vectors, or why one is missing."""
+    for result in (query, document):
+        if not isinstance(result, Answer):
+            return result
+    return sum(a * b for a, b in zip(query.value, document.value, strict=True))
+
+
 def scores_from(request: CandidateList, values: Sequence[Value]) -> Scores:
     """Scores of candidates in their order; a failure, a defect, or what is no finite number leaves NaN and a defect."""
     found = [_unscored(c.doc_id, v) for c, v in zip(request.candidates, values, strict=True)]

@@ -1,4 +1,4 @@
-"""Tables of systems by metrics, for the terminal (rich) and for Markdown."""
+"""Tables of systems by metrics, for the terminal (rich) and for Markdown, and how their figures are written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def format_value(value: Value) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
 
 
 def columns_of(systems: Systems) -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import THINKING_TEMPLATE, WORDS, tiny_bert_folder, tiny_llama_tokenizer
+from fixtures.training_world import Reports, Stopped
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
@@ -62,27 +63,6 @@ def settings(labels: str, base: Path, **changes) -> ReinforceSettings:
         "epochs": 2,
     }
     return ReinforceSettings.model_validate(content | changes)
-
-
-class Stopped(Exception):
-    """The run was interrupted."""
-
-
-class Reports:
-    """Keeps metrics and checkpoints; may interrupt the run at a step."""
-
-    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
-        self.folder, self.stop_at = folder, stop_at
-        self.metrics: dict[int, dict] = {}
-
-    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
-        self.metrics[metrics["step"]] = metrics
-        shutil.copytree(checkpoint, self.checkpoint(metrics["step"]))
-        if metrics["step"] == self.stop_at:
-            raise Stopped
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / f"step-{step}"
 
 
 # The loss

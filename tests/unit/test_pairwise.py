@@ -8,7 +8,19 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fixtures.oracles import ADVERSARIES, ALWAYS_A, USAGE, Adversary, Oracle, Recorder, best_label, known_list
+from fixtures.oracles import (
+    ADVERSARIES,
+    ALWAYS_A,
+    USAGE,
+    Adversary,
+    Oracle,
+    Recorder,
+    best_label,
+    known_list,
+    order_of,
+    outcome_of,
+    top_k,
+)
 from fixtures.rows import make_list
 from fixtures.tiny_models import tiny_t5_folder
 from hypothesis import given
@@ -22,8 +34,7 @@ from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.duot5 import DuoT5
 from rerank_ray.ranking.prp import PRP
 from rerank_ray.ranking.rankers import Ranker
-from rerank_ray.ranking.scheduler import Outcome
-from rerank_ray.records import CandidateList, DefectKind, ranking_of
+from rerank_ray.records import CandidateList, DefectKind
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings, HFSeq2SeqSettings
 from rerank_ray.settings.rankers import DuoT5Settings, PRPSettings
 
@@ -43,21 +54,6 @@ def duot5(backend: Recorder, **chosen) -> DuoT5:
     return DuoT5(DuoT5Settings(model=FakeSettings(), **chosen), backend)
 
 
-def rank(method: PRP | DuoT5, backend: Recorder, request: CandidateList) -> Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
-
-
-def order_of(outcome: Outcome) -> list[int]:
-    """Candidates' places in the list, best first."""
-    return [int(doc_id[1:]) for doc_id in ranking_of(outcome.request, outcome.scores, "m").doc_ids]
-
-
-def top_k(gains: Sequence[float], k: int) -> list[int]:
-    top = sorted(range(len(gains)), key=lambda i: (-gains[i], i))[:k]
-    return top + [i for i in range(len(gains)) if i not in top]
-
-
 # PRP
 
 
@@ -66,7 +62,7 @@ def test_an_oracle_ranks_perfectly(strategy: str, gains: list[int], k: int):
     """allpair all of the list, the sorts its first k; equal gains are ties and keep the first stage's order."""
     request, known = known_list(gains)
     backend = Oracle(known)
-    outcome = rank(prp(backend, strategy=strategy, k=k), backend, request)
+    outcome = outcome_of(prp(backend, strategy=strategy, k=k), backend, request)
     assert order_of(outcome) == top_k(gains, len(gains) if strategy == "allpair" else k)
     assert outcome.scores.defects == ()
 
@@ -75,7 +71,7 @@ def test_an_oracle_ranks_perfectly(strategy: str, gains: list[int], k: int):
 def test_an_oracle_that_writes_its_answer(strategy: str, gains: list[int]):
     request, known = known_list(gains)
     backend = Oracle(known, best_label(["Passage A", "Passage B"]))
-    outcome = rank(prp(backend, strategy=strategy, mode="generation"), backend, request)
+    outcome = outcome_of(prp(backend, strategy=strategy, mode="generation"), backend, request)
     assert order_of(outcome) == top_k(gains, len(gains))
     assert {type(call) for call in backend.calls} == {Generate}
 
@@ -84,7 +80,7 @@ def test_an_oracle_that_writes_its_answer(strategy: str, gains: list[int]):
 def test_a_model_that_always_answers_a_changes_nothing(strategy: str, mode: str, size: int, k: int):
     """Its answers contradict each other, which are ties; the list says that its order is the first stage's."""
     backend = Adversary(ALWAYS_A)
-    outcome = rank(prp(backend, strategy=strategy, mode=mode, k=k), backend, make_list(size=size))
+    outcome = outcome_of(prp(backend, strategy=strategy, mode=mode, k=k), backend, make_list(size=size))
     assert order_of(outcome) == list(range(size))
     assert [d.kind for d in outcome.scores.defects] == [DefectKind.INCONSISTENT] * (size > 1)
     if strategy == "allpair":
@@ -97,7 +93,7 @@ def test_calls_are_the_formulas(strategy: str, gains: list[int], k: int):
     ⌊log₂N⌋ for each of the other k − 1 places). Never both orders of a pair again."""
     request, known = known_list(gains)
     backend = Oracle(known)
-    outcome = rank(prp(backend, strategy=strategy, k=k), backend, request)
+    outcome = outcome_of(prp(backend, strategy=strategy, k=k), backend, request)
     n = len(gains)
     bounds = {
         "allpair": n * (n - 1),
@@ -115,7 +111,7 @@ def test_sliding_calls_by_hand():
     for gains, calls in ((range(5), 14), (range(5, 0, -1), 8)):
         request, known = known_list(list(gains))
         backend = Oracle(known)
-        rank(prp(backend, strategy="sliding", k=2), backend, request)
+        outcome_of(prp(backend, strategy="sliding", k=2), backend, request)
         assert len(backend.calls) == calls
 
 
@@ -123,7 +119,7 @@ def test_allpair_scores_by_hand():
     """Gains 1, 3, 1: 3 wins twice, the others tie: 0.5, 2, 0.5, and the ranking keeps the first before the third."""
     request, known = known_list([1, 3, 1])
     backend = Oracle(known)
-    outcome = rank(prp(backend, strategy="allpair"), backend, request)
+    outcome = outcome_of(prp(backend, strategy="allpair"), backend, request)
     assert outcome.scores.scores == (0.5, 2.0, 0.5)
     assert order_of(outcome) == [1, 0, 2]
 
@@ -131,7 +127,7 @@ def test_allpair_scores_by_hand():
 def test_both_orders_share_a_prefix():
     """The query stands before the passages, so that a backend can compute it once."""
     backend = Oracle(known_list([1, 2])[1])
-    rank(prp(backend), backend, make_list(size=2))
+    outcome_of(prp(backend), backend, make_list(size=2))
     first, second = backend.calls
     assert first.prompt.passages == second.prompt.passages[::-1]
     assert first.prompt.parts == second.prompt.parts
@@ -164,7 +160,7 @@ def test_an_unanswered_comparison_is_a_tie_and_a_defect(strategy: str):
     table = oracle_table([0, 1, 2])
     del table[1, 2]
     backend = PairTable(table)
-    outcome = rank(prp(backend, strategy=strategy), backend, make_list())
+    outcome = outcome_of(prp(backend, strategy=strategy), backend, make_list())
     assert order_of(outcome) == [1, 2, 0]
     assert [str(d) for d in outcome.scores.defects] == ["unscored: d1, d2: timed out"]
     if strategy == "allpair":
@@ -176,10 +172,10 @@ def test_half_of_the_comparisons_may_contradict_themselves():
     table = oracle_table([0, 1, 2])
     table[0, 1] = (1, 0)
     backend = PairTable(table)
-    assert rank(prp(backend, strategy="allpair"), backend, make_list()).scores.defects == ()
+    assert outcome_of(prp(backend, strategy="allpair"), backend, make_list()).scores.defects == ()
     table[0, 2] = (1, 0)
     backend = PairTable(table)
-    scores = rank(prp(backend, strategy="allpair"), backend, make_list()).scores
+    scores = outcome_of(prp(backend, strategy="allpair"), backend, make_list()).scores
     said = "inconsistent: 2 of 3 comparisons contradict themselves: the order is mostly the first stage's"
     assert [str(d) for d in scores.defects] == [said]
     assert scores.scores == (1.0, 0.5, 1.5)
@@ -190,7 +186,7 @@ def test_a_candidate_that_is_never_judged_has_no_score(strategy: str):
     """Every prompt with passage 2 fails: its place would be the first stage's. The others are ranked around it."""
     gains = [0, 1, 5, 2, 3, 4]
     backend = PairTable({pair: v for pair, v in oracle_table(gains).items() if 2 not in pair})
-    outcome = rank(prp(backend, strategy=strategy), backend, make_list(size=6))
+    outcome = outcome_of(prp(backend, strategy=strategy), backend, make_list(size=6))
     assert [i for i, s in enumerate(outcome.scores.scores) if math.isnan(s)] == [2]
     assert "unscored: d2: none of its comparisons has an answer" in map(str, outcome.scores.defects)
 
@@ -202,7 +198,7 @@ def test_a_candidate_that_is_never_judged_has_no_score(strategy: str):
 def test_adversaries_make_no_label(name: str, strategy: str, mode: str, size: int):
     """Garbage, refusals and failures end in the row's error, which counts them; a list of one needs no comparison."""
     backend = Adversary(*ADVERSARIES[name])
-    outcome = rank(prp(backend, strategy=strategy, mode=mode), backend, make_list(size=size))
+    outcome = outcome_of(prp(backend, strategy=strategy, mode=mode), backend, make_list(size=size))
     if size == 1:
         assert outcome.scores.scores == ((0.0,) if strategy == "allpair" else (1.0,))
     elif name == "always A":
@@ -216,7 +212,7 @@ def test_adversaries_make_no_label(name: str, strategy: str, mode: str, size: in
 
 def test_a_list_without_scores_says_what_was_wrong():
     backend = Adversary(*ADVERSARIES["refusals"])
-    outcome = rank(prp(backend, strategy="allpair", mode="generation"), backend, make_list())
+    outcome = outcome_of(prp(backend, strategy="allpair", mode="generation"), backend, make_list())
     lost, refusals = map(str, outcome.defects)
     assert lost == "unscored: 3 of 3 comparisons have no answer: the order would be the first stage's"
     assert refusals.startswith("refusal: 6×, first of d0, d1: ")
@@ -228,7 +224,7 @@ def test_half_of_the_comparisons_is_enough():
     every = list(itertools.combinations(range(4), 2))
     for failing, fails in ((3, False), (4, True)):
         kept = {pair: v for pair, v in oracle_table([0, 1, 2, 3]).items() if tuple(sorted(pair)) in every[failing:]}
-        outcome = rank(prp(b := PairTable(kept), strategy="allpair"), b, make_list(size=4))
+        outcome = outcome_of(prp(b := PairTable(kept), strategy="allpair"), b, make_list(size=4))
         assert (outcome.error is not None) is fails
 
 
@@ -237,7 +233,7 @@ def test_nothing_to_compare():
     request = CandidateList(query=make_list().query, candidates=())
     backend = Adversary(ALWAYS_A)
     for method in (*(prp(backend, strategy=s) for s in STRATEGIES), duot5(backend)):
-        outcome = rank(method, backend, request)
+        outcome = outcome_of(method, backend, request)
         assert (outcome.error, backend.calls) == ("no candidate could be scored", [])
 
 
@@ -255,7 +251,7 @@ def softplus(x: float) -> float:
 def test_duot5_is_the_papers_formula(margins: list[list[float]], aggregation: str):
     """Σ over j of p_ij, log p_ij, p_ij + 1 − p_ji and log p_ij + log(1 − p_ji), in a plain loop."""
     backend = PairTable({(i, j): (margins[i][j], 0.0) for i, j in itertools.permutations(range(4), 2)})
-    outcome = rank(duot5(backend, aggregation=aggregation), backend, make_list(size=4))
+    outcome = outcome_of(duot5(backend, aggregation=aggregation), backend, make_list(size=4))
     p = [[1 / (1 + math.exp(-m)) for m in row] for row in margins]
     log_p = [[-softplus(-m) for m in row] for row in margins]
     log_not_p = [[-softplus(m) for m in row] for row in margins]
@@ -274,7 +270,7 @@ def test_duot5_ranks_the_top_and_leaves_the_rest(gains: list[int], top: int):
     """m(m−1) calls; candidates below the first m stay below all of them in their order."""
     request, known = known_list(gains)
     backend = Oracle(known)
-    outcome = rank(duot5(backend, top=top), backend, request)
+    outcome = outcome_of(duot5(backend, top=top), backend, request)
     m = min(top, len(gains))
     assert len(backend.calls) == m * (m - 1)
     # Equal gains have equal probabilities, but sums in another order of terms may differ in the last digit.
@@ -287,7 +283,7 @@ def test_duot5_ranks_the_top_and_leaves_the_rest(gains: list[int], top: int):
 
 def test_a_prompt_of_duot5():
     backend = Oracle(known_list([1, 2])[1])
-    rank(duot5(backend), backend, make_list(size=2))
+    outcome_of(duot5(backend), backend, make_list(size=2))
     prompt = backend.calls[0].prompt
     a, b = prompt.passages
     assert (prompt.parts, prompt.chat) == (("Query: query Document0: ", " Document1: ", " Relevant:"), False)
@@ -321,14 +317,14 @@ def test_a_pair_that_duot5_lacks_is_left_out():
     """Margins of 0 give 1 for each pair, so 3 in four; without the pair (0, 1), sums of 2 are scaled by 3/2."""
     table = dict.fromkeys(itertools.permutations(range(4), 2), (0.0, 0.0))
     del table[1, 0]
-    outcome = rank(duot5(b := PairTable(table)), b, make_list(size=4))
+    outcome = outcome_of(duot5(b := PairTable(table)), b, make_list(size=4))
     assert outcome.scores.scores == pytest.approx((3.0, 3.0, 3.0, 3.0))
     assert [str(d) for d in outcome.scores.defects] == ["unscored: d0, d1: timed out"]
 
 
 def test_a_candidate_that_duot5_can_not_judge():
     table = {pair: v for pair, v in oracle_table([0, 1, 5, 2, 3]).items() if 2 not in pair}
-    outcome = rank(duot5(b := PairTable(table), top=4), b, make_list(size=5))
+    outcome = outcome_of(duot5(b := PairTable(table), top=4), b, make_list(size=5))
     scores = outcome.scores.scores
     assert [i for i, s in enumerate(scores) if math.isnan(s)] == [2]
     assert scores[3] > scores[1] > scores[0] > scores[4]
@@ -336,7 +332,7 @@ def test_a_candidate_that_duot5_can_not_judge():
 
 @pytest.mark.parametrize("name", sorted(set(ADVERSARIES) - {"always A", "alternating"}))
 def test_duot5_without_answers(name: str):
-    outcome = rank(duot5(b := Adversary(*ADVERSARIES[name])), b, make_list())
+    outcome = outcome_of(duot5(b := Adversary(*ADVERSARIES[name])), b, make_list())
     assert "3 of 3 comparisons have no answer" in outcome.error
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fixtures.rows import make_list, write_labels
 from fixtures.students import start
+from fixtures.training_world import Reports, Stopped
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,24 +184,6 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(tiny_llama: Path, listwi
     for first, second, third, together in zip(*gradients, strict=True):
         torch.testing.assert_close(together, first + second + third, atol=1e-6, rtol=1e-3)
     assert any(g.abs().max() > 1e-4 for g in gradients[3])
-
-
-class Stopped(Exception):
-    """The run was interrupted."""
-
-
-class Reports:
-    """Keeps metrics and checkpoints; may interrupt the run at a step."""
-
-    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
-        self.folder, self.stop_at = folder, stop_at
-        self.metrics: dict[int, dict] = {}
-
-    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
-        self.metrics[metrics["step"]] = metrics
-        shutil.copytree(checkpoint, self.folder / f"step-{metrics['step']}")
-        if metrics["step"] == self.stop_at:
-            raise Stopped
 
 
 def test_the_policy_learns_to_write_what_the_teacher_wrote(tiny_llama: Path, listwise: str, tmp_path: Path):

@@ -16,6 +16,9 @@ from fixtures.oracles import (
     best_first,
     best_label,
     known_list,
+    order_of,
+    outcome_of,
+    top_k,
 )
 from fixtures.rows import make_list
 from hypothesis import given, settings
@@ -24,11 +27,8 @@ from pydantic import ValidationError
 
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, Result
-from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.rankers import Ranker, preflight
-from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.ranking.setwise import Setwise
-from rerank_ray.records import CandidateList, ranking_of
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import RankR1Settings, SetwiseSettings
 
@@ -46,26 +46,12 @@ def rank_r1(backend: Recorder, **chosen) -> Setwise:
     return Setwise(RankR1Settings(model=FakeSettings(), **chosen), backend)
 
 
-def rank(method: Setwise, backend: Recorder, request: CandidateList) -> Outcome:
-    (outcome,) = scheduler.run(method, backend, [request])
-    return outcome
-
-
-def order_of(outcome: Outcome) -> list[int]:
-    return [int(doc_id[1:]) for doc_id in ranking_of(outcome.request, outcome.scores, "m").doc_ids]
-
-
-def top_k(gains: Sequence[float], k: int) -> list[int]:
-    top = sorted(range(len(gains)), key=lambda i: (-gains[i], i))[:k]
-    return top + [i for i in range(len(gains)) if i not in top]
-
-
 @given(strategies, gains_lists, ks, arities)
 def test_an_oracle_ranks_the_top_k(strategy: str, gains: list[int], k: int, children: int):
     """Equal logits go to the passage that the first stage ranked higher."""
     request, known = known_list(gains)
     backend = Oracle(known)
-    outcome = rank(setwise(backend, strategy=strategy, k=k, children=children), backend, request)
+    outcome = outcome_of(setwise(backend, strategy=strategy, k=k, children=children), backend, request)
     assert order_of(outcome) == top_k(gains, k)
     assert sorted(outcome.scores.scores) == [float(n) for n in range(1, len(gains) + 1)]
     assert outcome.scores.defects == ()
@@ -76,7 +62,7 @@ def test_an_oracle_that_writes_its_answer(strategy: str, gains: list[int], child
     request, known = known_list(gains)
     backend = Oracle(known, best_label(LETTERS))
     method = setwise(backend, strategy=strategy, mode="generation", children=children, permutations=permutations)
-    outcome = rank(method, backend, request)
+    outcome = outcome_of(method, backend, request)
     assert order_of(outcome) == top_k(gains, 10)
     assert {type(call) for call in backend.calls} == {Generate}
 
@@ -90,7 +76,7 @@ def test_calls_are_the_formulas(gains: list[int], k: int, children: int):
     asked = {}
     for strategy in STRATEGIES:
         backend = Oracle(known)
-        rank(setwise(backend, strategy=strategy, k=k, children=children), backend, request)
+        outcome_of(setwise(backend, strategy=strategy, k=k, children=children), backend, request)
         asked[strategy] = len(backend.calls)
         assert all(2 <= len(call.labels) == len(call.prompt.passages) <= children + 1 for call in backend.calls)
     assert asked["bubblesort"] <= sum(math.ceil((n - 1 - p) / children) for p in range(min(k, n - 1)))
@@ -109,7 +95,7 @@ def test_calls_by_hand():
     for strategy, calls in (("heapsort", 5), ("bubblesort", 4)):
         request, known = known_list(list(range(7, 0, -1)))
         backend = Oracle(known)
-        assert order_of(rank(setwise(backend, strategy=strategy, k=2), backend, request)) == list(range(7))
+        assert order_of(outcome_of(setwise(backend, strategy=strategy, k=2), backend, request)) == list(range(7))
         assert len(backend.calls) == calls
     shown = [[int(p.split()[2]) for p in call.prompt.passages] for call in backend.calls]
     assert shown == [[4, 5, 6], [2, 3, 4], [0, 1, 2], [1, 2]]
@@ -118,7 +104,7 @@ def test_calls_by_hand():
 def test_a_prompt_shows_the_set():
     request, known = known_list([1, 2, 3])
     backend = Oracle(known)
-    rank(setwise(backend), backend, request)
+    outcome_of(setwise(backend), backend, request)
     (call,) = [c for c in backend.calls if len(c.labels) == 3]
     assert call.labels == ("A", "B", "C")
     assert call.prompt.passages == tuple(c.text for c in request.candidates)
@@ -133,7 +119,7 @@ def test_a_prompt_shows_the_set():
 def test_a_model_without_answers_ranks_nothing(name, strategy, mode, size, k, children):
     backend = Adversary(*ADVERSARIES[name])
     method = setwise(backend, strategy=strategy, k=k, children=children, mode=mode)
-    outcome = rank(method, backend, make_list(size=size))
+    outcome = outcome_of(method, backend, make_list(size=size))
     if size == 1:
         assert outcome.scores.scores == (1.0,)
     else:
@@ -145,7 +131,7 @@ def test_a_model_without_answers_ranks_nothing(name, strategy, mode, size, k, ch
 def test_a_model_with_some_answers_gives_a_permutation_or_an_error(strategy, name, size, k, children):
     backend = Adversary(*ADVERSARIES[name])
     method = setwise(backend, strategy=strategy, k=k, children=children, mode="generation")
-    outcome = rank(method, backend, make_list(size=size))
+    outcome = outcome_of(method, backend, make_list(size=size))
     if outcome.error is None:
         assert sorted(order_of(outcome)) == list(range(size))
         kept = [s for s in outcome.scores.scores if not math.isnan(s)]
@@ -171,7 +157,7 @@ def test_a_bad_label_decides_nothing():
     pass asks [d0 d2 d3] and is told d3."""
     backend = Script("none of them", "B", "C")
     method = setwise(backend, strategy="bubblesort", mode="generation", k=2)
-    outcome = rank(method, backend, make_list(size=4))
+    outcome = outcome_of(method, backend, make_list(size=4))
     assert order_of(outcome) == [1, 3, 0, 2]
     (defect,) = map(str, outcome.scores.defects)
     assert defect.startswith("unparsed: d1, d2, d3: ")
@@ -179,7 +165,7 @@ def test_a_bad_label_decides_nothing():
 
 def test_a_label_outside_the_set_is_no_answer():
     """D in a set of three."""
-    outcome = rank(setwise(b := Script("D"), mode="generation", k=1), b, make_list())
+    outcome = outcome_of(setwise(b := Script("D"), mode="generation", k=1), b, make_list())
     assert "1 of 1 comparisons have no answer" in outcome.error
     assert [d.kind for d in outcome.defects] == ["unscored", "out_of_range"]
 
@@ -192,7 +178,7 @@ def test_the_same_set_is_asked_in_several_orders():
     shown = {}
     for query_id in ("q1", "q1", "q2"):
         backend = Adversary(ALWAYS_A)
-        rank(setwise(backend, children=9, permutations=5, k=1), backend, make_list(query_id, 10))
+        outcome_of(setwise(backend, children=9, permutations=5, k=1), backend, make_list(query_id, 10))
         orders = [tuple(int(p.split()[2]) for p in call.prompt.passages) for call in backend.calls]
         assert len(set(orders)) == len(orders) == 5
         assert orders[0] == tuple(range(10))
@@ -214,7 +200,7 @@ def test_most_votes_win():
     places = {}
     for permutations in (1, 9):
         backend = PositionBiased()
-        outcome = rank(setwise(backend, children=9, k=1, permutations=permutations), backend, make_list(size=10))
+        outcome = outcome_of(setwise(backend, children=9, k=1, permutations=permutations), backend, make_list(size=10))
         places[permutations] = order_of(outcome)[0]
     assert places == {1: 0, 9: 2}
 
@@ -229,7 +215,7 @@ def test_votes_that_fail_do_not_count():
             orders.append(call.prompt.passages)
             return Failure(reason="timed out") if len(orders) == 1 else super().answer(call)
 
-    outcome = rank(setwise(b := Lossy(known), permutations=3, k=1), b, request)
+    outcome = outcome_of(setwise(b := Lossy(known), permutations=3, k=1), b, request)
     assert order_of(outcome) == [2, 0, 1]
     assert [str(d) for d in outcome.scores.defects] == ["unscored: d0, d1, d2: timed out"]
 
@@ -246,7 +232,7 @@ def reasoned(gains: Sequence[float]) -> str:
 def test_rank_r1_reads_the_answer_not_the_reasoning(strategy: str, gains: list[int], k: int, children: int):
     request, known = known_list(gains)
     backend = Oracle(known, reasoned)
-    outcome = rank(rank_r1(backend, strategy=strategy, k=k, children=children), backend, request)
+    outcome = outcome_of(rank_r1(backend, strategy=strategy, k=k, children=children), backend, request)
     assert order_of(outcome) == top_k(gains, k)
 
 
@@ -254,7 +240,7 @@ def test_rank_r1_asks_twenty_at_once():
     """100 passages, c = 19: at most 99/19 + 1 parents to build and 2 steps for each of 9 more places."""
     request, known = known_list(list(range(100)))
     backend = Oracle(known, reasoned)
-    outcome = rank(rank_r1(backend), backend, request)
+    outcome = outcome_of(rank_r1(backend), backend, request)
     assert order_of(outcome)[:10] == list(range(99, 89, -1))
     assert max(len(c.prompt.passages) for c in backend.calls) == 20
     assert len(backend.calls) <= 6 + 1 + 9 * 2
@@ -266,9 +252,9 @@ def test_rank_r1_asks_twenty_at_once():
 def test_the_winner_keeps_the_rationale():
     """Sets [d1 d2] and [d0 d2], the first of which d2 wins, the second d0."""
     backend = Script("<think>two is on topic</think><answer>[2]", "<think>one is better</think><answer>[1]")
-    outcome = rank(rank_r1(backend, strategy="bubblesort", children=1, k=1), backend, make_list())
+    outcome = outcome_of(rank_r1(backend, strategy="bubblesort", children=1, k=1), backend, make_list())
     assert outcome.scores.rationales == ("one is better", "", "two is on topic")
-    assert rank(setwise(b := Script((1.0, 0.0, 0.0)), k=1), b, make_list()).scores.rationales is None
+    assert outcome_of(setwise(b := Script((1.0, 0.0, 0.0)), k=1), b, make_list()).scores.rationales is None
 
 
 def test_the_rationale_is_of_a_vote_for_the_winner():
@@ -280,7 +266,7 @@ def test_the_rationale_is_of_a_vote_for_the_winner():
             reason = "it comes first" if choice == 0 and call.prompt.passages[0].split()[2] == "0" else "it answers"
             return Answer(value=f"<think>{reason}</think><answer>[{choice + 1}]", usage=USAGE)
 
-    outcome = rank(rank_r1(b := Reasons(), children=9, k=1, permutations=9), b, make_list(size=10))
+    outcome = outcome_of(rank_r1(b := Reasons(), children=9, k=1, permutations=9), b, make_list(size=10))
     assert outcome.scores.rationales == ("", "", "it answers", *[""] * 7)
 
 
@@ -303,12 +289,12 @@ def test_reasoning_without_a_label(text: str, cut_off: bool, kind: str):
         def answer(self, call: Call) -> Result:
             return Answer(value=text, usage=USAGE, cut_off=cut_off)
 
-    outcome = rank(rank_r1(b := Says(), k=1), b, make_list())
+    outcome = outcome_of(rank_r1(b := Says(), k=1), b, make_list())
     assert str(outcome.defects[1]).startswith(f"{kind}: d0, d1, d2: ")
 
 
 def test_thinking_that_does_not_end_is_no_answer_elsewhere_either():
-    outcome = rank(setwise(b := Script("<think> I like Passage B"), mode="generation", k=1), b, make_list())
+    outcome = outcome_of(setwise(b := Script("<think> I like Passage B"), mode="generation", k=1), b, make_list())
     assert str(outcome.defects[1]).startswith("empty: d0, d1, d2: ")
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from fixtures.oracles import top_k
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,11 +43,6 @@ def whimsical(seed: int) -> Judge:
         return None if dice.random() < 0.2 else dice.choice(group)
 
     return judge
-
-
-def top_k(gains: list[float], k: int) -> list[int]:
-    top = sorted(range(len(gains)), key=lambda i: (-gains[i], i))[:k]
-    return top + [i for i in range(len(gains)) if i not in top]
 
 
 SORTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from fixtures.rows import write_labels
 from fixtures.teachable import CANDIDATES, settings, teachable
+from fixtures.training_world import Reports, Stopped
 from safetensors.torch import load_file
 
 from rerank_ray.distill.checkpoints import STUDENT
@@ -20,28 +20,6 @@ from rerank_ray.distill.parallel import World
 from rerank_ray.distill.train import StepData, Trainer, train
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.settings.distill import DistillSettings
-
-
-class Stopped(Exception):
-    """The run was interrupted."""
-
-
-class Reports:
-    """Keeps each report's metrics and a copy of its checkpoint; may interrupt the run at a step."""
-
-    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
-        self.folder, self.stop_at = folder, stop_at
-        self.metrics: dict[int, dict] = {}
-
-    def __call__(self, metrics: dict, checkpoint: Path | None) -> None:
-        step = metrics["step"]
-        self.metrics[step] = metrics
-        shutil.copytree(checkpoint, self.checkpoint(step))
-        if step == self.stop_at:
-            raise Stopped
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / f"step-{step}"
 
 
 def weights(checkpoint: Path) -> dict[str, bytes]:

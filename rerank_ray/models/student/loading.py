@@ -17,6 +17,7 @@ from transformers import (
 from rerank_ray.errors import ModelError
 from rerank_ray.models.attention import GATED
 from rerank_ray.models.bi_encoder import saved_pooling
+from rerank_ray.models.hf_seq2seq import T5_FAMILY
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
 from rerank_ray.models.loading import refuse_random
@@ -97,12 +98,12 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
         if not source.is_decoder:
             raise ModelError(f"{settings.base}: a {kind} is no decoder, so no instruction can stand behind its pairs")
         prefixes = (QUERY_PREFIX, DOCUMENT_PREFIX)
-    if source.is_seq2seq and kind not in _T5:
+    if source.is_seq2seq and kind not in T5_FAMILY:
         raise ModelError(
             f"{settings.base}: a {kind} is an encoder and a decoder, of which only T5's kind can have a linear head: "
             "use head: yes_no or token_logit"
         )
-    if kind in _T5:
+    if kind in T5_FAMILY:
         prefixes = ("Query: ", "Document: ")
         model = source.start(AutoModelForTextEncoding, settings.take_layers)
     else:
@@ -116,7 +117,7 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
         document_prefix=document,
         instruction=settings.instruction,
     )
-    if kind in _T5:
+    if kind in T5_FAMILY:
         if settings.layers is not None:
             raise ModelError("layers: a T5 encoder has a head on its last layer only: leave it out")
         return T5EncoderStudent(description, source.tokenizer, model)
@@ -124,7 +125,7 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
 
 
 def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
-    if source.config.model_type in _T5:
+    if source.config.model_type in T5_FAMILY:
         encoder = T5EncoderStudent(description, source.tokenizer, source.read(AutoModelForTextEncoding, dtype))
         encoder.linear.load_state_dict(heads)
         encoder.linear.to(dtype)
@@ -254,7 +255,6 @@ _READ = {
     "bi_encoder": _read_bi_encoder,
     "colbert": _read_colbert,
 }
-_T5 = {"t5", "mt5", "umt5"}
 
 
 def _describe(settings: StudentSettings, depth: int, **more) -> StudentDescription:
