@@ -139,7 +139,7 @@ def _add_convert(commands) -> None:
     forms = ["flagembedding", "sentence-transformers", "margin-mse", "tevatron", "triples", "rank-distillm"]
     convert.add_argument("--format", required=True, choices=forms, dest="form")
     convert.add_argument("--out", required=True, metavar="FILE", help="JSONL or TSV (.gz too); rank-distillm: a folder")
-    convert.add_argument("--target", choices=["teacher", "gains"], help="numbers to write (default: teacher's scores)")
+    convert.add_argument("--target", choices=["teacher", "gains"], help="numbers to write (default: teacher's, if any)")
     convert.add_argument("--min-gain", type=float, metavar="G", help="gain from which on a candidate is a positive (1)")
     convert.add_argument("--positives", type=int, metavar="N", help="instead: the teacher's first N are positives")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT")

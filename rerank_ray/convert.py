@@ -12,7 +12,7 @@ from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.flagembedding import flagembedding_line
 from rerank_ray.formats.sentence_transformers import labeled_list_line, margin_lines
 from rerank_ray.formats.tevatron import tevatron_line
-from rerank_ray.formats.training_data import TrainingList, json_line, split, text_id
+from rerank_ray.formats.training_data import TrainingList, json_line, repeats_gains, split, text_id
 from rerank_ray.formats.trec import write_run
 from rerank_ray.formats.triples import one_line, triples_lines
 from rerank_ray.records import Labels, Ranking, Scores, ranking_of
@@ -90,6 +90,8 @@ def convert(
 ) -> Conversion:
     """Write a label run, or candidates with gains, in another project's format.
 
+    Labels that an ingest made of gains alone have no teacher, and are taken for candidates with gains.
+
     Of candidates with the same text, which might be positive and negative at once, a list keeps the one with the
     highest gain, and of these the one with the highest score; rank-distillm, which tells them by their ids, keeps all.
 
@@ -103,19 +105,22 @@ def convert(
 
     Raises:
         ConfigError: an option that this format or source has no use for.
-        InputError: the source can't be read, no list could be written, or `out` is there already.
+        InputError: the source can't be read, it has lists with a teacher beside lists without, no list could be
+            written, or `out` is there already (for rank-distillm, holds files already).
         RowError: a row breaks the contract.
     """
     data = resolve_input(source)
-    labelled = _has_labels(data, source)
-    _check_options(source, labelled, form, target, min_gain, positives)
-    with_scores = labelled if target is None else target == "teacher"
-    if storage.exists(out) and not overwrite:
+    taught = _has_teacher(data, source)
+    _check_options(source, taught, form, target, min_gain, positives)
+    with_scores = taught if target is None else target == "teacher"
+    # A failed attempt leaves rank-distillm's folder empty.
+    taken = storage.list_files(out, "") if form == RANK_DISTILLM else storage.exists(out)
+    if taken and not overwrite:
         raise InputError(f"{out}: is there already: --overwrite replaces it, or name another")
     conversion = Conversion()
-    rows = _labels(data, labelled, conversion)
+    rows = _labels(data, taught, conversion)
     if form == RANK_DISTILLM:
-        _write_rank_distillm(rows, out, conversion)
+        _write_rank_distillm(rows, source, out, conversion)
     else:
         with storage.new_file(out) as file:
             for found in rows:
@@ -133,8 +138,12 @@ def convert(
     return conversion
 
 
-def _has_labels(data: str, source: str) -> bool:
-    """Whether the Parquet of `data` has label columns; with neither those nor the candidates' it can't be converted."""
+def _has_teacher(data: str, source: str) -> bool:
+    """Whether the Parquet of `data` has a teacher's scores: candidates have none, and labels may repeat their gains.
+
+    Raises:
+        InputError: some lists have a teacher and others none, or the Parquet is neither of labels nor of candidates.
+    """
     fs, _ = storage.open_filesystem(data)
     paths = storage.list_files(data, ".parquet")
     if not paths:
@@ -142,19 +151,27 @@ def _has_labels(data: str, source: str) -> bool:
     with open_parquet(fs, paths[0]) as file:
         labelled = "scores" in file.schema_arrow.names
         check_columns(file.schema_arrow, LABELS if labelled else CANDIDATES, paths[0])
-    return labelled
+    if not labelled:
+        return False
+    of_gains = {repeats_gains(row["teacher"] or "") for row in read_rows(data, ["teacher"])}
+    if len(of_gains) > 1:
+        raise InputError(
+            f"{source}: some lists have a teacher's scores, and others gains alone (teacher gains:…): convert the two "
+            "apart"
+        )
+    return True not in of_gains
 
 
 def _check_options(
-    source: str, labelled: bool, form: str, target: str | None, min_gain: float | None, positives: int | None
+    source: str, taught: bool, form: str, target: str | None, min_gain: float | None, positives: int | None
 ) -> None:
     if form not in FORMATS and form != RANK_DISTILLM:
         raise ConfigError(f"format {form!r} is unknown; known: {', '.join([*FORMATS, RANK_DISTILLM])}")
     targets = FORMATS[form].targets if form in FORMATS else ("teacher",)
     if target is not None and target not in targets:
         raise ConfigError(f"target {target} does nothing for {form}, which holds {' or '.join(targets) or 'neither'}")
-    if not labelled and (target == "teacher" or positives is not None or targets == ("teacher",)):
-        raise ConfigError(f"{source}: holds no teacher's scores, only candidates: label them first")
+    if not taught and (target == "teacher" or positives is not None or targets == ("teacher",)):
+        raise ConfigError(f"{source}: holds no teacher's scores, only candidates and their gains: label them first")
     by_role = form in FORMATS and FORMATS[form].by_role
     for name, value in (("min_gain", min_gain), ("positives", positives)):
         if value is not None and not by_role:
@@ -165,10 +182,11 @@ def _check_options(
         raise ConfigError(f"positives={positives}: a list has at least one")
 
 
-def _labels(data: str, labelled: bool, conversion: Conversion) -> Iterator[Labels]:
-    """Rows as labels without the candidates that have no score; rows without any are counted."""
-    for row in read_rows(data, (LABELS if labelled else CANDIDATES).names):
-        if not labelled:
+def _labels(data: str, taught: bool, conversion: Conversion) -> Iterator[Labels]:
+    """Rows as labels without the candidates that have no score, which rows without a teacher keep; rows without any
+    are counted."""
+    for row in read_rows(data, (LABELS if taught else CANDIDATES).names):
+        if not taught:
             yield Labels(candidate_list=candidate_list_from_row(row), teacher="", scores=None)
             continue
         if row["error"] is not None:
@@ -211,11 +229,11 @@ def _worth(labels: Labels, i: int) -> tuple[float, float]:
     return -math.inf if gain is None else gain, labels.scores[i] if labels.scores else 0.0
 
 
-def _write_rank_distillm(rows: Iterator[Labels], out: str, conversion: Conversion) -> None:
-    """Write the teacher's order as a TREC run, with the queries and the documents that it names.
+def _write_rank_distillm(rows: Iterator[Labels], source: str, out: str, conversion: Conversion) -> None:
+    """Write the teacher's order as a TREC run, with the queries and the documents that it names; all three or none.
 
     Raises:
-        InputError: one doc id has two texts, or an id can't stand in a run.
+        InputError: no list can be written, one doc id has two texts, or an id can't stand in a run.
     """
     text_of: dict[str, str] = {}
     with (
@@ -239,6 +257,7 @@ def _write_rank_distillm(rows: Iterator[Labels], out: str, conversion: Conversio
                         )
                 conversion.add(labels)
                 yield ranking_of(labels.candidate_list, Scores(scores=labels.scores), labels.teacher)
+            # Before the run, the first of the three, is put in its place.
+            conversion.check(source)
 
         write_run(rankings(), storage.join(out, RUN_FILE))
-        conversion.check(out)

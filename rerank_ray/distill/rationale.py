@@ -37,10 +37,11 @@ from rerank_ray.settings.rationale import (
 )
 
 _THINK = "<think>"
-# Methods whose reasoning names passages by their places in a list that was shuffled, and those whose reasoning is of
-# several passages and whose scores are no grades. There may be as many texts as there would be of the right kind.
+# Methods whose reasoning names passages by their places in a list that was shuffled.
 _OF_SHUFFLES = ("group_rank:", "permutation_self_consistency:")
-_OF_LISTS = (*_OF_SHUFFLES, "rank_gpt:", "setwise:", "rank_r1:")
+# The method whose score of a passage is the grade that this passage's text ends with. Others' texts compare passages,
+# and a composition passes texts on beside scores of its own; either's scores may look like grades.
+_OF_GRADES = "erank:"
 
 
 class Term(Protocol):
@@ -99,7 +100,7 @@ class ExplanationTerm:
         return any(self._explained(labels, i) for i in range(len(labels.candidate_list)))
 
     def _explained(self, labels: Labels, index: int) -> bool:
-        texts = () if labels.teacher.startswith(_OF_LISTS) else labels.rationales or ()
+        texts = (labels.rationales or ()) if labels.teacher.startswith(_OF_GRADES) else ()
         aligned = len(texts) == len(labels.candidate_list)
         return aligned and bool(labels.rationales[index].strip()) and labels.scores[index] in range(11)
 
@@ -228,7 +229,8 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
 _WANTED = {
     "permutation": "every passage ranked in one window, with its reasoning (a `window` as long as the lists, and a "
     "prompt such as rank_gpt_reasoning), and a first-stage score where the prompt shows them",
-    "explanation": "reasoning and an integer 0 to 10 for a passage (method erank, `score: integer`)",
+    "explanation": "reasoning and an integer 0 to 10 for a passage (method erank with `score: integer`, not in an "
+    "ensemble, a cascade or selective)",
     "score": "two scores",
 }
 

@@ -21,6 +21,7 @@ from rerank_ray.formats.lines import BadLines, Fault, FirstSeen
 from rerank_ray.records import Candidate, CandidateList, Labels, Query
 
 BYTES_PER_PASS = 2 << 30
+_GAINS = "gains"
 _COMPRESSION = 4
 
 
@@ -77,7 +78,7 @@ class TrainingLists:
         self._ids.check(query.query_id, f"line {place} of {path}" if isinstance(place, int) else f"{place} of {path}")
         self._lists_of[text_id(query.text)] += 1
         self._scored = scores is not None
-        kind = "gains" if scores is None else "imported"
+        kind = _GAINS if scores is None else "imported"
         return Labels(
             candidate_list=CandidateList(query=query, candidates=tuple(c for c, _ in kept.values())),
             teacher=f"{kind}:{posixpath.basename(path)}",
@@ -102,6 +103,11 @@ class TrainingLists:
     def _unused_id(self, text: str) -> str:
         earlier = self._lists_of[text_id(text)]
         return f"{text_id(text)}-{earlier + 1}" if earlier else text_id(text)
+
+
+def repeats_gains(teacher: str) -> bool:
+    """Whether labels of this teacher are a file's gains, and no teacher's scores."""
+    return teacher.startswith(f"{_GAINS}:")
 
 
 def passes_over(paths: Sequence[str], bytes_per_pass: int) -> int:

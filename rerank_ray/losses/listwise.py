@@ -67,18 +67,19 @@ def partial_listmle(
     2024).
 
     Negatives are ordered by the target; those below the cut-off, whose order a teacher is taken not to know, stay in
-    every denominator but are not ordered among themselves. Positives take no part: another loss puts them first.
+    every denominator but are not ordered among themselves. Equal ones are ordered if the first of their ranks is within
+    the cut-off, so that the hardest always are. Positives take no part: another loss puts them first.
 
     Args:
         scores, targets: [Q, C]; positives: [Q, C] bool; mask: [Q, C], True for real candidates.
-        cutoff: how many negatives are ordered; None orders all.
+        cutoff: how many negatives are ordered, and those that equal the last of them; None orders all.
 
     Returns:
         [Q]; 0 for fewer than two negatives.
     """
     negatives = mask & ~positives
-    rank = ranks(targets, negatives)
-    ordered = negatives if cutoff is None else negatives & (rank <= cutoff)
+    above = ((targets[:, None, :] > targets[:, :, None]) & negatives[:, None, :]).sum(-1)
+    ordered = negatives if cutoff is None else negatives & (above < cutoff)
     total = torch.where(ordered, _surprises(scores, targets, negatives), 0.0).sum(-1)
     return total / ordered.sum(-1).clamp(min=1)
 

@@ -60,7 +60,7 @@ class LossSettings(Settings):
     """ce, lce, bce and cprd, unless the target is gains: this many of the teacher's first candidates in the group are
     the positives."""
     cutoff: PositiveInt | None = None
-    """cprd: how many of the hardest negatives are ordered; null orders all."""
+    """cprd: how many of the hardest negatives are ordered, and those that equal the last of them; null orders all."""
     layer_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
     """Layer-wise students: the term is the mean over layers with these weights, one for each of `student.layers`; null
     weighs all alike."""

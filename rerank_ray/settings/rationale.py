@@ -39,7 +39,7 @@ class PermutationTermSettings(_TermSettings):
 
 class ExplanationTermSettings(_TermSettings):
     """Cross-entropy on a pointwise teacher's reasoning and integer for single passages: explicit reasoning. Label with
-    method erank and `score: integer`."""
+    method erank and `score: integer`; of any other teacher, compositions with erank among them, no list is learnt."""
 
     kind: Literal["explanation"] = "explanation"
     prompt: str = "erank"

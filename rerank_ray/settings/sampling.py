@@ -58,8 +58,9 @@ class SamplingSettings(Settings):
     group_size: PositiveInt = 16
     """Candidates a query; lists that are shorter are taken whole."""
     positives: NonNegativeInt = 0
-    """Candidates with a known gain that are drawn first, if there are as many; `ce`, `lce` and the lambda losses on
-    gains learn nothing from a group without one."""
+    """Candidates with a known gain that are drawn first, if there are as many; the rest is drawn whatever its gain, so
+    that a group can hold more of them. `ce`, `lce` and the lambda losses on gains learn nothing from a group without
+    one; where there are more, `lce` compares each with the negatives alone."""
     bands: tuple[BandSettings, ...] | None = None
     """null draws uniformly from all scored candidates."""
     curriculum: tuple[CurriculumStage, ...] = ()

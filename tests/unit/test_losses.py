@@ -133,9 +133,8 @@ def plain(scores: list[float], targets: list[float]) -> dict[str, float]:
     position = [2.0 ** (n - r) - 1 for r in sorted(rank)]
     cut = [i for i in range(n) if targets[i] <= 1]
     hardest = plain_listmle([scores[i] for i in cut], [targets[i] for i in cut])
-    below = {i: sum(targets[j] > targets[i] for j in cut) for i in cut}
-    shared = {i: below[i] + (sum(targets[j] == targets[i] for j in cut) + 1) / 2 for i in cut}
-    kept = [s for s, r in zip(hardest, sorted(shared.values()), strict=True) if r <= 2]
+    harder = [sum(targets[j] > targets[i] for j in cut) for i in cut]
+    kept = [s for s, count in zip(hardest, sorted(harder), strict=True) if count < 2]
     soft = []
     for i, j in both:
         p, q = 1 / (1 + math.exp(targets[j] - targets[i])), 1 / (1 + math.exp(scores[j] - scores[i]))

@@ -146,6 +146,17 @@ def test_cprd_below_the_cut_off_sees_no_order():
     assert not torch.allclose(*two)
 
 
+def test_cprd_orders_equal_negatives_that_begin_within_the_cut_off():
+    """Of equal scores a positive, six negatives that the teacher likes alike and three that it likes less: each of the
+    six is drawn from nine, so the mean of their terms is ln 9. Cut off after seven, one of the three begins within."""
+    targets = torch.tensor([[10.0] + [5.0] * 6 + [1.0] * 3])
+    values = [
+        partial_listmle(torch.zeros(1, 10), targets, targets > 5, all_real(1, 10), cutoff=k) for k in (1, 3, 6, 7)
+    ]
+    expected = [math.log(9)] * 3 + [(6 * math.log(9) + 3 * math.log(3)) / 9]
+    assert [v.item() for v in values] == pytest.approx(expected, abs=1e-6)
+
+
 def test_mse_and_margin_mse_by_hand():
     """Errors 1, 3, −1: squares 1, 9, 1; their differences −2, 2 and 4: squares 4, 4, 16."""
     scores, targets = torch.tensor([[2.0, 5.0, 0.0]]), torch.tensor([[1.0, 2.0, 1.0]])

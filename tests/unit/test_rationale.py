@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,10 @@ from rerank_ray.models.protocol import Generate, NextToken
 from rerank_ray.models.student import adapt
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import parse_permutation
+from rerank_ray.ranking.composition import Child, Ensemble
 from rerank_ray.ranking.listwise import RankGPT
-from rerank_ray.records import Labels, Scores
+from rerank_ray.ranking.scheduler import Outcome
+from rerank_ray.records import CandidateList, Labels, Scores, Usage
 from rerank_ray.schema import candidate_row, label_columns, labels_from_row
 from rerank_ray.settings.models import HFCausalSettings
 from rerank_ray.settings.rankers import RankGPTSettings
@@ -47,9 +50,15 @@ LORA = {"rank": 4, "alpha": 8}
 SCORES = (3.0, 9.0, 5.0)
 
 
-def row(number: int, rationales: tuple[str, ...] | None, scores: tuple[float, ...] = SCORES) -> dict:
+def row(
+    number: int, rationales: tuple[str, ...] | None, scores: tuple[float, ...] = SCORES, teacher: str = "rank_gpt:m"
+) -> dict:
     request = make_list(f"q{number}", len(scores), text=f"cat {number}")
-    return candidate_row(request) | label_columns("teacher", Scores(scores=scores, rationales=rationales))
+    return candidate_row(request) | label_columns(teacher, Scores(scores=scores, rationales=rationales))
+
+
+def graded(number: int, rationales: tuple[str, ...], scores: tuple[float, ...] = SCORES) -> dict:
+    return row(number, rationales, scores, teacher="erank:m")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def listwise(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def pointwise(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Eight lists whose passages a pointwise teacher explained one by one, all but the first."""
-    return write_labels(tmp_path_factory.mktemp("pointwise"), [row(i, ("", "Yes.", "Maybe.")) for i in range(8)])
+    return write_labels(tmp_path_factory.mktemp("pointwise"), [graded(i, ("", "Yes.", "Maybe.")) for i in range(8)])
 
 
 def settings(base: Path, *terms: dict, **changes) -> RationaleSettings:
@@ -92,7 +101,7 @@ def test_texts_are_turns_of_the_prompts_form():
     bare = PermutationTerm(term(kind="permutation", prompt="rank_gpt", reasoning=False))
     assert bare.text(given) == "[2] > [3] > [1]"
     explained = ExplanationTerm(term(kind="explanation"))
-    given = labels_from_row(row(0, ("", " Yes. ", "No.")))
+    given = labels_from_row(graded(0, ("", " Yes. ", "No.")))
     assert explained.text(given, 1) == "<think>\nYes.\n</think>\n<answer>9</answer>"
 
 
@@ -111,7 +120,7 @@ def test_a_think_block_that_the_chat_template_opens_is_gone_on_with(tiny_llama: 
         return torch.zeros(1)
 
     made.log_probabilities = log_probabilities
-    explained = labels_from_row(row(0, ("Yes.", "", "")))
+    explained = labels_from_row(graded(0, ("Yes.", "", "")))
     ExplanationTerm(term(kind="explanation")).loss(made, replace(explained, scores=(9.0, 0.5, 0.5)), 0, 0)
     PermutationTerm(term(kind="permutation", prompt="rank_gpt", reasoning=False)).loss(made, explained, 0, 0)
     within = "Yes.\n</think>\n<answer>9</answer><|end|>"
@@ -148,8 +157,8 @@ def test_the_likelihood_is_that_of_a_plain_pass(tiny_llama: Path):
 def test_explanations_count_alike(tiny_llama: Path):
     """Of three passages two are explained: the term is the mean of theirs, however long the texts are."""
     made, explained = policy(tiny_llama), ExplanationTerm(term(kind="explanation"))
-    one = [labels_from_row(row(0, told)) for told in (("", "Yes.", ""), ("", "", "Maybe so, or not at all."))]
-    both = labels_from_row(row(0, ("", "Yes.", "Maybe so, or not at all.")))
+    one = [labels_from_row(graded(0, told)) for told in (("", "Yes.", ""), ("", "", "Maybe so, or not at all."))]
+    both = labels_from_row(graded(0, ("", "Yes.", "Maybe so, or not at all.")))
     apart = [explained.loss(made, given, 0, 0) for given in one]
     torch.testing.assert_close(explained.loss(made, both, 0, 0), (apart[0] + apart[1]) / 2)
 
@@ -240,7 +249,7 @@ def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tm
     mixed = write_labels(tmp_path / "mixed", rows)
     (data,) = open_terms(settings(tiny_llama, {"kind": "permutation", "input": [mixed]}))
     assert len(data.train) + len(data.validation) == 9
-    weighted = write_labels(tmp_path / "weighted", [row(i, ("a", "b", "c"), (6.3, 0.5, 1.1)) for i in range(9)])
+    weighted = write_labels(tmp_path / "weighted", [graded(i, ("a", "b", "c"), (6.3, 0.5, 1.1)) for i in range(9)])
     for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
         with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
             open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))
@@ -275,13 +284,46 @@ def test_reasoning_over_a_shuffled_list_is_not_learnt(teacher: str):
     assert PermutationTerm(term(kind="permutation")).teaches(replace(labels, teacher="rank_gpt:m"))
 
 
-@pytest.mark.parametrize("teacher", ["rank_gpt:m", "setwise:m", "permutation_self_consistency:m"])
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "rank_gpt:m",
+        "setwise:m",
+        "permutation_self_consistency:m",
+        "cascade:(bi_encoder:m)>4(rank_r1:m)",
+        "selective:entropy@10>0.5:(setwise:m)|(erank:m)",
+    ],
+)
 def test_reasoning_over_several_passages_explains_none(teacher: str):
     """Three texts for three passages, whose scores, N - rank, might be grades."""
     texts = ("[2] > [1]", "[3] > [2]", "[1]")
     labels = Labels(candidate_list=make_list(), teacher=teacher, scores=(2.0, 1.0, 0.0), rationales=texts)
     assert not ExplanationTerm(term(kind="explanation")).teaches(labels)
     assert ExplanationTerm(term(kind="explanation")).teaches(replace(labels, teacher="erank:m"))
+
+
+@pytest.mark.parametrize("combine", ["borda", "minmax", "kemeny"])
+def test_a_grade_that_an_ensemble_replaced_is_not_learnt(combine: str):
+    """It passes on erank's texts, which end in 9, 6 and 1, beside fused scores that may be integers from 0 to 10."""
+
+    def child(name: str, scores: tuple[float, ...], rationales: tuple[str, ...] | None = None) -> Child:
+        def rank(requests: Sequence[CandidateList]) -> list[Outcome]:
+            given = Scores(scores=scores, rationales=rationales)
+            return [Outcome(request=request, scores=given, usage=Usage()) for request in requests]
+
+        return Child(path=name, name=name, rank=rank)
+
+    children = {
+        "a": child("erank:m", (9.0, 6.0, 1.0), ("Exactly: 9.", "Partly: 6.", "Barely: 1.")),
+        "b": child("bi_encoder:m", (0.9, 0.5, 0.1)),
+    }
+    ensemble = Ensemble(SimpleNamespace(combine=combine, weights=None), children)
+    scores = ensemble.rank([make_list()])[0].scores
+    labels = Labels(
+        candidate_list=make_list(), teacher=ensemble.name, scores=scores.scores, rationales=scores.rationales
+    )
+    assert any(s in range(11) for s in labels.scores)
+    assert not ExplanationTerm(term(kind="explanation")).teaches(labels)
 
 
 def test_texts_that_do_not_fit_are_skipped(tiny_llama: Path):

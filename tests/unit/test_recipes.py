@@ -20,6 +20,7 @@ from rerank_ray.models.student import load_student
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import ModelSettings
+from rerank_ray.settings.objective import ObjectiveSettings
 
 RECIPES = Path(__file__).parents[2] / "configs" / "distill"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -73,6 +74,23 @@ def test_flagembeddings_objective_is_theirs():
     theirs = -(logs[..., 1] + (target * logs).sum(-1)).sum(0)
     entropy = -(target * target.log()).sum(-1)
     torch.testing.assert_close(objective(scores, targets, loaded.objective)["total"].loss, theirs / 21 - entropy)
+
+
+@pytest.mark.parametrize("recipe", ["rankllama", "rankt5", "flagembedding-layerwise"])
+def test_positives_of_a_group_do_not_compete(recipe: str):
+    """Their groups have one positive each: a group of two is the mean of both, each with the negatives alone."""
+    loaded = config.load(DistillSettings, RECIPES / f"{recipe}.yaml")
+    term = next(t for t in loaded.objective.losses if t.target == "gains")
+    scores = torch.randn(1, 1, 5, generator=torch.Generator().manual_seed(0))
+
+    def loss(*kept: int) -> torch.Tensor:
+        mask = torch.zeros(1, 5, dtype=torch.bool)
+        mask[0, list(kept)] = True
+        gains = torch.tensor([[1.0, 0.0, 2.0, 0.0, 0.0]])
+        targets = Targets(teacher=-torch.arange(5.0)[None], gains=gains, mask=mask, confidence=torch.ones(1))
+        return objective(scores, targets, ObjectiveSettings(losses=(term,)))["total"].loss
+
+    torch.testing.assert_close(loss(0, 1, 2, 3, 4), (loss(0, 1, 3, 4) + loss(1, 2, 3, 4)) / 2)
 
 
 @pytest.fixture(scope="module")

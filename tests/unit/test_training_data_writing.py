@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fixtures.rows import label_row, write_labels
-from fixtures.training_data import in_tmp_path, read, shown, stored
+from fixtures.training_data import in_tmp_path, read, shown, stored, write_lines
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -159,6 +159,49 @@ def test_candidates_have_gains_but_no_teacher_and_a_file_is_kept(tmp_path):
         convert(source, str(out), "triples")
     with pytest.raises(InputError, match=r"holds no \.parquet file"):
         convert(str(tmp_path / "nowhere"), str(tmp_path / "other"), "triples")
+
+
+def test_labels_that_repeat_the_gains_have_no_teacher(tmp_path):
+    """An ingest of a file without teacher scores makes gains the labels: written again, it is the file that it was."""
+    line = {"query_id": "q", "query": "query", "pos": ["a"], "neg": ["b", "c"]}
+    line |= {"pos_id": ["1"], "neg_id": ["2", "3"]}
+    ingest_lists("flagembedding", [write_lines(tmp_path / "in.jsonl", line)], out=str(tmp_path / "gains"))
+    source, out = str(tmp_path / "gains"), str(tmp_path / "out.jsonl")
+    assert convert(source, out, "flagembedding").lists == 1
+    assert [json.loads(x) for x in Path(out).read_text().splitlines()] == [line]
+    convert(source, out, "sentence-transformers", overwrite=True)
+    assert json.loads(Path(out).read_text()) == {"query": "query", "docs": ["a", "b", "c"], "labels": [1.0, 0.0, 0.0]}
+    for form, options in (
+        ("margin-mse", {}),
+        ("rank-distillm", {}),
+        ("flagembedding", {"positives": 1}),
+        ("flagembedding", {"target": "teacher"}),
+    ):
+        with pytest.raises(ConfigError, match="holds no teacher's scores"):
+            convert(source, str(tmp_path / "other"), form, **options)
+
+
+def test_lists_with_and_without_a_teacher_are_no_one_file(tmp_path):
+    gains = replace(EXAMPLE, candidate_list=replace(EXAMPLE.candidate_list, query=Query(query_id="q2", text="other")))
+    source = written(tmp_path / "labels", EXAMPLE, replace(gains, teacher="gains:train.jsonl"))
+    with pytest.raises(InputError, match="some lists have a teacher's scores, and others gains alone"):
+        convert(source, str(tmp_path / "out"), "triples")
+
+
+def test_a_failed_rank_distillm_leaves_what_was_there(tmp_path):
+    """Without a list nothing is written; the folder that was made on the way keeps no second attempt out."""
+    failed = write_labels(tmp_path / "failed", [label_row(EXAMPLE.candidate_list, None, error="boom")])
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=rf"{failed}: no list can be written \(1 rows with an error"):
+        convert(failed, str(out), "rank-distillm")
+    convert(written(tmp_path / "labels", EXAMPLE), str(out), "rank-distillm")
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(files) == ["corpus.jsonl", "queries.jsonl", "run.trec"]
+    with pytest.raises(InputError, match="no list can be written"):
+        convert(failed, str(out), "rank-distillm", overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    with pytest.raises(InputError, match="is there already"):
+        convert(str(tmp_path / "labels"), str(out), "rank-distillm")
 
 
 def test_one_doc_id_with_two_texts_is_no_collection(tmp_path):
