@@ -459,12 +459,22 @@ def test_detection_does_not_depend_on_batches(tiny_llama: Path, tmp_path: Path):
 # Templates
 
 
-@pytest.mark.parametrize("text", ["{query} {passages}", "{query} {passages} {query}", "{passages} {query} {query}"])
-def test_the_query_stands_once_behind_the_passages(text: str):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{query} {passages}",
+        "{query} {passages} {query}",
+        "{passages} {query} {query}",
+        # The query "graphs" would be looked for, and found, in what stands behind it.
+        "{passages} {query}\nWhich of the paragraphs are relevant?",
+        "{passages} {query} {instruction}",
+    ],
+)
+def test_the_query_stands_once_at_the_end(text: str):
     content = {"method": "icr", "about": "a", "text": text, "passage": "[{identifier}] {passage}"}
-    with pytest.raises(ConfigError, match="query"):
+    with pytest.raises(ConfigError, match=r"slot \{query\} once, at its end"):
         validate(Template, content, "t.yaml")
-    validate(Template, content | {"text": "{instruction}: {passages} {query}?"}, "t.yaml")
+    validate(Template, content | {"text": "{instruction}: {passages} {query}\n"}, "t.yaml")
 
 
 def test_a_model_whose_attention_can_not_be_read(tmp_path: Path):
