@@ -17,6 +17,7 @@ from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models import engine
+from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.exit_margins import ExitCalibration, calibrate
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
@@ -57,15 +58,19 @@ def calibrate_exit(
 
     Raises:
         ConfigError: not a layer-wise student, or a negative loss.
+        ModelError: a student whose layers can't be computed apart.
         InputError: fewer than two lists have a gain.
     """
     description = description_of(student)
     if max_loss < 0:
         raise ConfigError(f"--max-loss {max_loss}: the nDCG@10 that may be lost is 0 or more")
     device = engine.pick_device("auto")
-    model = load_student(ModelSettings(path=student), dtype=engine.pick_dtype("auto", device)).to(device)
+    model = load_student(ModelSettings(path=student), dtype=engine.pick_dtype("auto", device))
     if len(model.layers) == 1:
         raise ConfigError(f"{student}: it has a head on its last layer alone: distil with student.layers")
+    # A student that can't leave early is refused before anything is scored.
+    AdaptiveExit(model, [0.0] * (len(model.layers) - 1))
+    model = model.to(device)
     lists = _held_out(Path(student).parent) if labels is None else _labelled(labels)
     measured = _measure(model, islice(lists, limit), gains)
     ndcg = np.array([by_layer for _, _, by_layer in measured]).reshape(-1, len(model.layers))

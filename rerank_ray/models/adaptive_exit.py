@@ -27,7 +27,8 @@ class AdaptiveExit:
     def __init__(self, student: Student, margins: Sequence[float | None]) -> None:
         """`margins` are those of `exit_margins.calibrate`."""
         spans = segments_of(student.layers, student.description.branch_layers, margins)
-        self.segments = [_Segment(student, *span) for span in spans]
+        held = _Held(layers_of(student.pretrained)[0])
+        self.segments = [_Segment(student, *span, held) for span in spans]
         self.margins = [margin for margin in margins if margin is not None]
         self._scored = [0] * len(self.segments)
         self._check(student)
@@ -49,7 +50,7 @@ class AdaptiveExit:
             for segment in self.segments:
                 scores, ends = segment(encoded, states)
                 found, states = [*found, *scores], list(ends)
-        except (TypeError, AttributeError, IndexError):
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
             found = []
         if len(found) != len(expected) or not np.allclose(found, expected, rtol=0.02, atol=0.02):
             raise ModelError(
@@ -107,27 +108,37 @@ class AdaptiveExit:
 class _Held(nn.Module):
     """Stands for layers that have been computed: gives the hidden states after them, whatever comes in."""
 
-    output: object = None
+    output: torch.Tensor | None = None
+    beside: tuple[None, ...] | None = None
+    """What the architecture's layers give with their hidden states, in a tuple (DeBERTa's); None without a tuple."""
 
-    def forward(self, *_: object, **__: object) -> object:
-        return self.output
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # ModernBERT looks up a layer's mask by it; any kind that the model has will do, since no mask is used here.
+        self.attention_type = getattr(layer, "attention_type", None)
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        return self.output if self.beside is None else (self.output, *self.beside)
 
 
 class _Segment:
     """The layers after `first` up to `last` of a student, and the head of the last one; the next segment begins after
-    layer `shared`."""
+    layer `shared`. All of a student's have one `held`, which learns from the first what a layer's output looks like."""
 
-    def __init__(self, student: Student, first: int, shared: int, last: int) -> None:
+    def __init__(self, student: Student, first: int, shared: int, last: int, held: _Held) -> None:
         self.first, self.last = first, last
         self.student = student.truncated(last, alone=True)
         layers = layers_of(self.student.pretrained)
-        self.held = _Held()
+        self.held = held
         for index in range(first):
             layers[index] = self.held
         layers[shared - 1].register_forward_hook(self._keep)
-        self._end: object = None
+        self._end: torch.Tensor | None = None
 
-    def _keep(self, module: nn.Module, inputs: tuple, output: object) -> None:
+    def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        if isinstance(output, tuple):
+            output, *others = output
+            self.held.beside = (None,) * len(others)
         self._end = output
 
     def __call__(

@@ -22,6 +22,8 @@ from rerank_ray.settings.models import BiEncoderSettings
 if TYPE_CHECKING:
     from rerank_ray.models.student.base import StudentDescription
 
+_MODULES_FILE = "modules.json"
+_MODULES = {"Transformer", "Pooling", "Normalize"}
 _POOLING_FILE = "1_Pooling/config.json"
 _POOLING_KEYS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
@@ -34,6 +36,7 @@ class BiEncoder:
 
     def __init__(self, settings: BiEncoderSettings) -> None:
         resolved = resolve(settings)
+        check_modules(resolved)
         self.name = f"bi_encoder:{resolved.identity}"
         self.pooling = settings.pooling or saved_pooling(resolved) or "mean"
         student = _student(resolved)
@@ -136,6 +139,22 @@ def pooled(hidden: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.T
     else:
         vectors = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
     return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def check_modules(resolved: ResolvedModel) -> None:
+    """Refuse a sentence-transformers checkpoint whose embeddings are not those of encoder and pooling alone.
+
+    Raises:
+        ModelError: naming the module that would be left out, for example the Dense layers of LaBSE.
+    """
+    text = read_beside(resolved, _MODULES_FILE)
+    for module in json.loads(text or "[]"):
+        kind = module["type"].rpartition(".")[2]
+        if kind not in _MODULES:
+            raise ModelError(
+                f"{resolved.source}/{_MODULES_FILE}: module {module['path']!r} is a {kind}, without which embeddings "
+                f"would be others; a bi-encoder here has {', '.join(sorted(_MODULES))} alone: use another checkpoint"
+            )
 
 
 def saved_pooling(resolved: ResolvedModel) -> str | None:

@@ -22,26 +22,33 @@ Stage = tuple[np.ndarray, np.ndarray]
 
 
 def goes_on(scores: np.ndarray, margin: float) -> np.ndarray:
-    """Mask [n] of the candidates whose score is at most `margin` below the tenth highest of all n."""
+    """Mask [n] of the candidates whose score is at most `margin` below the tenth highest of all n; NaN is below all."""
     if len(scores) <= EXIT_DEPTH:
         return np.ones(len(scores), dtype=bool)
-    return scores >= np.partition(scores, -EXIT_DEPTH)[-EXIT_DEPTH] - margin
+    # NaN would be sorted above all.
+    sortable = np.where(np.isnan(scores), -np.inf, scores)
+    return scores >= np.partition(sortable, -EXIT_DEPTH)[-EXIT_DEPTH] - margin
 
 
 def merged(stages: Sequence[Stage]) -> np.ndarray:
     """One score [n] for every candidate of a list: the last layer's of those that reached it, and below them those that
     left, the ones that left first at the end.
 
-    Those who left keep their distances at their exit from each other and from the lowest that went on.
+    Those who left keep their distances at their exit from each other and from the lowest that went on. One that went on
+    and got no finite score is nobody's lowest; where no other went on, those who left have nothing to stand below, and
+    get NaN.
     """
     went_on, values = stages[-1]
     final = np.empty(len(stages[0][0]))
     final[went_on] = values
     for places, values in reversed(stages[:-1]):
         left = ~np.isin(places, went_on)
-        if left.any():
-            floor, cut = final[went_on].min(), values[~left].min()
+        scored = np.isfinite(final[went_on])
+        if scored.any():
+            floor, cut = final[went_on][scored].min(), values[~left][scored].min()
             final[places[left]] = np.minimum(floor - (cut - values[left]), np.nextafter(floor, -np.inf))
+        else:
+            final[places[left]] = np.nan
         went_on = places
     return final
 

@@ -7,9 +7,9 @@ A template file has these keys:
     system: system message, or left out
     chat: true when the text is the user's turn of a chat
     instruction: what {instruction} is for a query that has none
-    text: the prompt. {query} and {instruction} may stand anywhere; {passage} for methods that show one passage,
-        {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its length, {criteria}
-        for those that the model wrote itself (rebel)
+    text: the prompt. {query} and {instruction} may stand anywhere (icr: {query} at the end); {passage} for methods that
+        show one passage, {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its
+        length, {criteria} for those that the model wrote itself (rebel)
     passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
     separator: what stands between a list's entries
     prefill: how the model's own turn begins
@@ -118,11 +118,10 @@ class Template(Settings):
             raise ValueError(f"labels must be two: {_TWO_LABELS[self.method]}")
         if self.method == "fine_grained" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise ValueError("labels must be two or more different levels, the least relevant first")
-        if (
-            self.method == "icr"
-            and not self.text.partition("{passages}")[2].count("{query}") == found.count("query") == 1
-        ):
-            raise ValueError("text must hold the slot {query} once, behind {passages}, which are read before the query")
+        if self.method == "icr" and (found.count("query") != 1 or not self.text.rstrip().endswith("{query}")):
+            raise ValueError(
+                "text must hold the slot {query} once, at its end: the query's tokens see what stands before them alone"
+            )
         if self.continuation is not None:
             _refuse_unknown("continuation", _SLOT.findall(self.continuation), ["query", "instruction"])
             if "{query}" not in self.continuation:

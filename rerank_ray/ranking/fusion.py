@@ -19,7 +19,8 @@ def fuse(scores: np.ndarray, method: FusionMethod, weights: Sequence[float], doc
             scored it, and stays NaN, with a defect, when none did.
         method: zscore (mean 0, population deviation 1), minmax (0..1), rrf (1/(60 + rank), Cormack et al. 2009),
             borda (share of the scored candidates ranked below), or kemeny (borda of the order that disagrees least with
-            the rankers' preferences, a weight each; equal scores prefer nothing).
+            the rankers' preferences, a weight each; equal scores prefer nothing, and candidates that every ranker
+            scored alike share their places).
 
     Returns:
         The means and, as uncertainty, the weighted population deviation between the rankers; for kemeny, of borda.
@@ -75,13 +76,22 @@ def _borda(row: np.ndarray) -> np.ndarray:
 
 def _consensus(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Share of the scored candidates ranked below in the Kemeny order, [candidates]; NaN where no ranker scored."""
-    held = np.flatnonzero(~np.isnan(scores).all(0))
-    # A comparison with NaN is false: a ranker that did not score both prefers neither.
-    preference = np.einsum("t,tij->ij", weights, scores[:, :, None] > scores[:, None, :])
-    order = kemeny(preference[np.ix_(held, held)])
+    held = ~np.isnan(scores).all(0)
     shares = np.full(scores.shape[1], np.nan)
-    shares[held[order]] = np.arange(len(order) - 1, -1, -1) / max(1, len(order) - 1)
+    shares[held] = _shares_below(scores[:, held], weights)
     return shares
+
+
+def _shares_below(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The same, [candidates], where each has a score of some ranker."""
+    one, other = scores[:, :, None], scores[:, None, :]
+    # A comparison with NaN is false: a ranker that did not score both prefers neither.
+    order = kemeny(np.einsum("t,tij->ij", weights, one > other))
+    below = np.empty(len(order))
+    below[order] = np.arange(len(order) - 1, -1, -1)
+    # Between candidates that no ranker tells apart the order is the list's, which is no ranker's preference.
+    alike = ((one == other) | (np.isnan(one) & np.isnan(other))).all(0)
+    return alike @ below / alike.sum(1) / max(1, len(order) - 1)
 
 
 _COMPARABLE = {"zscore": _zscore, "minmax": _minmax, "rrf": _rrf, "borda": _borda, "kemeny": _borda}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Answer, Attention, Backend, Result
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.heads_file import HeadScore, HeadsFile
-from rerank_ray.records import CandidateList, Query
-from rerank_ray.schema import CANDIDATES, inspect_input, read_candidates
+from rerank_ray.records import Query
+from rerank_ray.runs import resolve_input
+from rerank_ray.schema import CANDIDATES, candidate_list_from_row, inspect_input, read_rows
 from rerank_ray.settings.jobs import DetectHeadsSettings
 
 
@@ -40,29 +41,29 @@ def detect_heads(settings: DetectHeadsSettings) -> Detection:
     """Score every head of the model on labelled candidate lists.
 
     Raises:
-        InputError: the input breaks the contract, or no query of it can be used.
+        InputError: a file of the input breaks the contract, or no query of it can be used.
+        RunError: the run, or the ingest, that the input names is not finished.
         ConfigError: the model does not answer `Attention`.
         ModelError: the model can't be loaded, or its attention can't be read.
     """
     template = load_template(settings.prompt, "icr")
-    inspect_input(settings.input, CANDIDATES)
+    data = resolve_input(settings.input)
+    inspect_input(data, CANDIDATES)
     backend = load_backend(settings.model)
     if Attention not in backend.answers:
         raise ConfigError(f"detect-heads needs ['Attention'], which {backend.name} does not answer")
-    return score_heads(settings, backend, template, read_candidates(settings.input))
+    return score_heads(settings, backend, template, read_rows(data, CANDIDATES.names))
 
 
-def score_heads(
-    settings: DetectHeadsSettings, backend: Backend, template: Template, lists: Iterator[CandidateList]
-) -> Detection:
-    """Mean over queries of `contrast`; see `detect_heads`."""
+def score_heads(settings: DetectHeadsSettings, backend: Backend, template: Template, rows: Iterable[dict]) -> Detection:
+    """Mean over queries of `contrast`, from rows of the `candidates` columns; see `detect_heads`."""
     layers, width = backend.attention_shape
     heads = tuple((layer, head) for layer in range(layers) for head in range(width))
     total, queries, skipped = np.zeros(len(heads)), 0, {}
 
     def usable() -> Iterator[_Example]:
-        for request in lists:
-            example = _example(request, settings)
+        for row in rows:
+            example = _example(row, settings)
             if isinstance(example, str):
                 skipped[example] = skipped.get(example, 0) + 1
             else:
@@ -104,11 +105,15 @@ def _paid(result: Result) -> np.ndarray | str:
     return paid if np.isfinite(paid).all() else "its attention is not a finite number"
 
 
-def _example(request: CandidateList, settings: DetectHeadsSettings) -> _Example | str:
+def _example(row: dict, settings: DetectHeadsSettings) -> _Example | str:
     """The first candidates of a list in random order, or why they can't be used.
 
     Shuffled, because a head that looks at the ends of the prompt would win wherever the first stage is good.
     """
+    try:
+        request = candidate_list_from_row(row)
+    except RowError:
+        return "the row breaks the contract (a text is null, a doc_id is there twice, …)"
     candidates = [c for c in request.candidates if c.contents.strip()][: settings.documents_per_prompt]
     random.Random(f"{settings.seed}:{request.query.query_id}").shuffle(candidates)
     relevant = tuple(c.label is not None and c.label >= settings.min_gain for c in candidates)

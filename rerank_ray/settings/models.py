@@ -161,8 +161,8 @@ class ColBERTSettings(EmbeddingSettings):
 
 
 class BiEncoderSettings(EmbeddingSettings):
-    """A sentence encoder; pooling and normalisation come from its sentence-transformers files when it has them. Our own
-    students bring their prefixes and lengths."""
+    """A sentence encoder; pooling and normalisation come from its sentence-transformers files when it has them, and one
+    with further modules (Dense) is refused. Our own students bring their prefixes and lengths."""
 
     kind: Literal["bi_encoder"] = "bi_encoder"
     pooling: Literal["mean", "cls", "last"] | None = None

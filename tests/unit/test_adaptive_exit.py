@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 import yaml
 from fixtures.rows import label_row, make_list, write_labels
 from fixtures.students import DOCUMENTS, QUERIES, scores, start, stirred
-from fixtures.tiny_models import tiny_bert_folder
+from fixtures.tiny_models import tiny_bert_folder, tiny_encoder_folder
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
 
 from rerank_ray import cli
 from rerank_ray.calibrate_exit import calibrate_exit
@@ -36,7 +38,7 @@ _WORDS = " ".join(DOCUMENTS[:4]).split()
 MANY = [" ".join(_WORDS[i % 7 : i % 7 + 1 + i % 9]) for i in range(17)]
 LISTS = [DOCUMENTS + MANY, DOCUMENTS[2:5], ["cat"], MANY, list(reversed(DOCUMENTS)) + MANY[:9]]
 ASKED = ["cat", "the dog of beta", "alpha", "iota", "alpha query"]
-KINDS = ["linear", "similarity", "branched", "decoder"]
+KINDS = ["linear", "similarity", "branched", "decoder", "deberta", "modernbert"]
 
 
 @pytest.fixture(params=KINDS)
@@ -44,6 +46,16 @@ def student(request: pytest.FixtureRequest, tiny_bert: Path, tiny_llama: Path, t
     """Heads on all layers, or on those above the ones that all exits share."""
     if request.param == "decoder":
         return stirred(start(tiny_llama, "linear", layers=(1, 2)))
+    if request.param == "deberta":
+        # Its layers give tuples.
+        relative = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
+        deberta = tiny_encoder_folder(tmp_path / "deberta", DebertaV2Model, DebertaV2Config, layers=3, **relative)
+        return stirred(start(deberta, "linear", layers=(1, 2, 3)))
+    if request.param == "modernbert":
+        # Each layer's mask is chosen by its kind; documents are longer than the window.
+        kinds = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "local_attention": 8}
+        modernbert = tiny_encoder_folder(tmp_path / "modern", ModernBertModel, ModernBertConfig, layers=3, **kinds)
+        return stirred(start(modernbert, "similarity", layers=(1, 2, 3), gate=-1.0, scale=4.0, interaction=1.0))
     if request.param == "branched":
         exits = {"layers": (2, 3, 4), "branch_layers": 1}
         deep_bert = tiny_bert_folder(tmp_path / "deep", layers=4)
@@ -112,13 +124,28 @@ def test_parts_hold_every_list_once_and_no_more_than_the_limit(lengths: list[lis
         assert len(part) == 1 or sum(sum(lengths[i]) for i in part) <= limit
 
 
-def test_layers_that_cannot_be_computed_apart_are_refused(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+def mix_up(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def break_down(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden @ hidden
+
+
+@pytest.mark.parametrize("wrong", [mix_up, break_down])
+def test_layers_that_cannot_be_computed_apart_are_refused(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable
+):
+    """By the ranker, and by the calibration before it reads a list."""
     from rerank_ray.models import adaptive_exit
 
     student = stirred(start(tiny_bert, "linear", layers=(1, 3)))
-    monkeypatch.setattr(adaptive_exit._Held, "forward", lambda self, hidden, *_, **__: hidden)
+    monkeypatch.setattr(adaptive_exit._Held, "forward", lambda self, hidden, *_, **__: wrong(hidden))
     with pytest.raises(ModelError, match=r"its layers can't be computed apart.*use a fixed exit_layer"):
         AdaptiveExit(student, [0.5])
+    student.save(tmp_path / "s")
+    with pytest.raises(ModelError, match=r"its layers can't be computed apart"):
+        calibrate_exit(str(tmp_path / "s"), str(tmp_path / "no-labels"), 0.1)
 
 
 # From calibration to rankings

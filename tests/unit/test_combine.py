@@ -58,7 +58,9 @@ def test_ties_share_a_rank(method: str, expected: list[float]):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3])
-@pytest.mark.parametrize(("method", "middle"), [("zscore", 0.0), ("minmax", 0.5), ("rrf", 1 / 62), ("borda", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "middle"), [("zscore", 0.0), ("minmax", 0.5), ("rrf", 1 / 62), ("borda", 0.5), ("kemeny", 0.5)]
+)
 def test_equal_scores_are_in_the_middle(value: float, method: str, middle: float):
     """Also where rounding makes their deviation a hair more than 0, as for three times 0.1."""
     assert scores_of([[value] * 3], method) == pytest.approx([middle] * 3)
@@ -79,6 +81,21 @@ def test_kemeny_by_hand():
     assert scores_of(rows, "kemeny", [1.0, 1.0, 3.0]) == pytest.approx([0.0, 1.0, 0.5])
     np.testing.assert_allclose(scores_of([[3.0, 2.0, NAN], [9.0, 8.0, NAN]], "kemeny"), [1.0, 0.0, NAN])
     np.testing.assert_allclose(scores_of([[3.0, 2.0, NAN], [1.0, NAN, 5.0]], "kemeny"), [0.5, 0.0, 1.0])
+
+
+def test_kemeny_shares_places_between_equals():
+    """d has three below it, and a, b and c, which neither teacher tells apart, 2, 1 and 0: one on average, of three.
+
+    Where the second teacher scored neither b nor c, those two share what a leaves them.
+    """
+    one, two = [0.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 7.0]
+    ids = [*IDS, "d"]
+    for rows in ([one, two], [one[::-1], two[::-1]]):
+        found = fuse(np.array(rows), "kemeny", [1.0, 1.0], ids)
+        assert sorted(found.scores) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
+        assert found.scores[rows[0].index(9.0)] == 1.0
+    found = fuse(np.array([one, [1.0, NAN, NAN, 7.0]]), "kemeny", [1.0, 1.0], ids)
+    assert found.scores[1] == found.scores[2]
 
 
 def test_uncertainty_by_hand():
@@ -155,7 +172,7 @@ def test_two_runs_are_matched_by_query_and_document(tmp_path: Path):
     assert first.teacher == "combine:minmax:2*(A)+1*(B)"
     assert first.scores == pytest.approx([0.0, 0.5, 1.0])
     assert labels_from_row(rows["q2"]).scores == pytest.approx([0.0, 0.5, 1.0])
-    assert first.usage.calls == 0
+    assert rows["q1"]["usage"]["calls"] == 0
 
 
 def test_an_error_in_one_run_is_an_error_of_the_ensemble(tmp_path: Path):

@@ -19,6 +19,10 @@ def test_who_goes_on():
     assert np.flatnonzero(goes_on(TWENTY, 2.5)).tolist() == list(range(8, 20))
     assert goes_on(TWENTY, 10.0).all()
     assert goes_on(TWENTY[:10], 0.0).all()
+    unknown = np.where(TWENTY > 17, np.nan, TWENTY)
+    assert np.flatnonzero(goes_on(unknown, 0.0)).tolist() == list(range(8, 18))
+    unknown = np.where(TWENTY > 4, np.nan, TWENTY)
+    assert np.flatnonzero(goes_on(unknown, 0.0)).tolist() == list(range(5))
 
 
 def test_scores_are_merged_by_hand():
@@ -34,10 +38,26 @@ def test_scores_are_merged_by_hand():
     assert merged(stages).tolist() == [-4.0, -5.0, -2.0, 7.0, -8.0]
 
 
+def test_one_without_a_score_takes_none_from_the_others():
+    """Candidate 2 left 1.5 below candidate 1, the lowest of those that the last layer scored."""
+    stages = [(np.arange(3), np.array([2.0, 2.5, 1.0])), (np.array([0, 1]), np.array([np.nan, 5.0]))]
+    assert merged(stages).tolist() == pytest.approx([np.nan, 5.0, 3.5], nan_ok=True)
+    scores = np.stack([TWENTY[::-1], TWENTY[::-1]])
+    scores[1, 3] = np.nan
+    final, _ = settle(scores, [0.5])
+    assert np.flatnonzero(np.isnan(final)).tolist() == [3]
+    known = np.delete(final, 3)
+    assert (np.diff(known) < 0).all()
+
+
 def test_no_score_is_made_up():
-    """A model that gives NaN for one that went on leaves nothing to put the others below."""
-    stages = [(np.arange(3), np.array([3.0, 2.0, 1.0])), (np.array([0, 1]), np.array([np.nan, 5.0]))]
-    assert np.isnan(merged(stages)).tolist() == [True, False, True]
+    """A model that gives NaN for all that went on, or at an exit for the whole list, leaves nothing to put the others
+    below."""
+    stages = [(np.arange(3), np.array([3.0, 2.0, 1.0])), (np.array([0, 1]), np.array([np.nan, np.nan]))]
+    assert np.isnan(merged(stages)).all()
+    final, reached = settle(np.stack([np.full(20, np.nan), TWENTY]), [0.0])
+    assert np.isnan(final).all()
+    assert reached == [20, 0]
 
 
 def test_a_list_is_settled_by_hand():

@@ -19,18 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rerank_ray.cli import main
 from rerank_ray.config import validate
-from rerank_ray.errors import ConfigError, InputError, ModelError
+from rerank_ray.errors import ConfigError, InputError, ModelError, RunError
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.protocol import Answer, Attention, Failure, Result
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.core_heads import CoReHeads
-from rerank_ray.ranking.head_detection import Detection, contrast, score_heads
+from rerank_ray.ranking.head_detection import Detection, contrast, detect_heads, score_heads
 from rerank_ray.ranking.heads_file import HeadScore, HeadsFile, load_heads, save_heads
 from rerank_ray.ranking.icr import ICR, document_score
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import write_candidates
+from rerank_ray.runs import INGEST_UNFINISHED
+from rerank_ray.schema import CANDIDATES, candidate_row, write_candidates, write_rows
 from rerank_ray.settings.jobs import DetectHeadsSettings
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import CoReHeadsSettings, ICRSettings
@@ -343,11 +344,11 @@ def test_small_temperatures_do_not_overflow():
 
 
 def detection_settings(**options) -> DetectHeadsSettings:
-    return DetectHeadsSettings(input="x", output="y", model=FakeSettings(), **options)
+    return DetectHeadsSettings(**({"input": "x", "output": "y", "model": FakeSettings()} | options))
 
 
 def detect(backend, lists: list[CandidateList], **options) -> Detection:
-    return score_heads(detection_settings(**options), backend, load_template("icr", "icr"), iter(lists))
+    return score_heads(detection_settings(**options), backend, load_template("icr", "icr"), map(candidate_row, lists))
 
 
 def pays_the_relevant(text: str) -> list[list[float]]:
@@ -406,6 +407,32 @@ def test_lists_that_can_not_be_used_are_counted():
     assert detect(Table(pays_the_relevant), lists[:1] * 9, max_queries=4).heads.queries == 4
 
 
+def test_a_row_that_breaks_the_contract_is_left_out(tmp_path: Path):
+    rows = [candidate_row(labelled(["good", "bad"], [1.0, 0.0], f"q{i}")) for i in range(3)]
+    rows[2]["candidates"][1]["text"] = None
+    write_rows(rows, str(tmp_path / "rows"), CANDIDATES)
+    detection = detect_heads(detection_settings(input=str(tmp_path / "rows")))
+    assert detection.heads.queries == 2
+    assert detection.skipped == {"the row breaks the contract (a text is null, a doc_id is there twice, …)": 1}
+
+
+def test_a_run_folder_stands_for_its_data_once_it_is_done(tmp_path: Path):
+    """As in other jobs: what else lies in the folder is not read, and an ingest that did not end is refused."""
+    rows = [candidate_row(labelled(["good", "bad"], [1.0, 0.0], f"q{i}")) for i in range(3)]
+    run = tmp_path / "run"
+    write_rows(rows, str(run / "data"), CANDIDATES)
+    write_rows(rows, str(run / "checkpoint"), CANDIDATES)
+    state = {"state": "running", "kind": "retrieve"}
+    (run / "run.json").write_text(json.dumps(state))
+    with pytest.raises(RunError, match="this retrieve run is running"):
+        detect_heads(detection_settings(input=str(run)))
+    (run / "run.json").write_text(json.dumps(state | {"state": "done"}))
+    assert detect_heads(detection_settings(input=str(run))).heads.queries == 3
+    (run / "data" / "ingest.json").write_text(INGEST_UNFINISHED)
+    with pytest.raises(RunError, match="this ingest did not end"):
+        detect_heads(detection_settings(input=str(run / "data")))
+
+
 def test_failed_prompts_are_left_out():
     backend = Fake(FakeSettings(fail_on="broken"))
     lists = [labelled(["good", "broken"], [1.0, 0.0], "a"), labelled(["good", "bad"], [1.0, 0.0], "b")]
@@ -459,12 +486,22 @@ def test_detection_does_not_depend_on_batches(tiny_llama: Path, tmp_path: Path):
 # Templates
 
 
-@pytest.mark.parametrize("text", ["{query} {passages}", "{query} {passages} {query}", "{passages} {query} {query}"])
-def test_the_query_stands_once_behind_the_passages(text: str):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{query} {passages}",
+        "{query} {passages} {query}",
+        "{passages} {query} {query}",
+        # The query "graphs" would be looked for, and found, in what stands behind it.
+        "{passages} {query}\nWhich of the paragraphs are relevant?",
+        "{passages} {query} {instruction}",
+    ],
+)
+def test_the_query_stands_once_at_the_end(text: str):
     content = {"method": "icr", "about": "a", "text": text, "passage": "[{identifier}] {passage}"}
-    with pytest.raises(ConfigError, match="query"):
+    with pytest.raises(ConfigError, match=r"slot \{query\} once, at its end"):
         validate(Template, content, "t.yaml")
-    validate(Template, content | {"text": "{instruction}: {passages} {query}?"}, "t.yaml")
+    validate(Template, content | {"text": "{instruction}: {passages} {query}\n"}, "t.yaml")
 
 
 def test_a_model_whose_attention_can_not_be_read(tmp_path: Path):

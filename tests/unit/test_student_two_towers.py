@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_a_sentence_encoder_without_its_weights_is_refused(tiny_bert: Path, tmp_
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"no weights for embeddings\.\S+ and \d+ more, which would be random"):
         BiEncoder(settings)
+
+
+def test_a_sentence_encoder_with_a_further_module_is_refused(tiny_bert: Path, tmp_path: Path):
+    """Embeddings without a Dense module are others; also with a pooling of one's own, and where a student begins."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_bert, folder)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+        {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for pooling in (None, "mean"):
+        with pytest.raises(ModelError, match=r"m/modules\.json: module '2_Dense' is a Dense, without which"):
+            BiEncoder(BiEncoderSettings(path=str(folder), pooling=pooling, max_length=64))
+    with pytest.raises(ModelError, match="is a Dense"):
+        start(folder, "bi_encoder")
+    (folder / "modules.json").write_text(json.dumps([m for m in modules if m["path"] != "2_Dense"]))
+    assert BiEncoder(BiEncoderSettings(path=str(folder), max_length=64)).pooling == "mean"
+    start(folder, "bi_encoder")
 
 
 def test_a_colbert_student_is_a_colbert_checkpoint(tiny_colbert: Path, tmp_path: Path):

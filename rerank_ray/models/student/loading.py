@@ -16,7 +16,7 @@ from transformers import (
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.attention import GATED
-from rerank_ray.models.bi_encoder import saved_pooling
+from rerank_ray.models.bi_encoder import check_modules, saved_pooling
 from rerank_ray.models.hf_seq2seq import T5_FAMILY
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX
 from rerank_ray.models.late_interaction import ColBERTModel, read_metadata
@@ -205,6 +205,7 @@ def _language_model(source: Source) -> type:
 def _start_bi_encoder(source: Source, settings: StudentSettings, _: None) -> Student:
     if source.is_seq2seq:
         raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: use head: linear")
+    check_modules(source.resolved)
     model = source.start(AutoModel, settings.take_layers)
     prefixes = {"query_prefix": settings.query_prefix or "", "document_prefix": settings.document_prefix or ""}
     description = _describe(settings, model.config.num_hidden_layers, **prefixes)
