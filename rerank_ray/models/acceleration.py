@@ -93,8 +93,13 @@ def accelerate(model: nn.Module, settings: TorchSettings) -> None:
 
 
 def _to_int8(model: nn.Module) -> None:
-    """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay."""
-    for module in list(model.modules()):
+    """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay.
+
+    So do adapters that are not merged: PEFT casts what they read to the type of their weights.
+    """
+    for path, module in list(model.named_modules()):
+        if "lora_" in path:
+            continue
         for name, child in module.named_children():
             # A subclass may do more than its base, so only the base is replaced.
             if type(child) is nn.Linear and min(child.weight.shape) >= _SMALLEST:
