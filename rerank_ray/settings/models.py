@@ -245,7 +245,7 @@ class OpenAIHTTPSettings(Settings):
     """Seconds from sending a request to the end of its answer."""
     max_tries: PositiveInt = 6
     """Attempts at one call: after status 408, 425, 429, 500, 502, 503, 504 or 529, a timeout, a dropped connection or
-    half an answer, it is sent again."""
+    half an answer, it is sent again. So it is when an answer is nothing but an error with such a code, or none."""
     backoff_s: PositiveFloat = 1.0
     """Wait before the second attempt, doubled for each further one, and spread by up to a half either way."""
     max_wait_s: PositiveFloat = 60.0

@@ -70,6 +70,8 @@ TROUBLES: dict[str, Behaviour] = {
     "half an answer": lambda e: e.send_half({"choices": [1, 2, 3]}),
     "half a document": lambda e: e.send('{"choices": [{"mess'),
     "not an object": lambda e: e.send("[]"),
+    "a 502 sent as an answer": lambda e: e.send({"error": {"code": 502, "message": "Provider returned error"}}),
+    "an error sent as an answer": lambda e: e.send({"error": "overloaded", "choices": []}),
 }
 
 
@@ -127,6 +129,13 @@ def test_a_bad_request_is_not_repeated(serve):
     stub = serve(lambda e: e.send({"error": {"message": message}}, 400))
     assert post(stub, 1) == [Failure(reason=f"HTTP 400: {message}")]
     assert len(stub.requests) == 1
+
+
+def test_an_error_sent_as_an_answer_is_treated_like_its_status(serve):
+    refused = serve(lambda e: e.send({"error": {"code": 400, "message": "too long"}}))
+    assert post(refused, 1) == [Failure(reason="HTTP 200: too long")]
+    with pytest.raises(UnavailableError, match="HTTP 200: no credit"):
+        post(serve(lambda e: e.send({"error": {"code": 402, "message": "no credit"}})), 1)
 
 
 def test_retry_after_is_waited_for_by_everyone(serve):
@@ -219,6 +228,20 @@ def test_what_every_call_would_meet_stops_the_job(serve, status):
     with pytest.raises(ModelError, match=f"chat/completions: HTTP {status}: no such model m"):
         OpenAIHTTP(settings(stub))
     assert len(stub.requests) == 1
+
+
+def test_one_text_that_a_server_forbids_fails_alone(serve):
+    """OpenRouter's moderation and gateways that look for code answer so to one call, and the next is welcome."""
+    message = "your input was flagged"
+
+    def behaviour(exchange: Exchange) -> None:
+        if exchange.body["n"] == 2:
+            exchange.send({"error": {"code": 403, "message": message}}, 403)
+        else:
+            exchange.send({"n": exchange.body["n"]})
+
+    results = post(serve(behaviour), 4, concurrency=1)
+    assert results == [{"n": 0}, {"n": 1}, Failure(reason=f"HTTP 403: {message}"), {"n": 3}]
 
 
 @pytest.mark.parametrize("count", [1, 2])
