@@ -26,6 +26,13 @@ _NO_PROBABILITY = -9999.0
 _PROBE_TOKENS, _REASONING_PROBE_TOKENS = 16, 1024
 # A completion server writes a token, also where only the prompt is scored.
 _GENERATED = 1
+# What servers call the end that the model chose, and the end at a limit, in lower case. Whatever else they say, as
+# DeepSeek's insufficient_system_resource, vLLM's abort and OpenRouter's error, is the end of half a text.
+_WHOLE = frozenset(
+    {"stop", "stop_token", "stop_sequence", "eos", "eos_token", "end_turn", "complete"}
+    | {"tool_calls", "tool_use", "function_call"}
+)
+_CUT_OFF = frozenset({"length", "max_tokens", "model_length", "token_limit"})
 
 
 class OpenAIHTTP:
@@ -89,7 +96,8 @@ class OpenAIHTTP:
     def _result(self, call: Call, reply: dict | Failure | None) -> Result | None:
         if not isinstance(reply, dict):
             return reply
-        result = self._read(call, reply)
+        parsed = _parsed(reply)
+        result = parsed if isinstance(parsed, Failure) else self._read(call, parsed)
         if self._encoder is not None and isinstance(call, Generate) and isinstance(result, Answer):
             # A chat server puts reasoning that its template opened back; here the template was put on locally.
             return replace(result, value=self._encoder.opened_reasoning(call.prompt) + result.value)
@@ -107,11 +115,12 @@ class OpenAIHTTP:
             calls.append(LogLikelihood(prompt=prompt, continuation=" world"))
         for call, request in zip(calls, self._requests(calls), strict=True):
             reply = request if isinstance(request, Failure) else self._client.post([request])[0]
-            if isinstance(reply, Failure):
-                raise ModelError(f"{self.settings.url}: the first request failed: {reply.reason}")
-            result = self._read(call, reply)
+            parsed = _parsed(reply) if isinstance(reply, dict) else reply
+            result = parsed if isinstance(parsed, Failure) else self._read(call, parsed)
+            if isinstance(result, Failure) and (result is parsed or isinstance(call, Generate)):
+                raise ModelError(f"{self.settings.url}: the first request failed: {result.reason}")
             if isinstance(call, Generate):
-                if self.settings.logprobs and getattr(result, "log_probability", None) is None:
+                if self.settings.logprobs and result.log_probability is None:
                     raise ConfigError(
                         f"{self.settings.url}: the server reports no log-probabilities; set logprobs: false"
                     )
@@ -193,16 +202,9 @@ class OpenAIHTTP:
     def _temperature(self, value: float) -> dict[str, Any]:
         return {"temperature": value} if self.settings.sends_temperature else {}
 
-    def _read(self, call: Call, reply: dict) -> Result:
-        try:
-            parsed = _Reply.model_validate(reply)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
-        choice, usage = parsed.choices[0], parsed.usage.counted()
-        if choice.finish_reason == "content_filter":
-            value = Failure(reason="the server's content filter took the answer away")
-        elif isinstance(call, Generate):
+    def _read(self, call: Call, reply: _Reply) -> Result:
+        choice, usage = reply.choices[0], reply.counted()
+        if isinstance(call, Generate):
             value = choice.generated()
         elif isinstance(call, NextToken):
             value = _label_values(call.labels, choice.top_logprobs())
@@ -210,12 +212,10 @@ class OpenAIHTTP:
             count = len(self._encoder.continuation(call.prompt, call.continuation))
             value = _continuation_values(choice.logprobs, count)
         if isinstance(value, Failure):
-            # It is paid for like any other.
             return replace(value, usage=usage)
         if not isinstance(call, Generate):
             return Answer(value=value, usage=usage)
-        cut_off = choice.finish_reason == "length"
-        return Answer(value=value, usage=usage, cut_off=cut_off, log_probability=choice.log_probability())
+        return Answer(value=value, usage=usage, cut_off=choice.cut_off, log_probability=choice.log_probability())
 
 
 class _PromptDetails(BaseModel):
@@ -264,6 +264,19 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether a limit ended the text."""
+        return (self.finish_reason or "").lower() in _CUT_OFF
+
+    def broken_off(self) -> str | None:
+        """Why there is no whole answer, nor one up to its limit; None where there is one, or no reason is given."""
+        if self.finish_reason == "content_filter":
+            return "the server's content filter took the answer away"
+        if not self.finish_reason or self.cut_off or self.finish_reason.lower() in _WHOLE:
+            return None
+        return f"the server broke the answer off: finish_reason {self.finish_reason!r}"
+
     def generated(self) -> str | Failure:
         """The text; reasoning that the server split off is put back in front, where methods look for it."""
         if self.message is None:
@@ -296,7 +309,22 @@ class _Choice(BaseModel):
 
 class _Reply(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage = _Usage()
+    usage: _Usage | None = None
+
+    def counted(self) -> Usage:
+        return (self.usage or _Usage()).counted()
+
+
+def _parsed(reply: dict) -> _Reply | Failure:
+    """A server's answer; a Failure where it is of another shape, or broken off."""
+    try:
+        parsed = _Reply.model_validate(reply)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
+    reason = parsed.choices[0].broken_off()
+    # It is paid for like any other.
+    return parsed if reason is None else Failure(reason=reason, usage=parsed.counted())
 
 
 def _label_values(labels: Sequence[str], top: dict[str, float] | None) -> tuple[float, ...] | Failure:

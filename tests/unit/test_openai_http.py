@@ -11,10 +11,12 @@ from fixtures.rows import make_list
 from fixtures.stub_server import Exchange, chat_reply
 
 from rerank_ray.errors import ConfigError
+from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.openai_http import OpenAIHTTP
 from rerank_ray.models.protocol import Answer, Failure, Generate, LogLikelihood, NextToken, Prompt
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Usage
+from rerank_ray.settings.jobs import StoreSettings
 from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
 
 # What is sent
@@ -125,13 +127,41 @@ def test_half_of_a_surrogate_pair_is_a_question_mark(serve):
 
 
 def test_a_refusal_and_a_content_filter_are_failures(serve):
-    replies = [chat_reply(None, refusal="I can't help with that."), chat_reply("half an", finish="content_filter")]
-    stub = serve(lambda e: e.send(replies[e.body["max_tokens"] % 2]))
+    replies = {
+        2: chat_reply(None, refusal="I can't help with that."),
+        3: chat_reply("half an", finish="content_filter"),
+    }
+    stub = serve(lambda e: e.send(replies.get(e.body["max_tokens"], chat_reply("Hi"))))
     refused, filtered = backend(stub).run([generate(2), generate(3)])
     paid = Usage(calls=1, prompt_tokens=10, output_tokens=2)
     assert refused == Failure(reason="the model refuses: I can't help with that.", usage=paid)
     assert "content filter" in filtered.reason
     assert filtered.usage == paid
+
+
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "error", "abort"])
+def test_an_answer_that_the_server_broke_off_is_a_failure(serve, tmp_path, reason: str):
+    """Half a text is no answer, and above all none to keep; it is billed all the same."""
+    broken = [True]
+    stub = serve(lambda e: e.send(chat_reply("[1] > [", finish=reason if e.number and broken else "stop")))
+    made, model = OpenAIHTTP(settings(stub)), settings(stub)
+    stored = StoredBackend(made, model, LabelStore(StoreSettings(uri=str(tmp_path))))
+    (result,) = stored.run([generate()])
+    assert "the server broke the answer off" in result.reason
+    assert reason in result.reason
+    assert result.usage == Usage(calls=1, prompt_tokens=10, output_tokens=2)
+    broken.clear()
+    (result,) = stored.run([generate()])
+    assert result.value == "[1] > ["
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut_off"),
+    [(None, False), ("eos_token", False), ("STOP", False), ("model_length", True), ("MAX_TOKENS", True)],
+)
+def test_how_other_servers_say_that_a_text_is_whole_or_at_its_limit(serve, reason, cut_off: bool):
+    (answer,) = backend(serve(always(chat_reply("[1]", finish=reason)))).run([generate()])
+    assert (answer.value, answer.cut_off) == ("[1]", cut_off)
 
 
 def test_labels_are_read_off_the_likeliest_tokens_by_their_exact_text(serve):
@@ -242,6 +272,12 @@ def test_a_server_that_does_not_echo_is_found_at_the_start(serve, tiny_llama: Pa
     "reply", [{"choices": []}, {"choices": [{}]}, {"object": "list"}, {"choices": [{"message": {"content": 3}}]}]
 )
 def test_an_answer_of_another_shape_is_a_failure(serve, reply):
-    stub = serve(always(reply))
-    result = backend(stub).run([generate()])[0]
+    stub = serve(lambda e: e.send(reply if e.number else chat_reply("Hi")))
+    made = OpenAIHTTP(settings(stub))
+    result = made.run([generate()])[0]
     assert "unexpected answer" in result.reason
+
+
+def test_a_server_need_not_count_tokens(serve):
+    (answer,) = backend(serve(always(chat_reply("ok") | {"usage": None}))).run([generate()])
+    assert answer == Answer(value="ok", usage=Usage(calls=1))

@@ -322,6 +322,19 @@ def test_a_first_request_that_is_refused_stops_the_job(serve):
         OpenAIHTTP(settings(stub))
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_logprobs": 5}])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"status": "ok"}, "first request failed: unexpected answer: choices: Field required"),
+        (chat_reply("Hi", finish="abort"), "first request failed: the server broke the answer off: .*'abort'"),
+    ],
+)
+def test_a_server_whose_answers_can_not_be_read_is_found_at_the_start(serve, reply, message, changes):
+    with pytest.raises(ModelError, match=message):
+        OpenAIHTTP(settings(serve(always(reply)), **changes))
+
+
 # The key
 
 
