@@ -236,7 +236,8 @@ class OpenAIHTTPSettings(Settings):
     sends_temperature: bool = True
     """false leaves it to the server: OpenAI's reasoning models refuse any but their own."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`."""
+    """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`. With a tokenizer
+    some labels need vLLM's `{return_tokens_as_token_ids: true}`: an error says so."""
     concurrency: PositiveInt = 16
     """Requests in flight at once."""
     queries_per_second: PositiveFloat | None = None

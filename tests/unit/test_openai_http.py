@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fixtures.openai_http import PROMPT, YES_NO, always, backend, generate, settings
 from fixtures.rows import make_list
-from fixtures.stub_server import Exchange, chat_reply
+from fixtures.stub_server import Exchange, Stub, chat_reply
+from fixtures.tiny_models import tiny_llama_tokenizer, tiny_sentencepiece_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from rerank_ray.errors import ConfigError
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.label_store import LabelStore, StoredBackend
-from rerank_ray.models.openai_http import OpenAIHTTP
+from rerank_ray.models.openai_http import OpenAIHTTP, _check_texts
 from rerank_ray.models.protocol import Answer, Failure, Generate, LogLikelihood, NextToken, Prompt
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Usage
@@ -172,6 +177,71 @@ def test_labels_are_read_off_the_likeliest_tokens_by_their_exact_text(serve):
     assert answer.value == (-2.5, -0.25)
     body = stub.bodies[0]
     assert (body["logprobs"], body["top_logprobs"], body["max_tokens"], body["temperature"]) == (True, 4, 1, 0.0)
+
+
+# The model's turns have a space before the answer.
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def with_tokenizer(tiny_llama: Path, tmp_path: Path) -> Callable[[Stub, PreTrainedTokenizerFast], OpenAIHTTP]:
+    """Makes a backend whose prompts become tokens here, in the template `SPACED`."""
+
+    def made(stub: Stub, tokenizer: PreTrainedTokenizerFast) -> OpenAIHTTP:
+        folder = shutil.copytree(tiny_llama, tmp_path / "model")
+        tokenizer.chat_template = SPACED
+        tokenizer.save_pretrained(folder)
+        return backend(stub, api="completions", tokenizer=str(folder), top_logprobs=5)
+
+    return made
+
+
+def test_a_label_behind_a_space_is_read_off_the_token_that_holds_it(serve, with_tokenizer):
+    """What is likely there is " Yes", as hf_causal reads it; "Yes" is another token."""
+    top = {" Yes": -0.1, " No": -2.4, "No": -6.0, "Yes": -8.0}
+    stub = serve(always({"choices": [{"text": " Yes", "logprobs": {"top_logprobs": [top]}}]}))
+    made = with_tokenizer(stub, tiny_llama_tokenizer())
+    made.check_labels(YES_NO.labels, PROMPT)
+    assert made.run([YES_NO])[0].value == (-0.1, -2.4)
+
+
+def test_tokens_of_one_text_are_refused_where_the_server_tells_texts(serve, with_tokenizer):
+    """As vLLM's does, likeliest first: "Yes" is `▁Yes` with −0.3 and then, in its place, `Yes` with −7.5."""
+    stub = serve(always({"choices": [{"text": "Yes", "logprobs": {"top_logprobs": [{"Yes": -7.5, "No": -1.4}]}}]}))
+    made = with_tokenizer(stub, tiny_sentencepiece_tokenizer())
+    with pytest.raises(
+        ModelError, match=r"2 tokens of this tokenizer have the text 'Yes' \((Yes, ▁Yes|▁Yes, Yes)\).*return_tokens_as"
+    ):
+        made.check_labels(YES_NO.labels, PROMPT)
+
+
+@pytest.mark.parametrize("server", ["vLLM", "llama.cpp"])
+def test_tokens_of_one_text_are_told_apart_by_their_ids(serve, with_tokenizer, server: str):
+    tokenizer = tiny_sentencepiece_tokenizer()
+    values = {"▁Yes": -0.3, "▁No": -1.4, "Yes": -7.5, "No": -9.0}
+    ids = dict(zip(values, tokenizer.convert_tokens_to_ids(list(values)), strict=True))
+    if server == "vLLM":
+        logprobs = {"top_logprobs": [{f"token_id:{ids[name]}": value for name, value in values.items()}]}
+    else:
+        top = [{"id": ids[name], "token": name.replace("▁", " "), "logprob": value} for name, value in values.items()]
+        logprobs = {"content": [top[0] | {"top_logprobs": top}]}
+    stub = serve(always({"choices": [{"text": "Yes", "logprobs": logprobs}]}))
+    made = with_tokenizer(stub, tokenizer)
+    made.check_labels(YES_NO.labels, PROMPT)
+    assert made.run([YES_NO])[0].value == (-0.3, -1.4)
+
+
+def test_a_digits_byte_is_no_other_token_of_its_text():
+    """Gemma's decoder keeps spaces, so `▁1` and `1` differ; `<0x31>` is a 1 too, which no model writes."""
+    vocabulary = {name: i for i, name in enumerate(["<unk>", "<0x31>", "1", "▁1"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert [fast.decode([i]) for i in (1, 2, 3)] == ["1", "1", " 1"]
+    _check_texts(fast, ("1",), (2,))
 
 
 @pytest.mark.parametrize("top", [{"No": -0.1, "Maybe": -3.0}, {"No": -0.1, "Yes": -9999.0}])
