@@ -93,8 +93,15 @@ def accelerate(model: nn.Module, settings: TorchSettings) -> None:
 
 
 def _to_int8(model: nn.Module) -> None:
-    """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay."""
-    replace_linear(model, lambda linear: min(linear.weight.shape) >= _SMALLEST, Int8Linear)
+    """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay.
+
+    So do adapters that are not merged: PEFT casts what they read to the type of their weights.
+    """
+    replace_linear(
+        model,
+        lambda path, linear: "lora_" not in path and min(linear.weight.shape) >= _SMALLEST,
+        Int8Linear,
+    )
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from random import Random
+from typing import Any
 
 import httpx2
 from pydantic import SecretStr
@@ -21,7 +22,9 @@ from rerank_ray.settings.models import OpenAIHTTPSettings
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 # Every other call would fare alike: the job stops instead of turning each row into an error.
-_HOPELESS = frozenset({401, 402, 403, 404})
+_HOPELESS = frozenset({401, 402, 404})
+# Hopeless before the first answer. Later it is about one call: gateways and moderation refuse texts with it too.
+_FORBIDDEN = 403
 _QUOTED_CHARACTERS = 300
 
 
@@ -73,6 +76,7 @@ class HTTPClient:
         self.tokens = 0
         # A server that never answered is a wrong address more often than one that is away for a moment.
         self._reached = False
+        self._answered = False
         self._key = _api_key(settings.api_key_env)
         self._pace = Pace(settings.queries_per_second)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -155,22 +159,21 @@ class HTTPClient:
         except httpx2.TransportError as error:
             return _Again(reason=f"connection lost: {self._quoted(f'{type(error).__name__}: {error}')}")
         self._reached = True
-        if response.status_code == 200:
-            return self._counted(response)
-        reason = f"HTTP {response.status_code}: {self._quoted(_message(response))}"
-        if response.status_code in _HOPELESS:
+        content = _content(response)
+        status = _status(response, content)
+        if status == 200:
+            return self._counted(response, content)
+        reason = f"HTTP {response.status_code}: {self._quoted(_message(response, content))}"
+        if status in _HOPELESS or (status == _FORBIDDEN and not self._answered):
             raise UnavailableError(f"{url}: {reason}")
-        if response.status_code in _RETRIED:
+        if status in _RETRIED:
             return _Again(reason=reason, after=_retry_after(response.headers.get("Retry-After")))
         return Failure(reason=reason)
 
-    def _counted(self, response: httpx2.Response) -> dict | _Again:
-        try:
-            reply = response.json()
-        except ValueError:
-            reply = None
+    def _counted(self, response: httpx2.Response, reply: Any) -> dict | _Again:
         if not isinstance(reply, dict):
             return _Again(reason=f"the answer is no JSON object: {self._quoted(response.text)}")
+        self._answered = True
         usage = reply.get("usage")
         if isinstance(usage, dict):
             self.tokens += sum(usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
@@ -201,11 +204,27 @@ def _api_key(variable: str | None) -> SecretStr | None:
     return SecretStr(key)
 
 
-def _message(response: httpx2.Response) -> str:
-    """What an error response says: `{"error": {"message": …}}`, `{"detail": …}`, or its text."""
+def _content(response: httpx2.Response) -> Any:
+    """The response's JSON; None where it is none."""
     try:
-        content = response.json()
+        return response.json()
     except ValueError:
+        return None
+
+
+def _status(response: httpx2.Response, content: Any) -> int:
+    """The response's status; where a gateway sends an error as an answer (OpenRouter), the error's own, or 500."""
+    answered = response.status_code == 200 and isinstance(content, dict)
+    if not answered or content.get("choices") or not content.get("error"):
+        return response.status_code
+    error = content["error"]
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else 500
+
+
+def _message(response: httpx2.Response, content: Any) -> str:
+    """What an error response says: `{"error": {"message": …}}`, `{"detail": …}`, or its text."""
+    if content is None:
         return response.text
     if isinstance(content, dict):
         content = content.get("error") or content.get("detail") or content.get("message") or content

@@ -26,6 +26,17 @@ _NO_PROBABILITY = -9999.0
 _PROBE_TOKENS, _REASONING_PROBE_TOKENS = 16, 1024
 # A completion server writes a token, also where only the prompt is scored.
 _GENERATED = 1
+# What servers call the end that the model chose, and the end at a limit, in lower case. Whatever else they say, as
+# DeepSeek's insufficient_system_resource, vLLM's abort and OpenRouter's error, is the end of half a text.
+_WHOLE = frozenset(
+    {"stop", "stop_token", "stop_sequence", "eos", "eos_token", "end_turn", "complete"}
+    | {"tool_calls", "tool_use", "function_call"}
+)
+_CUT_OFF = frozenset({"length", "max_tokens", "model_length", "token_limit"})
+# vLLM calls a token so where it is asked for ids.
+_ID = "token_id:"
+# SentencePiece's tokens of single bytes, which models write for characters that have no token.
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class OpenAIHTTP:
@@ -52,18 +63,22 @@ class OpenAIHTTP:
         self.tells_log_probabilities = settings.logprobs
         self._encoder = _local_encoder(settings)
         self._client = HTTPClient(settings)
+        # Whether tokens can be told apart by more than their text: the probe finds out.
+        self._tells_ids = False
         self._probe()
 
     def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
         """Raise `ConfigError` when the server reports fewer tokens than there are labels, and `ModelError` when the
-        tokenizer, if there is one, needs several tokens for a label."""
+        tokenizer, if there is one, needs several tokens for a label, or has several that the server calls alike."""
         if len(labels) > self.settings.top_logprobs:
             raise ConfigError(
                 f"{len(labels)} labels need as many log-probabilities, and top_logprobs is "
                 f"{self.settings.top_logprobs}: raise it, if the server allows, or compare fewer passages in one call"
             )
         if self._encoder is not None:
-            self._encoder.label_ids(prompt, labels)
+            ids = self._encoder.label_ids(prompt, labels)
+            if not self._tells_ids:
+                _check_texts(self._encoder.tokenizer, labels, ids)
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit the context, where there
@@ -89,7 +104,8 @@ class OpenAIHTTP:
     def _result(self, call: Call, reply: dict | Failure | None) -> Result | None:
         if not isinstance(reply, dict):
             return reply
-        result = self._read(call, reply)
+        parsed = _parsed(reply)
+        result = parsed if isinstance(parsed, Failure) else self._read(call, parsed)
         if self._encoder is not None and isinstance(call, Generate) and isinstance(result, Answer):
             # A chat server puts reasoning that its template opened back; here the template was put on locally.
             return replace(result, value=self._encoder.opened_reasoning(call.prompt) + result.value)
@@ -107,17 +123,20 @@ class OpenAIHTTP:
             calls.append(LogLikelihood(prompt=prompt, continuation=" world"))
         for call, request in zip(calls, self._requests(calls), strict=True):
             reply = request if isinstance(request, Failure) else self._client.post([request])[0]
-            if isinstance(reply, Failure):
-                raise ModelError(f"{self.settings.url}: the first request failed: {reply.reason}")
-            result = self._read(call, reply)
+            parsed = _parsed(reply) if isinstance(reply, dict) else reply
+            result = parsed if isinstance(parsed, Failure) else self._read(call, parsed)
+            if isinstance(result, Failure) and (result is parsed or isinstance(call, Generate)):
+                raise ModelError(f"{self.settings.url}: the first request failed: {result.reason}")
             if isinstance(call, Generate):
-                if self.settings.logprobs and getattr(result, "log_probability", None) is None:
+                if self.settings.logprobs and result.log_probability is None:
                     raise ConfigError(
                         f"{self.settings.url}: the server reports no log-probabilities; set logprobs: false"
                     )
             elif isinstance(result, Failure):
                 setting = "top_logprobs: 0" if isinstance(call, NextToken) else "echo: false"
                 raise ConfigError(f"{self.settings.url}: {result.reason}; set {setting}, and use a method without it")
+            elif isinstance(call, NextToken) and self._encoder is not None:
+                self._tells_ids = all(name.startswith(_ID) for name in parsed.choices[0].top_logprobs(by_id=True))
 
     def _requests(self, calls: Sequence[Call]) -> list[Request | Failure]:
         calls = [self._cut_call(c) for c in calls]
@@ -193,29 +212,27 @@ class OpenAIHTTP:
     def _temperature(self, value: float) -> dict[str, Any]:
         return {"temperature": value} if self.settings.sends_temperature else {}
 
-    def _read(self, call: Call, reply: dict) -> Result:
-        try:
-            parsed = _Reply.model_validate(reply)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
-        choice, usage = parsed.choices[0], parsed.usage.counted()
-        if choice.finish_reason == "content_filter":
-            value = Failure(reason="the server's content filter took the answer away")
-        elif isinstance(call, Generate):
+    def _read(self, call: Call, reply: _Reply) -> Result:
+        choice, usage = reply.choices[0], reply.counted()
+        if isinstance(call, Generate):
             value = choice.generated()
         elif isinstance(call, NextToken):
-            value = _label_values(call.labels, choice.top_logprobs())
+            value = _label_values(call.labels, self._names(call), choice.top_logprobs(by_id=self._tells_ids))
         else:
             count = len(self._encoder.continuation(call.prompt, call.continuation))
             value = _continuation_values(choice.logprobs, count)
         if isinstance(value, Failure):
-            # It is paid for like any other.
             return replace(value, usage=usage)
         if not isinstance(call, Generate):
             return Answer(value=value, usage=usage)
-        cut_off = choice.finish_reason == "length"
-        return Answer(value=value, usage=usage, cut_off=cut_off, log_probability=choice.log_probability())
+        return Answer(value=value, usage=usage, cut_off=choice.cut_off, log_probability=choice.log_probability())
+
+    def _names(self, call: NextToken) -> Sequence[str]:
+        """What the server calls the labels' tokens."""
+        if self._encoder is None:
+            return call.labels
+        ids = self._encoder.label_ids(call.prompt, call.labels)
+        return [f"{_ID}{i}" if self._tells_ids else self._encoder.tokenizer.decode([i]) for i in ids]
 
 
 class _PromptDetails(BaseModel):
@@ -238,9 +255,15 @@ class _Usage(BaseModel):
 
 
 class _Token(BaseModel):
+    """`id` is told by llama.cpp."""
+
     token: str
+    id: int | str | None = None
     logprob: float
     top_logprobs: list[_Token] = []
+
+    def name(self, by_id: bool) -> str:
+        return f"{_ID}{self.id}" if by_id and self.id is not None else self.token
 
 
 class _Logprobs(BaseModel):
@@ -264,6 +287,19 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether a limit ended the text."""
+        return (self.finish_reason or "").lower() in _CUT_OFF
+
+    def broken_off(self) -> str | None:
+        """Why there is no whole answer, nor one up to its limit; None where there is one, or no reason is given."""
+        if self.finish_reason == "content_filter":
+            return "the server's content filter took the answer away"
+        if not self.finish_reason or self.cut_off or self.finish_reason.lower() in _WHOLE:
+            return None
+        return f"the server broke the answer off: finish_reason {self.finish_reason!r}"
+
     def generated(self) -> str | Failure:
         """The text; reasoning that the server split off is put back in front, where methods look for it."""
         if self.message is None:
@@ -283,32 +319,66 @@ class _Choice(BaseModel):
         known = values and all(v is not None and v > _NO_PROBABILITY for v in values)
         return sum(values) if known else None
 
-    def top_logprobs(self) -> dict[str, float] | None:
-        """The first token's alternatives: text -> log-probability; None when the server reports none."""
+    def top_logprobs(self, by_id: bool) -> dict[str, float] | None:
+        """The first token's alternatives: text, or id where the server tells it, -> log-probability; None when it
+        reports none."""
         if self.logprobs is None:
             return None
         if self.logprobs.content:
             tokens = self.logprobs.content[0].top_logprobs
             # Most likely first: the same text of a less likely token does not count.
-            return {t.token: t.logprob for t in reversed(tokens)} or None
+            return {t.name(by_id): t.logprob for t in reversed(tokens)} or None
         return self.logprobs.top_logprobs[0] if self.logprobs.top_logprobs else None
 
 
 class _Reply(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage = _Usage()
+    usage: _Usage | None = None
+
+    def counted(self) -> Usage:
+        return (self.usage or _Usage()).counted()
 
 
-def _label_values(labels: Sequence[str], top: dict[str, float] | None) -> tuple[float, ...] | Failure:
+def _parsed(reply: dict) -> _Reply | Failure:
+    """A server's answer; a Failure where it is of another shape, or broken off."""
+    try:
+        parsed = _Reply.model_validate(reply)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        return Failure(reason=f"unexpected answer: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
+    reason = parsed.choices[0].broken_off()
+    # It is paid for like any other.
+    return parsed if reason is None else Failure(reason=reason, usage=parsed.counted())
+
+
+def _check_texts(tokenizer: Any, labels: Sequence[str], ids: Sequence[int]) -> None:
+    """Raise `ModelError` where another token than a label's has its text, as SentencePiece's `▁Yes` and `Yes` do: read
+    by its text, one may be taken for the other."""
+    vocabulary = {name: i for name, i in tokenizer.get_vocab().items() if not _BYTE.fullmatch(name)}
+    for label, own in zip(labels, ids, strict=True):
+        text = tokenizer.decode([own])
+        names = [n for n, i in vocabulary.items() if text.strip() in n and tokenizer.decode([i]) == text]
+        if len(names) > 1:
+            raise ModelError(
+                f"label {label!r}: {len(names)} tokens of this tokenizer have the text {text!r} ({', '.join(names)}), "
+                "and the server tells tokens by their text alone: have it tell their ids (vLLM's does with "
+                "extra_body: {return_tokens_as_token_ids: true}), or run the model with kind hf_causal or vllm"
+            )
+
+
+def _label_values(
+    labels: Sequence[str], names: Sequence[str], top: dict[str, float] | None
+) -> tuple[float, ...] | Failure:
     if not top:
         return Failure(reason="the server reports no log-probabilities of the likeliest tokens (top_logprobs)")
-    missing = [label for label in labels if top.get(label, _NO_PROBABILITY) <= _NO_PROBABILITY]
+    found = [top.get(name, _NO_PROBABILITY) for name in names]
+    missing = [label for label, value in zip(labels, found, strict=True) if value <= _NO_PROBABILITY]
     if missing:
         return Failure(
             reason=f"label {missing[0]!r} is not among the {len(top)} likeliest tokens that the server reports "
             f"({', '.join(map(repr, list(top)[:5]))}, …): its probability is unknown"
         )
-    return tuple(top[label] for label in labels)
+    return tuple(found)
 
 
 def _continuation_values(logprobs: _Logprobs | None, count: int) -> tuple[float, ...] | Failure:

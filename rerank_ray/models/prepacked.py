@@ -40,15 +40,17 @@ def prepack(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
-    replace_linear(model, lambda linear: linear.bias is not None and _is_fit(linear.weight), PrepackedLinear)
+    replace_linear(model, lambda _, linear: linear.bias is not None and _is_fit(linear.weight), PrepackedLinear)
 
 
-def replace_linear(model: nn.Module, fits: Callable[[nn.Linear], bool], make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put what `make` makes of it in the place of each of a model's linear layers that `fits`."""
-    for module in list(model.modules()):
+def replace_linear(
+    model: nn.Module, fits: Callable[[str, nn.Linear], bool], make: Callable[[nn.Linear], nn.Module]
+) -> None:
+    """Put what `make` makes of it in the place of each of a model's linear layers that, with its path, `fits`."""
+    for path, module in list(model.named_modules()):
         for name, child in module.named_children():
             # A subclass may do more than its base, so only the base is replaced.
-            if type(child) is nn.Linear and fits(child):
+            if type(child) is nn.Linear and fits(f"{path}.{name}", child):
                 setattr(module, name, make(child))
 
 

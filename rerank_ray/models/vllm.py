@@ -114,8 +114,11 @@ class VLLM:
             asked = {"prompt_logprobs": 0}
         return self._sampling_params(max_tokens=1, temperature=0.0, detokenize=False, **asked)
 
-    def _read(self, call: Call, tokens: EncodedCall, output: Any) -> Answer:
+    def _read(self, call: Call, tokens: EncodedCall, output: Any) -> Result:
         completion, continuation = output.outputs[0], tokens.continuation
+        if completion.finish_reason not in ("stop", "length"):
+            # "abort" and "error" come with what was written until then.
+            return Failure(reason=f"vLLM broke the answer off: finish_reason {completion.finish_reason!r}")
         generated, log_probability = 0, None
         if isinstance(call, Generate):
             # A template may have begun the model's reasoning for it.

@@ -236,7 +236,8 @@ class OpenAIHTTPSettings(Settings):
     sends_temperature: bool = True
     """false leaves it to the server: OpenAI's reasoning models refuse any but their own."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`."""
+    """Fields added to every request, for example `{chat_template_kwargs: {enable_thinking: false}}`. With a tokenizer
+    some labels need vLLM's `{return_tokens_as_token_ids: true}`: an error says so."""
     concurrency: PositiveInt = 16
     """Requests in flight at once."""
     queries_per_second: PositiveFloat | None = None
@@ -245,7 +246,7 @@ class OpenAIHTTPSettings(Settings):
     """Seconds from sending a request to the end of its answer."""
     max_tries: PositiveInt = 6
     """Attempts at one call: after status 408, 425, 429, 500, 502, 503, 504 or 529, a timeout, a dropped connection or
-    half an answer, it is sent again."""
+    half an answer, it is sent again. So it is when an answer is nothing but an error with such a code, or none."""
     backoff_s: PositiveFloat = 1.0
     """Wait before the second attempt, doubled for each further one, and spread by up to a half either way."""
     max_wait_s: PositiveFloat = 60.0

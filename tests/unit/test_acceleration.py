@@ -14,6 +14,7 @@ import torch
 from fixtures import published
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
 from fixtures.tiny_models import tiny_bert_folder, tiny_llama_tokenizer
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch import nn
 from torch._inductor import cpp_builder
@@ -116,6 +117,21 @@ def test_only_large_linear_layers_become_8_bit():
     assert isinstance(model["large"], Int8Linear)
     assert type(model["head"]) is nn.Linear
     assert type(model["own"]) is Own
+
+
+def test_unmerged_adapters_stay_as_they_are():
+    """One of rank 64 is as large as the layers that become 8-bit, and its base is one of them."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=64, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 96)), lora).base_model.model.eval()
+    x = torch.randn(9, 64)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate(model, settings(dtype="int8"))
+        found = model(x)
+    assert isinstance(model[0].base_layer, Int8Linear)
+    assert type(model[0].lora_A["default"]) is nn.Linear
+    assert (found - expected).std() < 0.02 * expected.std()
 
 
 def test_8_bit_is_for_the_cpu():

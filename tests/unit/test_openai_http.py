@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fixtures.openai_http import PROMPT, YES_NO, always, backend, generate, settings
 from fixtures.rows import make_list
-from fixtures.stub_server import Exchange, chat_reply
+from fixtures.stub_server import Exchange, Stub, chat_reply
+from fixtures.tiny_models import tiny_llama_tokenizer, tiny_sentencepiece_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from rerank_ray.errors import ConfigError
-from rerank_ray.models.openai_http import OpenAIHTTP
+from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.label_store import LabelStore, StoredBackend
+from rerank_ray.models.openai_http import OpenAIHTTP, _check_texts
 from rerank_ray.models.protocol import Answer, Failure, Generate, LogLikelihood, NextToken, Prompt
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Usage
+from rerank_ray.settings.jobs import StoreSettings
 from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
 
 # What is sent
@@ -125,13 +132,41 @@ def test_half_of_a_surrogate_pair_is_a_question_mark(serve):
 
 
 def test_a_refusal_and_a_content_filter_are_failures(serve):
-    replies = [chat_reply(None, refusal="I can't help with that."), chat_reply("half an", finish="content_filter")]
-    stub = serve(lambda e: e.send(replies[e.body["max_tokens"] % 2]))
+    replies = {
+        2: chat_reply(None, refusal="I can't help with that."),
+        3: chat_reply("half an", finish="content_filter"),
+    }
+    stub = serve(lambda e: e.send(replies.get(e.body["max_tokens"], chat_reply("Hi"))))
     refused, filtered = backend(stub).run([generate(2), generate(3)])
     paid = Usage(calls=1, prompt_tokens=10, output_tokens=2)
     assert refused == Failure(reason="the model refuses: I can't help with that.", usage=paid)
     assert "content filter" in filtered.reason
     assert filtered.usage == paid
+
+
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "error", "abort"])
+def test_an_answer_that_the_server_broke_off_is_a_failure(serve, tmp_path, reason: str):
+    """Half a text is no answer, and above all none to keep; it is billed all the same."""
+    broken = [True]
+    stub = serve(lambda e: e.send(chat_reply("[1] > [", finish=reason if e.number and broken else "stop")))
+    made, model = OpenAIHTTP(settings(stub)), settings(stub)
+    stored = StoredBackend(made, model, LabelStore(StoreSettings(uri=str(tmp_path))))
+    (result,) = stored.run([generate()])
+    assert "the server broke the answer off" in result.reason
+    assert reason in result.reason
+    assert result.usage == Usage(calls=1, prompt_tokens=10, output_tokens=2)
+    broken.clear()
+    (result,) = stored.run([generate()])
+    assert result.value == "[1] > ["
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut_off"),
+    [(None, False), ("eos_token", False), ("STOP", False), ("model_length", True), ("MAX_TOKENS", True)],
+)
+def test_how_other_servers_say_that_a_text_is_whole_or_at_its_limit(serve, reason, cut_off: bool):
+    (answer,) = backend(serve(always(chat_reply("[1]", finish=reason)))).run([generate()])
+    assert (answer.value, answer.cut_off) == ("[1]", cut_off)
 
 
 def test_labels_are_read_off_the_likeliest_tokens_by_their_exact_text(serve):
@@ -142,6 +177,71 @@ def test_labels_are_read_off_the_likeliest_tokens_by_their_exact_text(serve):
     assert answer.value == (-2.5, -0.25)
     body = stub.bodies[0]
     assert (body["logprobs"], body["top_logprobs"], body["max_tokens"], body["temperature"]) == (True, 4, 1, 0.0)
+
+
+# The model's turns have a space before the answer.
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def with_tokenizer(tiny_llama: Path, tmp_path: Path) -> Callable[[Stub, PreTrainedTokenizerFast], OpenAIHTTP]:
+    """Makes a backend whose prompts become tokens here, in the template `SPACED`."""
+
+    def made(stub: Stub, tokenizer: PreTrainedTokenizerFast) -> OpenAIHTTP:
+        folder = shutil.copytree(tiny_llama, tmp_path / "model")
+        tokenizer.chat_template = SPACED
+        tokenizer.save_pretrained(folder)
+        return backend(stub, api="completions", tokenizer=str(folder), top_logprobs=5)
+
+    return made
+
+
+def test_a_label_behind_a_space_is_read_off_the_token_that_holds_it(serve, with_tokenizer):
+    """What is likely there is " Yes", as hf_causal reads it; "Yes" is another token."""
+    top = {" Yes": -0.1, " No": -2.4, "No": -6.0, "Yes": -8.0}
+    stub = serve(always({"choices": [{"text": " Yes", "logprobs": {"top_logprobs": [top]}}]}))
+    made = with_tokenizer(stub, tiny_llama_tokenizer())
+    made.check_labels(YES_NO.labels, PROMPT)
+    assert made.run([YES_NO])[0].value == (-0.1, -2.4)
+
+
+def test_tokens_of_one_text_are_refused_where_the_server_tells_texts(serve, with_tokenizer):
+    """As vLLM's does, likeliest first: "Yes" is `▁Yes` with −0.3 and then, in its place, `Yes` with −7.5."""
+    stub = serve(always({"choices": [{"text": "Yes", "logprobs": {"top_logprobs": [{"Yes": -7.5, "No": -1.4}]}}]}))
+    made = with_tokenizer(stub, tiny_sentencepiece_tokenizer())
+    with pytest.raises(
+        ModelError, match=r"2 tokens of this tokenizer have the text 'Yes' \((Yes, ▁Yes|▁Yes, Yes)\).*return_tokens_as"
+    ):
+        made.check_labels(YES_NO.labels, PROMPT)
+
+
+@pytest.mark.parametrize("server", ["vLLM", "llama.cpp"])
+def test_tokens_of_one_text_are_told_apart_by_their_ids(serve, with_tokenizer, server: str):
+    tokenizer = tiny_sentencepiece_tokenizer()
+    values = {"▁Yes": -0.3, "▁No": -1.4, "Yes": -7.5, "No": -9.0}
+    ids = dict(zip(values, tokenizer.convert_tokens_to_ids(list(values)), strict=True))
+    if server == "vLLM":
+        logprobs = {"top_logprobs": [{f"token_id:{ids[name]}": value for name, value in values.items()}]}
+    else:
+        top = [{"id": ids[name], "token": name.replace("▁", " "), "logprob": value} for name, value in values.items()]
+        logprobs = {"content": [top[0] | {"top_logprobs": top}]}
+    stub = serve(always({"choices": [{"text": "Yes", "logprobs": logprobs}]}))
+    made = with_tokenizer(stub, tokenizer)
+    made.check_labels(YES_NO.labels, PROMPT)
+    assert made.run([YES_NO])[0].value == (-0.3, -1.4)
+
+
+def test_a_digits_byte_is_no_other_token_of_its_text():
+    """Gemma's decoder keeps spaces, so `▁1` and `1` differ; `<0x31>` is a 1 too, which no model writes."""
+    vocabulary = {name: i for i, name in enumerate(["<unk>", "<0x31>", "1", "▁1"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert [fast.decode([i]) for i in (1, 2, 3)] == ["1", "1", " 1"]
+    _check_texts(fast, ("1",), (2,))
 
 
 @pytest.mark.parametrize("top", [{"No": -0.1, "Maybe": -3.0}, {"No": -0.1, "Yes": -9999.0}])
@@ -242,6 +342,12 @@ def test_a_server_that_does_not_echo_is_found_at_the_start(serve, tiny_llama: Pa
     "reply", [{"choices": []}, {"choices": [{}]}, {"object": "list"}, {"choices": [{"message": {"content": 3}}]}]
 )
 def test_an_answer_of_another_shape_is_a_failure(serve, reply):
-    stub = serve(always(reply))
-    result = backend(stub).run([generate()])[0]
+    stub = serve(lambda e: e.send(reply if e.number else chat_reply("Hi")))
+    made = OpenAIHTTP(settings(stub))
+    result = made.run([generate()])[0]
     assert "unexpected answer" in result.reason
+
+
+def test_a_server_need_not_count_tokens(serve):
+    (answer,) = backend(serve(always(chat_reply("ok") | {"usage": None}))).run([generate()])
+    assert answer == Answer(value="ok", usage=Usage(calls=1))

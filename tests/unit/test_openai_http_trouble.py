@@ -70,6 +70,8 @@ TROUBLES: dict[str, Behaviour] = {
     "half an answer": lambda e: e.send_half({"choices": [1, 2, 3]}),
     "half a document": lambda e: e.send('{"choices": [{"mess'),
     "not an object": lambda e: e.send("[]"),
+    "a 502 sent as an answer": lambda e: e.send({"error": {"code": 502, "message": "Provider returned error"}}),
+    "an error sent as an answer": lambda e: e.send({"error": "overloaded", "choices": []}),
 }
 
 
@@ -127,6 +129,13 @@ def test_a_bad_request_is_not_repeated(serve):
     stub = serve(lambda e: e.send({"error": {"message": message}}, 400))
     assert post(stub, 1) == [Failure(reason=f"HTTP 400: {message}")]
     assert len(stub.requests) == 1
+
+
+def test_an_error_sent_as_an_answer_is_treated_like_its_status(serve):
+    refused = serve(lambda e: e.send({"error": {"code": 400, "message": "too long"}}))
+    assert post(refused, 1) == [Failure(reason="HTTP 200: too long")]
+    with pytest.raises(UnavailableError, match="HTTP 200: no credit"):
+        post(serve(lambda e: e.send({"error": {"code": 402, "message": "no credit"}})), 1)
 
 
 def test_retry_after_is_waited_for_by_everyone(serve):
@@ -221,6 +230,20 @@ def test_what_every_call_would_meet_stops_the_job(serve, status):
     assert len(stub.requests) == 1
 
 
+def test_one_text_that_a_server_forbids_fails_alone(serve):
+    """OpenRouter's moderation and gateways that look for code answer so to one call, and the next is welcome."""
+    message = "your input was flagged"
+
+    def behaviour(exchange: Exchange) -> None:
+        if exchange.body["n"] == 2:
+            exchange.send({"error": {"code": 403, "message": message}}, 403)
+        else:
+            exchange.send({"n": exchange.body["n"]})
+
+    results = post(serve(behaviour), 4, concurrency=1)
+    assert results == [{"n": 0}, {"n": 1}, Failure(reason=f"HTTP 403: {message}"), {"n": 3}]
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_key_that_is_revoked_is_no_rows_error(serve, count: int):
     """However few rows a batch has: all others would be written as errors too, at the cost of going through them."""
@@ -297,6 +320,19 @@ def test_a_first_request_that_is_refused_stops_the_job(serve):
     stub = serve(lambda e: e.send({"detail": "Unsupported parameter: 'max_tokens'"}, 400))
     with pytest.raises(ModelError, match="first request failed: HTTP 400: Unsupported parameter: 'max_tokens'"):
         OpenAIHTTP(settings(stub))
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_logprobs": 5}])
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"status": "ok"}, "first request failed: unexpected answer: choices: Field required"),
+        (chat_reply("Hi", finish="abort"), "first request failed: the server broke the answer off: .*'abort'"),
+    ],
+)
+def test_a_server_whose_answers_can_not_be_read_is_found_at_the_start(serve, reply, message, changes):
+    with pytest.raises(ModelError, match=message):
+        OpenAIHTTP(settings(serve(always(reply)), **changes))
 
 
 # The key

@@ -191,6 +191,20 @@ class TestOnTheStandIn:
         assert [r.log_probability for r in results] == pytest.approx(expected_logs, abs=1e-4)
         assert [r.usage.output_tokens for r in results] == [e.usage.output_tokens for e in expected]
 
+    def test_an_answer_that_the_engine_broke_off_is_a_failure(self, tiny_llama, monkeypatch):
+        one = backend(tiny_llama)
+        whole = one._llm.generate
+
+        def aborted(*arguments, **options):
+            outputs = whole(*arguments, **options)
+            outputs[0].outputs[0].finish_reason = "abort"
+            return outputs
+
+        monkeypatch.setattr(one._llm, "generate", aborted)
+        broken, good = one.run([Generate(prompt=PROMPTS[0], max_tokens=3)] * 2)
+        assert broken == Failure(reason="vLLM broke the answer off: finish_reason 'abort'")
+        assert not isinstance(good, Failure)
+
     def test_a_prompt_that_does_not_fit_fails_alone(self, tiny_llama):
         long = Prompt(parts=("the cat " * 400, "."), passages=("dog",))
         good = NextToken(prompt=PROMPTS[0], labels=("Yes", "No"))
