@@ -1,6 +1,6 @@
 """What reinforcement did to a small model: the curves of a finished `rerank-ray reinforce` run.
 
-rerank-ray ingest beir $RERANK_RAY_DATA/cranfield --split train --depth 20 --out data/cranfield-train
+rerank-ray ingest beir $RERANK_RAY_DATA/cranfield --split train --depth 30 --out data/cranfield-train
 rerank-ray label configs/label/first-stage.yaml --set input=data/cranfield-train --run runs/cranfield-first-stage
 rerank-ray reinforce configs/reinforce/smollm2.yaml --run runs/smollm2
 python benchmarks/reinforcement.py runs/smollm2

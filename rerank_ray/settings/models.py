@@ -15,8 +15,8 @@ class ModelSettings(Settings):
     """A model and how its engine runs it."""
 
     path: str
-    """Hub id (`org/name`), local folder, or `package://NAME/path` of an installed Python package; a path that ends in
-    `.gguf` is a GGUF file."""
+    """Hub id (`org/name`), a folder (its URI too: it is copied to the worker), or `package://NAME/path` of an installed
+    Python package; a path that ends in `.gguf` is a GGUF file, on this machine, of a package or of the hub."""
     revision: str | None = None
     """Hub commit or tag; refused for folders and packages, which have none."""
     device: str = "auto"

@@ -368,7 +368,7 @@ class PermutationSelfConsistencySettings(WindowSettings):
 
 
 class GroupRankSettings(ListwiseSettings):
-    """Scores from 0 to 10 for every passage of random groups, averaged over shuffles (GroupRank)."""
+    """Grades from 0 to 10 for every passage of random groups; a score is their mean over shuffles / 10 (GroupRank)."""
 
     method: Literal["group_rank"] = "group_rank"
     model: LanguageModelSettings
@@ -448,7 +448,8 @@ class EnsembleSettings(CompositionSettings):
     rankers: Annotated[list[RankerSettings], Field(min_length=1)]
     """Each ranks every query."""
     combine: FusionMethod = "zscore"
-    """How scores of one query become comparable before they are averaged."""
+    """How scores of one query become comparable before they are averaged; kemeny: the order that disagrees least with
+    the rankers'."""
     weights: list[PositiveFloat] | None = None
     """One weight a ranker; null weighs all alike."""
 
