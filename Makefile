@@ -6,7 +6,7 @@ BIN := .venv/bin
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test test-all lint chaos bench clean
+.PHONY: install quickstart test test-all lint chaos interop bench clean
 
 install: .venv/.installed
 
@@ -34,6 +34,12 @@ lint: install
 # Kills drivers and workers, fills a disk, and checks that nothing is lost or written twice.
 chaos: install
 	$(BIN)/pytest tests/integration -k "killed or kills or full_disk"
+
+# FlagEmbedding's own layer-wise reader on students of ours. It needs transformers 4: an environment of its own.
+interop: install
+	test -x build/flagembedding-layerwise/bin/python || $(BIN)/python -m venv build/flagembedding-layerwise
+	build/flagembedding-layerwise/bin/python -m pip install --quiet -r tests/fixtures/flagembedding_layerwise.txt
+	$(BIN)/pytest tests/integration/test_flagembedding_layerwise.py
 
 bench: install
 	$(BIN)/python benchmarks/label_job.py

@@ -1,9 +1,7 @@
 """FlagEmbedding's own layer-wise reader on a student of ours that was exported for it.
 
-It needs transformers 4, so it runs in a virtual environment of its own, and the test is skipped where that is missing:
-
-    python -m venv build/flagembedding-layerwise
-    build/flagembedding-layerwise/bin/pip install -r tests/fixtures/flagembedding_layerwise.txt
+It needs transformers 4, so it runs in a virtual environment of its own, which `make interop` makes; without it the test is
+skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / "build" / "flagembedding-layerwise" / "bin" / "python"
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(),
-    reason="no build/flagembedding-layerwise: a virtual environment with tests/fixtures/flagembedding_layerwise.txt",
+    reason="no build/flagembedding-layerwise: `make interop` makes it and runs this test",
 )
 
 
