@@ -7,10 +7,11 @@ import json
 from tensorboardX import SummaryWriter
 
 from rerank_ray import storage
+from rerank_ray.report.tables import duration
 
 
 class MetricsLog:
-    """Appends each validation's metrics to the run folder; a resumed run drops what came after its checkpoint.
+    """Appends lines of metrics to the run folder; a resumed run drops what came after its checkpoint.
 
     TensorBoard events are written when the run folder is local (its writer needs a file to append to).
     """
@@ -44,16 +45,15 @@ def policy_summary_line(metrics: dict) -> str:
 
 
 def summary_line(metrics: dict) -> str:
-    """One line for people: step, validation nDCG@10, losses and pairs per second; of a warm-up, step and KL."""
+    """One line for people: step, nDCG@10 of a validation, losses, pairs per second, time left; of a warm-up, its KL."""
     if metrics["step"] < 0:
         kl = {n.split("/")[1].removeprefix("layer_"): v for n, v in metrics.items() if n.startswith("exit_warm_up/")}
         done = metrics["total_steps"] + metrics["step"] + 1
         told = ", ".join(f"{value:.4f} at layer {layer}" for layer, value in kl.items())
         return f"exit warm-up {done}/{metrics['total_steps']}, KL {told}"
-    parts = [
-        f"step {metrics['step']}/{metrics['total_steps']}",
-        f"validation nDCG@10 {metrics['validation_ndcg@10']:.4f} (best at step {metrics['best_step']})",
-    ]
+    parts = [f"step {metrics['step']}/{metrics['total_steps']}"]
+    if "validation_ndcg@10" in metrics:
+        parts.append(f"validation nDCG@10 {metrics['validation_ndcg@10']:.4f} (best at step {metrics['best_step']})")
     if "trained_share" in metrics:
         parts.append(f"with {metrics['trained_share']:g} of the trained weights")
     parts += [
@@ -62,5 +62,6 @@ def summary_line(metrics: dict) -> str:
     skipped = {n.removeprefix("skipped_queries/"): v for n, v in metrics.items() if n.startswith("skipped_queries/")}
     parts += [f"{count} queries skipped by {name}" for name, count in skipped.items() if count]
     if "pairs_per_second" in metrics:
-        parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s")
+        left = (metrics["total_steps"] - metrics["step"]) * metrics["seconds_per_step"]
+        parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s, {duration(left)} left")
     return ", ".join(parts)

@@ -56,3 +56,9 @@ def set_learning_rate(
         factor = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[settings.decay]
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def current_learning_rate(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> float:
+    """Of the pretrained weights, as they stand; of a first step that is still to be taken, the highest."""
+    group = optimizer.param_groups[0]
+    return settings.learning_rate * group["lr"] / group["peak_lr"]

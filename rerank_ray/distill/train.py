@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import is_in_warm_up, warm_up
 from rerank_ray.distill.labels import LabelSet, Steps
-from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
+from rerank_ray.distill.optimizer import current_learning_rate, make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
@@ -64,18 +64,39 @@ def train(
     report: Report,
     resume: Path | None = None,
     data: LabelSet | None = None,
+    log: Callable[[dict], None] = lambda metrics: None,
 ) -> None:
     """Distil a student; resumes exactly from a checkpoint folder.
 
     Validation runs before the first step too, so that a student which training only makes worse is kept as it was.
+
+    Args:
+        log: takes the metrics between validations, which have no checkpoint.
     """
     trainer = Trainer(settings, world, resume, data, report=report)
     if not trainer.resumed:
-        trainer.validate_and_report(report, {})
+        trainer.validate_and_report(report)
     while not trainer.finished:
-        losses = trainer.train_step()
-        if trainer.progress.step % settings.validation.every_steps == 0 or trainer.progress.step == trainer.total_steps:
-            trainer.validate_and_report(report, losses)
+        trainer.train_step()
+        step = trainer.progress.step
+        if step % settings.validation.every_steps == 0 or step == trainer.total_steps:
+            trainer.validate_and_report(report)
+        elif step % settings.log_every_steps == 0:
+            log(trainer.training_metrics())
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What this worker's steps since the last line of metrics were; tensors stay on the device."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    pairs: float = 0.0
+    tokens: int = 0
+    padded_tokens: int = 0
+    gradient_norms: torch.Tensor | float = 0.0
+    losses: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    """Of each term, over all workers: its sum over the queries that it teaches, and their number."""
 
 
 class Trainer:
@@ -121,7 +142,7 @@ class Trainer:
             self.parallel.load_state(resume)
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future[StepData]] | None = None
-        self._since_validation = {"pairs": 0, "padded_tokens": 0, "tokens": 0, "seconds": 0.0}
+        self._seen = _Seen()
         names = term_names(t.loss for t in settings.objective.losses)
         self._skipped: dict[str, int | torch.Tensor] = dict.fromkeys(names, 0)
 
@@ -177,7 +198,9 @@ class Trainer:
             parameters = [p.detach() for p in self.trained]
             torch._foreach_lerp_(self.average, parameters, 1.0 - self.settings.optimizer.averaging)
         self.progress.step += 1
-        self._since_validation["seconds"] += time.perf_counter() - started
+        self._seen.steps += 1
+        self._seen.gradient_norms = self._seen.gradient_norms + norm
+        self._seen.seconds += time.perf_counter() - started
         return {**losses, "gradient_norm": norm}
 
     def _step_data(self) -> StepData:
@@ -226,14 +249,16 @@ class Trainer:
                 terms = self._objective([data.groups[q] for q in chunk], pairs, is_cached)
                 self.parallel.backward((factor if own else 0.0) * terms["total"].loss.sum())
             counted = float(own and data.counts)
-            self._since_validation["pairs"] += counted * len(pairs)
+            self._seen.pairs += counted * len(pairs)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + counted * _sum_and_count(term)
         if self.world.size > 1:
             torch.distributed.all_reduce(totals := torch.stack(list(sums.values())))
             sums = dict(zip(sums, totals, strict=True))
-        for name in self._skipped:
-            self._skipped[name] = self._skipped[name] + data.queries - sums[name][1]
+        for name, (_, count) in sums.items():
+            if name in self._skipped:
+                self._skipped[name] = self._skipped[name] + data.queries - count
+            self._seen.losses[name] = self._seen.losses.get(name, 0.0) + sums[name]
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
     def _is_cached(self, tokens: int) -> bool:
@@ -273,9 +298,9 @@ class Trainer:
         batches = []
         for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
             inputs = self.student.batch([encoded[i] for i in indices], packed=True)
-            self._since_validation["padded_tokens"] += inputs.get("places", inputs["input_ids"]).numel()
+            self._seen.padded_tokens += inputs.get("places", inputs["input_ids"]).numel()
             batches.append((torch.tensor(indices), inputs))
-        self._since_validation["tokens"] += sum(lengths)
+        self._seen.tokens += sum(lengths)
         return batches
 
     def _autocast(self) -> torch.autocast:
@@ -323,12 +348,12 @@ class Trainer:
             yield trained
             torch._foreach_copy_(self.trained, trained)
 
-    def validate_and_report(self, report: Report, losses: dict[str, torch.Tensor | float]) -> None:
+    def validate_and_report(self, report: Report) -> None:
         """Validate the weights that would be kept, and report them as a checkpoint."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             with self.kept_weights() as trained:
-                metrics = self._validation_metrics(losses)
+                metrics = self._validation_metrics()
                 self.parallel.save_student(folder / checkpoints.STUDENT)
             self.parallel.save_state(folder)
             if self.world.rank == 0:
@@ -339,10 +364,35 @@ class Trainer:
                 checkpoints.save(folder, self.progress, trained, average, self.start)
             report(metrics, folder if any(folder.iterdir()) else None)
 
-    def _validation_metrics(self, losses: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    def training_metrics(self) -> dict[str, float]:
+        """Where training stands, and means over the steps since the last line of metrics, which this begins anew."""
+        seen, self._seen = self._seen, _Seen()
+        metrics = {
+            "step": self.progress.step,
+            "epoch": self.progress.step / self.steps.per_epoch,
+            "learning_rate": current_learning_rate(self.parallel.optimizer, self.settings.optimizer),
+            "total_steps": self.total_steps,
+        }
+        if not seen.steps:
+            return metrics
+        if self.device.type == "cuda":
+            # Steps are queued; what the device still has to do is time of theirs.
+            started = time.perf_counter()
+            torch.cuda.synchronize(self.device)
+            seen.seconds += time.perf_counter() - started
+        means = {name: float(total / count.clamp(min=1)) for name, (total, count) in seen.losses.items()}
+        return metrics | {
+            **{f"loss/{name}": value for name, value in means.items()},
+            "gradient_norm": float(seen.gradient_norms) / seen.steps,
+            "pairs_per_second": self.world.size * seen.pairs / seen.seconds,
+            "seconds_per_step": seen.seconds / seen.steps,
+            "padding_share": 1 - seen.tokens / seen.padded_tokens,
+        }
+
+    def _validation_metrics(self) -> dict[str, float]:
         """Validate, and note whether this is the best step."""
         progress = self.progress
-        rates = self._rates() | self._skip_counts()
+        training = self.training_metrics() | self._skip_counts()
         started = time.perf_counter()
         share, by_layer = self._validate_shares()
         # A layer-wise student is kept for the sake of all its exits.
@@ -352,22 +402,16 @@ class Trainer:
         else:
             progress.validations_without_best += 1
         metrics = {
-            "step": progress.step,
-            "epoch": progress.step / self.steps.per_epoch,
+            **training,
             "validation_ndcg@10": ndcg,
             **(self.warm_up_metrics if progress.step == 0 else {}),
-            **{f"loss/{name}": float(value) for name, value in losses.items()},
-            **rates,
-            "learning_rate": self.parallel.optimizer.param_groups[0]["lr"],
             "validation_seconds": time.perf_counter() - started,
             "best_step": progress.best_step,
-            "total_steps": self.total_steps,
         }
         if self.start is not None:
             metrics["trained_share"] = share
         if len(by_layer) > 1:
             metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
-        self._since_validation = dict.fromkeys(self._since_validation, 0)
         return metrics
 
     def _validate_shares(self) -> tuple[float, list[float]]:
@@ -391,23 +435,9 @@ class Trainer:
             mix(best)
         return best, results[best]
 
-    def _rates(self) -> dict[str, float]:
-        seen = self._since_validation
-        if not seen["seconds"]:
-            return {}
-        if self.device.type == "cuda":
-            # Steps are queued; what the device still has to do is time of theirs.
-            started = time.perf_counter()
-            torch.cuda.synchronize(self.device)
-            seen["seconds"] += time.perf_counter() - started
-        return {
-            "pairs_per_second": self.world.size * seen["pairs"] / seen["seconds"],
-            "padding_share": 1 - seen["tokens"] / seen["padded_tokens"],
-        }
-
     def _skip_counts(self) -> dict[str, int]:
         """How often each term skipped a query since the last validation, over all workers."""
-        if not self._since_validation["seconds"]:
+        if not self.progress.step:
             return {}
         counts = {f"skipped_queries/{name}": int(count) for name, count in self._skipped.items()}
         self._skipped = dict.fromkeys(self._skipped, 0)

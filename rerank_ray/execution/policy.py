@@ -11,7 +11,7 @@ from rerank_ray.distill.grpo import reinforce
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.rationale import distill_rationales
-from rerank_ray.execution.train import absolute_if_there, absolute_template, fit, work
+from rerank_ray.execution.train import absolute_if_there, absolute_template, fit, metrics_log, work
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
@@ -52,7 +52,7 @@ def train_policy(
 def _worker(config: dict) -> None:
     settings_class, loop, _ = _JOBS[config["kind"]]
     settings = settings_class.model_validate(config["settings"])
-    work(config["run"], settings.execution, partial(loop, settings, data=config["data"]))
+    work(metrics_log(config["run"]), settings.execution, partial(loop, settings, data=config["data"]))
 
 
 def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> ReinforceSettings | RationaleSettings:

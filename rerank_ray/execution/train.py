@@ -180,18 +180,25 @@ def _resources(execution: TrainingExecutionSettings) -> dict[str, float]:
 
 def _worker(config: dict) -> None:
     settings = DistillSettings.model_validate(config["settings"])
-    work(config["run"], settings.execution, partial(train, settings, data=config["labels"]))
+    log = metrics_log(config["run"])
+    own = {"log": log.write} if log is not None else {}
+    work(log, settings.execution, partial(train, settings, data=config["labels"], **own))
 
 
-def work(run_uri: str, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:
-    """What every worker runs: a Ray-free training loop, with Ray Train's ranks, checkpoints and reports."""
+def metrics_log(run_uri: str) -> MetricsLog | None:
+    """The run's metrics on the first worker, which writes them; None on others."""
+    return MetricsLog(run_uri) if ray.train.get_context().get_world_rank() == 0 else None
+
+
+def work(log: MetricsLog | None, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:
+    """What every worker runs: a Ray-free training loop, with Ray Train's ranks, checkpoints and reports, whose metrics
+    the first worker logs."""
     engine.use_threads(execution.cpus_per_worker, execution.gpus_per_worker)
     if execution.gpus_per_worker:
         # Workers of one node see all of its GPUs; "cuda" then means this worker's own.
         torch.cuda.set_device(ray.train.torch.get_device())
     context = ray.train.get_context()
     world = World(rank=context.get_world_rank(), size=context.get_world_size())
-    log = MetricsLog(run_uri) if world.rank == 0 else None
 
     def report(metrics: dict, folder: Path | None) -> None:
         if log is not None:

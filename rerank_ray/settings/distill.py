@@ -108,6 +108,9 @@ class DistillSettings(Settings):
     """Ends training earlier; the learning rate's schedule follows."""
     queries_per_step: PositiveInt = 4
     """Queries in one optimizer step, over all workers."""
+    log_every_steps: PositiveInt = 10
+    """Between two validations: how often losses, gradient norm, learning rate and speed are written, as means since the
+    last line."""
     tokens_per_micro_batch: PositiveInt = 2048
     """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
     tokens_per_backward: PositiveInt = 4096

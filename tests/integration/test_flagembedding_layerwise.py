@@ -1,7 +1,7 @@
 """FlagEmbedding's own layer-wise reader on a student of ours that was exported for it.
 
-It needs transformers 4, so it runs in a virtual environment of its own, which `make interop` makes; without it the test is
-skipped.
+It needs transformers 4, so it runs in a virtual environment of its own, which `make interop` makes; without it the test
+is skipped.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def test_the_trainer_warms_up_before_it_validates_and_not_when_it_resumes(tiny_b
         for a, b in zip(resumed.student.parameters(), trainer.student.parameters(), strict=True):
             assert torch.equal(a, b)
 
-    trainer.validate_and_report(keep, {})
+    trainer.validate_and_report(keep)
     assert seen[0]["exit_warm_up/seconds"] > 0
     start = student_of(tiny_bert).backbone.state_dict()
     assert any(not torch.equal(start[k], v) for k, v in trainer.student.backbone.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_the_best_share_of_the_trained_weights_is_kept(labels: str, tiny_bert: P
     last = reports.metrics[4]
     assert last["trained_share"] == best
     assert last["validation_ndcg@10"] == pytest.approx(by_share[best])
-    assert "trained_share" not in undisturbed._validation_metrics({})
+    assert "trained_share" not in undisturbed._validation_metrics()
     saved = load_file(reports.checkpoint(4) / STUDENT / "model.safetensors")
     name, weight = next((n, p) for n, p in undisturbed.student.backbone.named_parameters() if "query.weight" in n)
     before = dict(start.student.backbone.named_parameters())[name]
@@ -177,6 +178,33 @@ def test_the_next_step_is_prepared_meanwhile(labels: str, tiny_bert: Path):
         assert found.encoded == expected[step].encoded
         assert (trainer._next is None) == (step == 7)
         trainer.progress.step += 1
+
+
+@pytest.mark.parametrize("head", ["linear", "similarity"])
+def test_metrics_come_between_validations(labels: str, tiny_bert: Path, tmp_path: Path, head: str):
+    """Means over the steps since the last line, at the rate of the pretrained weights; they change no weight."""
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 1e-2, "warmup_fraction": 0.0}
+    chosen = {"max_steps": 4, "validation": {"every_steps": 3}, "student": {"head": head}, "optimizer": rates}
+    reports, lines = Reports(tmp_path / "logged"), []
+    train(settings(labels, tiny_bert, log_every_steps=2, **chosen), World(), reports, log=lines.append)
+    assert [line["step"] for line in lines] == [2]
+    assert sorted(reports.metrics) == [0, 3, 4]
+    quiet = Reports(tmp_path / "quiet")
+    train(settings(labels, tiny_bert, log_every_steps=100, **chosen), World(), quiet)
+    assert weights(quiet.checkpoint(4)) == weights(reports.checkpoint(4))
+
+    trainer = Trainer(settings(labels, tiny_bert, **chosen), World(), None)
+    steps = [trainer.train_step() for _ in range(4)]
+    total = [float(step["total"]) for step in steps]
+    norms = [float(step["gradient_norm"]) for step in steps]
+    for line, first, last in ((lines[0], 0, 2), (reports.metrics[3], 2, 3), (quiet.metrics[3], 0, 3)):
+        assert line["loss/total"] == pytest.approx(statistics.fmean(total[first:last]), rel=1e-4)
+        assert line["gradient_norm"] == pytest.approx(statistics.fmean(norms[first:last]), rel=1e-4)
+        assert line["pairs_per_second"] > 0
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 3 / 4)
+    assert "validation_ndcg@10" not in lines[0]
+    assert summary_line(lines[0]).startswith("step 2/4, ")
+    assert summary_line(lines[0]).endswith(" left")
 
 
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
