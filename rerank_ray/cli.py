@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     try:
         options.command(options, console)
-    except RerankRayError as error:
+    except (RerankRayError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -65,7 +65,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         export_onnx(model, partial, int8=int8)
         for weights in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
             weights.unlink()
-    (partial / CARD).write_text(_card(model, Path(student), form, int8))
+    storage.write_text(partial / CARD, _card(model, Path(student), form, int8))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

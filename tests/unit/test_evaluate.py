@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.full_disk import full_disk
 from rich.console import Console
 
-from rerank_ray import schema
+from rerank_ray import cli, schema
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.evaluate import SourceKind, evaluate_sources, load_rankings, print_report
 
@@ -209,3 +210,20 @@ def test_a_run_that_has_not_ended_is_not_evaluated(tmp_path: Path, state: str, r
     (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": "rerank", "state": state}))
     with pytest.raises(RunError, match="this rerank run is running") if refused else nullcontext():
         assert load_rankings(run).rankings == {"q1": ("a",)}
+
+
+@pytest.mark.parametrize("place", ["out.json", "qrels.txt/out.json"])
+def test_a_report_that_can_not_be_written_is_one_line(tmp_path: Path, qrels: str, place: str, capsys) -> None:
+    """On a full disk, and below a file."""
+    run = write_run(tmp_path / "run", [ranking_row("q1", ["c"])], schema.RANKINGS)
+    with full_disk(100):
+        assert cli.main(["evaluate", run, "--qrels", qrels, "--json", str(tmp_path / place)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / place}: can't be written")
+
+
+def test_a_refusal_of_the_system_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Whatever it is that can't be opened."""
+    monkeypatch.setattr("rerank_ray.evaluate.evaluate_sources", lambda *_, **__: (tmp_path / "locked").read_text())
+    assert cli.main(["evaluate", "run", "--qrels", "qrels"]) == 1
+    assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path / 'locked'}'\n"
