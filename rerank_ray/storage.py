@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import posixpath
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -117,6 +118,22 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
             stream.write(data)
         if target != path:
             fs.move(target, path)
+
+
+def check_writable(uri: str | os.PathLike[str]) -> None:
+    """Find before the work for a file that it can't be written afterwards: writes one beside it for a moment.
+
+    Raises:
+        RunError: it can't be written, or is a folder.
+    """
+    if is_directory(uri):
+        raise RunError(f"{os.fspath(uri)}: is a folder: name a file to write")
+    fs, path = open_filesystem(uri)
+    probe = f"{path}.{uuid.uuid4().hex}.probe"
+    with writing(uri):
+        fs.create_dir(posixpath.dirname(path), recursive=True)
+        fs.open_output_stream(probe).close()
+        fs.delete_file(probe)
 
 
 def delete_directory(uri: str | os.PathLike[str]) -> None:
