@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from rerank_ray import config
+from rerank_ray import config, storage
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError
@@ -86,7 +86,7 @@ def calibrate_exit(
     branch_layers = model.description.branch_layers
     found = calibrate([scores for _, scores, _ in measured], loss, max_loss, model.layers, branch_layers)
     changed = json.loads(description.read_text()) | {"exit_margins": found.margins}
-    description.write_text(json.dumps(changed, indent=2) + "\n")
+    storage.write_text(description, json.dumps(changed, indent=2) + "\n")
     return Report(layers=model.layers, lists=len(ndcg), ndcg=tuple(ndcg.mean(0).tolist()), calibration=found)
 
 

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     try:
         options.command(options, console)
-    except RerankRayError as error:
+    except (RerankRayError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -154,6 +154,7 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--qrels", required=True, metavar="FILE", help="TREC qrels or BEIR TSV")
     evaluate.add_argument("--metrics", metavar="M,M,…", help="default: ndcg@10,mrr@10,map,recall@100")
     evaluate.add_argument("--json", metavar="FILE", help="also write everything, per-query values included")
+    evaluate.add_argument("--per-query", metavar="FILE", help="also write a TSV: query_id, metric, a column a system")
     evaluate.set_defaults(command=_evaluate)
 
 
@@ -306,15 +307,21 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.evaluate import DEFAULT_METRICS, evaluate_sources, print_report
 
     metrics = options.metrics.split(",") if options.metrics else DEFAULT_METRICS
+    for file in filter(None, (options.json, options.per_query)):
+        storage.check_writable(file)
     report = evaluate_sources(options.rankings, qrels=options.qrels, metrics=metrics)
     print_report(report, console)
     if options.json:
         storage.write_text(options.json, json.dumps(report.to_dict(), indent=1) + "\n")
+    if options.per_query:
+        storage.write_text(options.per_query, report.per_query_tsv())
 
 
 def _audit(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.audit import audit, print_audit
 
+    if options.json:
+        storage.check_writable(options.json)
     report = audit(
         options.label_run,
         against=options.against,

@@ -7,7 +7,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -43,28 +44,30 @@ def load(model: type[S], path: str | os.PathLike[str], overrides: Sequence[str] 
     Raises:
         ConfigError: listing every fault with its path in the file.
     """
-    source = os.fspath(path)
-    return validate(model, expand(apply_overrides(read_yaml(path), overrides), source), source)
+    unset: dict[str, str] = {}
+    content = expand(apply_overrides(read_yaml(path), overrides), unset)
+    return validate(model, content, os.fspath(path), unset)
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def expand(value: Any, source: str) -> Any:
+def expand(value: Any, unset: dict[str, str], path: str = "") -> Any:
     """Replace `${NAME}` in every string by the environment variable of that name.
 
-    Raises:
-        ConfigError: the variable is not set.
+    A string with a variable that is not set stays as it is, and its fault is added to `unset` by its path in the file.
     """
     if isinstance(value, dict):
-        return {k: expand(v, source) for k, v in value.items()}
+        return {k: expand(v, unset, f"{path}.{k}".removeprefix(".")) for k, v in value.items()}
     if isinstance(value, list):
-        return [expand(v, source) for v in value]
+        return [expand(v, unset, f"{path}.{i}") for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
-    missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+    missing = [name for name in dict.fromkeys(_VARIABLE.findall(value)) if name not in os.environ]
     if missing:
-        raise ConfigError(f"{source}: {value!r}: the environment variable {missing[0]} is not set")
+        which = f"variable {missing[0]} is" if len(missing) == 1 else f"variables {', '.join(missing)} are"
+        unset[path] = f"the environment {which} not set (given: {value!r})"
+        return value
     return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
 
@@ -157,18 +160,28 @@ def _index(key: str, items: list, override: str) -> int:
     return int(key)
 
 
-def validate(model: type[S], content: dict, source: str) -> S:
-    """Validate a mapping; `source` names it in errors."""
+def validate(model: type[S], content: dict, source: str, unset: Mapping[str, str] = MappingProxyType({})) -> S:
+    """Validate a mapping; `source` names it in errors, which also tell the faults in `unset` that `expand` found.
+
+    Raises:
+        ConfigError: listing every fault with its path in the mapping.
+    """
+    faults = [f"{path}: {fault}" for path, fault in unset.items()]
     try:
-        return model.model_validate(content)
+        settings = model.model_validate(content)
     except ValidationError as error:
-        faults = [_describe(fault, model) for fault in error.errors()]
+        for fault in error.errors():
+            keys, parent = _walk(model, fault["loc"])
+            # What else is wrong with a value that lacks a variable can't be said.
+            if ".".join(keys) not in unset:
+                faults.append(_describe(fault, keys, parent))
+    if faults:
         count = "1 error" if len(faults) == 1 else f"{len(faults)} errors"
-        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+        raise ConfigError(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+    return settings
 
 
-def _describe(fault: dict, model: type[BaseModel]) -> str:
-    keys, parent = _walk(model, fault["loc"])
+def _describe(fault: dict, keys: list[str], parent: type[BaseModel] | None) -> str:
     path = ".".join(keys) or "(top level)"
     if fault["type"] == "extra_forbidden":
         known = sorted(parent.model_fields) if parent else []

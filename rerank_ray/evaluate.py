@@ -5,6 +5,8 @@ Documents' texts are never read: of Parquet files only ids and scores are decode
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import posixpath
 import re
@@ -94,6 +96,17 @@ class EvaluationReport:
             },
             "significance": [asdict(c) for c in self.comparisons],
         }
+
+    def per_query_tsv(self) -> str:
+        """A line for each metric and query of the qrels, tabs between: query_id, metric, and every system's value."""
+        values = [system.result.per_query for system in self.systems.values()]
+        text = io.StringIO()
+        table = csv.writer(text, "excel-tab", lineterminator="\n")
+        table.writerow(["query_id", "metric", *self.systems])
+        for metric in self.metrics:
+            columns = [by_metric[metric.name] for by_metric in values]
+            table.writerows([query_id, metric.name, *(c[query_id] for c in columns)] for query_id in columns[0])
+        return text.getvalue()
 
 
 def _counts(system: SystemReport) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from safetensors import SafetensorError
 
 from rerank_ray import storage
 from rerank_ray.errors import ConfigError
@@ -42,6 +43,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         ConfigError: not a student, OUT is in the way or holds other things than a model, int8 of another form, or the
             extra `onnx` is missing.
         ModelError: the student has no head on that layer, or its architecture can't be exported in this form.
+        RunError: OUT can't be written.
     """
     student = str(description_of(student).parent)
     if int8 and form != "onnx":
@@ -57,17 +59,30 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     # Beside OUT until it is whole, so that what stands there is never half an export.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if form == "flagembedding-layerwise":
-        write_flagembedding(model, partial)
-    else:
-        model.save(partial)
+    card = _card(model, Path(student), form, int8)
+    try:
+        with storage.writing(out):
+            _write(model, partial, form, int8)
+            (partial / CARD).write_text(card)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: Student, folder: Path, form: Form, int8: bool) -> None:
+    try:
+        if form == "flagembedding-layerwise":
+            write_flagembedding(model, folder)
+        else:
+            model.save(folder)
+    except SafetensorError as error:
+        # What the system refuses it does not raise as the system's error.
+        raise OSError(error) from error
     if form == "onnx":
-        export_onnx(model, partial, int8=int8)
-        for weights in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
+        export_onnx(model, folder, int8=int8)
+        for weights in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
             weights.unlink()
-    (partial / CARD).write_text(_card(model, Path(student), form, int8))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _check_replaceable(folder: Path, student: Path, *, overwrite: bool) -> None:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import __version__, storage
 from rerank_ray.config import Settings
-from rerank_ray.errors import InputError, UnavailableError
+from rerank_ray.errors import InputError, RunError, UnavailableError
 from rerank_ray.models.protocol import (
     Answer,
     Backend,
@@ -153,7 +153,7 @@ class LabelStore:
             self._bytes += size
             if len(self._own) >= _WRITES_UNTIL_MERGED:
                 self._merge_own()
-        except OSError:
+        except (OSError, RunError):
             self.counts.failed_writes += 1
 
     def _add(self, name: str, table: pa.Table) -> None:
@@ -203,7 +203,7 @@ def prepare(settings: StoreSettings) -> None:
     try:
         storage.write_bytes(probe, b"")
         storage.delete_file(probe)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, RunError, pa.ArrowInvalid) as error:
         raise InputError(f"store.uri: {settings.uri}: can't be written as a label store: {error}") from error
     with contextlib.suppress(OSError):
         _drop_oldest(settings.uri, int((1 - _FREED) * settings.max_gb * 2**30))
@@ -215,7 +215,7 @@ def tidy(settings: StoreSettings) -> None:
     Any process may do so at any time: an open store that misses a segment then computes what was in it.
     """
     # A store that can't be tidied now is tidied after the next job.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RunError):
         small = [(name, size) for name, size in _list_segments(settings.uri) if size < _SMALL_BYTES]
         for _ in _merge(settings.uri, small, lambda name: _read_if_sound(settings.uri, name)):
             pass

@@ -127,19 +127,25 @@ class RunFolder:
         if folder is None:
             yield
             return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise RunError(f"{self.uri}: is or lies below a file, and a run is a folder: use another --run") from error
-        with (folder / "lock").open("a+") as file:
+        with storage.writing(self.uri):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise RunError(
+                    f"{self.uri}: is or lies below a file, and a run is a folder: use another --run"
+                ) from error
+            # Without a buffer, which closing the file would try to write once more.
+            file = (folder / "lock").open("ab+", buffering=0)
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise RunError(f"{self.uri}: another process is at it ({file.read().strip()}): let it end") from None
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {platform.node()} since {_now()}\n")
-            file.flush()
+                holder = file.read().decode().strip()
+                raise RunError(f"{self.uri}: another process is at it ({holder}): let it end") from None
+            with storage.writing(self.uri):
+                file.truncate(0)
+                file.write(f"pid {os.getpid()} on {platform.node()} since {_now()}\n".encode())
             yield
 
 

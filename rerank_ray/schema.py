@@ -426,21 +426,33 @@ def write_rows(
     """Stream rows to `uri`/part-00000.parquet and on, in small row groups; returns the number written.
 
     Files with a further `suffix` are not read as the folder's data until they are renamed.
+
+    Raises:
+        RunError: a file can't be written.
     """
     storage.make_directory(uri)
     fs, folder = storage.open_filesystem(uri)
-    total, part, writer, buffer = 0, 0, None, []
+    total, part, path, writer, buffer = 0, 0, "", None, []
 
     def flush() -> None:
-        nonlocal writer, part
+        nonlocal path, writer, part
         if not buffer:
             return
+        table = pa.Table.from_pylist(buffer, schema=schema)
+        buffer.clear()
         if writer is None:
             path = posixpath.join(folder, f"part-{part:05d}.parquet{suffix}")
-            writer = pq.ParquetWriter(path, schema, filesystem=fs)
             part += 1
-        writer.write_table(pa.Table.from_pylist(buffer, schema=schema))
-        buffer.clear()
+        with storage.writing(path):
+            writer = writer or pq.ParquetWriter(path, schema, filesystem=fs)
+            writer.write_table(table)
+
+    def close() -> None:
+        nonlocal writer
+        if writer is not None:
+            with storage.writing(path):
+                writer.close()
+            writer = None
 
     try:
         for row in rows:
@@ -450,13 +462,10 @@ def write_rows(
                 flush()
             if total % rows_per_file == 0:
                 flush()
-                if writer is not None:
-                    writer.close()
-                    writer = None
+                close()
         flush()
     finally:
-        if writer is not None:
-            writer.close()
+        close()
     return total
 
 

@@ -6,8 +6,9 @@ import fcntl
 import hashlib
 import os
 import posixpath
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,22 @@ import pyarrow.fs as pafs
 from rerank_ray.errors import RunError
 
 _COPIED_BYTES = 16 * 2**20
+
+
+@contextmanager
+def writing(uri: str | os.PathLike[str]) -> Iterator[None]:
+    """What is done inside writes this file or folder: where the system refuses, the error names it and the fix.
+
+    Raises:
+        RunError: a full disk, a folder that is a file, no permission, no network.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{os.fspath(uri)}: can't be written ({error}): free space or name another place, then start the same "
+            "command again"
+        ) from error
 
 
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
@@ -61,8 +78,14 @@ def is_directory(uri: str | os.PathLike[str]) -> bool:
 
 
 def make_directory(uri: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, unless it is there.
+
+    Raises:
+        RunError: it can't be made.
+    """
     fs, path = open_filesystem(uri)
-    fs.create_dir(path, recursive=True)
+    with writing(uri):
+        fs.create_dir(path, recursive=True)
 
 
 def read_text(uri: str | os.PathLike[str]) -> str:
@@ -76,20 +99,41 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
 
 
 def write_text(uri: str | os.PathLike[str], text: str) -> None:
-    """Write a small file so that a reader sees the old content or the new, never half of it."""
+    """As `write_bytes`, in UTF-8."""
     write_bytes(uri, text.encode("utf-8"))
 
 
 def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never half of it."""
+    """Write a small file so that a reader sees the old content or the new, never half of it.
+
+    Raises:
+        RunError: it can't be written.
+    """
     fs, path = open_filesystem(uri)
-    fs.create_dir(posixpath.dirname(path), recursive=True)
     # A local rename is atomic; object stores have no rename, but there a put becomes visible only when complete.
     target = path + ".tmp" if isinstance(fs, pafs.LocalFileSystem) else path
-    with fs.open_output_stream(target) as stream:
-        stream.write(data)
-    if target != path:
-        fs.move(target, path)
+    with writing(uri):
+        fs.create_dir(posixpath.dirname(path), recursive=True)
+        with fs.open_output_stream(target) as stream:
+            stream.write(data)
+        if target != path:
+            fs.move(target, path)
+
+
+def check_writable(uri: str | os.PathLike[str]) -> None:
+    """Find before the work for a file that it can't be written afterwards: writes one beside it for a moment.
+
+    Raises:
+        RunError: it can't be written, or is a folder.
+    """
+    if is_directory(uri):
+        raise RunError(f"{os.fspath(uri)}: is a folder: name a file to write")
+    fs, path = open_filesystem(uri)
+    probe = f"{path}.{uuid.uuid4().hex}.probe"
+    with writing(uri):
+        fs.create_dir(posixpath.dirname(path), recursive=True)
+        fs.open_output_stream(probe).close()
+        fs.delete_file(probe)
 
 
 def delete_directory(uri: str | os.PathLike[str]) -> None:
@@ -135,24 +179,44 @@ def digest(uri: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+class NewFile:
+    """A file that is being written."""
+
+    def __init__(self, stream: pa.NativeFile, uri: str | os.PathLike[str]) -> None:
+        self._stream, self._uri = stream, uri
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; where that fails, `RunError` names the file."""
+        with writing(self._uri):
+            self._stream.write(data)
+
+
 @contextmanager
-def new_file(uri: str | os.PathLike[str]) -> Iterator[pa.NativeFile]:
+def new_file(uri: str | os.PathLike[str]) -> Iterator[NewFile]:
     """A stream that becomes the file when it is whole; after an exception there is no torn one.
 
     A name that ends in a compression's suffix (`.gz`) is compressed so.
 
     Raises:
-        RunError: another process is writing this file (known of local files only).
+        RunError: it can't be written, or another process is writing it (known of local files only).
     """
     fs, path = open_filesystem(uri)
-    fs.create_dir(posixpath.dirname(path), recursive=True)
+    with writing(uri):
+        fs.create_dir(posixpath.dirname(path), recursive=True)
     # The suffix stays last, for it tells the compression.
     partial = posixpath.join(posixpath.dirname(path), ".partial-" + posixpath.basename(path))
     with _held(fs, partial):
         try:
-            with fs.open_output_stream(partial) as stream:
-                yield stream
-            move(fs, partial, path)
+            with writing(uri):
+                stream = fs.open_output_stream(partial)
+            # What else fails inside the caller's block, reading perhaps, is no failure to write.
+            try:
+                yield NewFile(stream, uri)
+            finally:
+                with writing(uri):
+                    stream.close()
+            with writing(uri):
+                move(fs, partial, path)
         except BaseException:
             if fs.get_file_info(partial).type == pafs.FileType.File:
                 fs.delete_file(partial)
@@ -165,7 +229,9 @@ def _held(fs: pafs.FileSystem, path: str) -> Iterator[None]:
     if not isinstance(fs, pafs.LocalFileSystem):
         yield
         return
-    with open(path, "ab") as file:
+    with ExitStack() as held:
+        with writing(path):
+            file = held.enter_context(open(path, "ab"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

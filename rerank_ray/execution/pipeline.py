@@ -138,9 +138,10 @@ def _source_digests(settings: IngestSettings) -> dict[str, str]:
 
 
 def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> EvaluationReport:
-    """Rankings against qrels: a table, and `evaluation.json` in the run folder."""
+    """Rankings against qrels: a table, and `evaluation.json` and `per_query.tsv` in the run folder."""
     report = evaluate_sources(settings.rankings, qrels=settings.qrels, metrics=settings.metrics)
     storage.write_text(storage.join(run_uri, "evaluation.json"), json.dumps(report.to_dict(), indent=1) + "\n")
+    storage.write_text(storage.join(run_uri, "per_query.tsv"), report.per_query_tsv())
     print_report(report, console)
     return report
 

@@ -152,17 +152,22 @@ def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
 
 
 def _publish(checkpoint: Checkpoint, run: RunFolder) -> None:
-    """Copy the best checkpoint's student, without the trainer's state, to the run's `student/`."""
+    """Copy the best checkpoint's student, without the trainer's state, to the run's `student/`.
+
+    Raises:
+        RunError: it can't be written there.
+    """
     target_fs, target = storage.open_filesystem(run.student)
     storage.delete_directory(run.student)
     # Object stores need no folders; the local copy would fail without.
-    target_fs.create_dir(target, recursive=True)
-    pyarrow.fs.copy_files(
-        f"{checkpoint.path}/{STUDENT}",
-        target,
-        source_filesystem=checkpoint.filesystem,
-        destination_filesystem=target_fs,
-    )
+    storage.make_directory(run.student)
+    with storage.writing(run.student):
+        pyarrow.fs.copy_files(
+            f"{checkpoint.path}/{STUDENT}",
+            target,
+            source_filesystem=checkpoint.filesystem,
+            destination_filesystem=target_fs,
+        )
 
 
 def _without_gpus(execution: TrainingExecutionSettings) -> dict | None:

@@ -37,6 +37,11 @@ def load(auto_class, resolved: ResolvedModel, settings: ModelSettings, **argumen
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError) and resolved.folder is None:
+            raise ModelError(
+                f"{settings.path}: is no folder or file here, and {auto_class.__name__} can't load it from the hub "
+                f"({reason}): check the path or, for a hub model, its id, revision and the network"
+            ) from error
         raise ModelError(f"{settings.path}: {auto_class.__name__} can't load this model: {reason}") from error
 
 

@@ -97,8 +97,10 @@ def _resolve(reference: str, revision: str | None, settings: ModelSettings, conf
 
 
 def _looks_like_a_path(reference: str) -> bool:
-    """Hub ids are `name` or `org/name`; anything else can only be a path."""
-    return reference.startswith((".", "/", "~")) or (reference.count("/") > 1 and not reference.endswith(".gguf"))
+    """Hub ids are `name` or `org/name`, and a GGUF file's name may follow; anything else can only be a path."""
+    slashes = reference.count("/")
+    only_here = slashes == 0 if reference.endswith(".gguf") else slashes > 1
+    return only_here or reference.startswith((".", "/", "~"))
 
 
 def _refuse_revision(reference: str, revision: str | None) -> None:

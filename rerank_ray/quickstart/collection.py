@@ -19,6 +19,7 @@ from pathlib import Path
 
 from joblib import cpu_count
 
+from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.quickstart.docstrings import PACKAGES, Docstring, SourceFile, read_docstrings, source_files, stable_hash
 
@@ -204,15 +205,14 @@ def _evenly(items: Sequence[tuple[str, Docstring]], limit: int) -> list[tuple[st
 
 def _write(out: Path, corpus: Sequence[tuple[str, Docstring]], queries: dict[str, list[Docstring]]) -> None:
     """Write the folder's files; `qrels/test.tsv`, by which a finished folder is known, comes last."""
-    (out / "qrels").mkdir(parents=True, exist_ok=True)
     documents = ({"_id": d.name, "title": "", "text": d.rest} for _, d in corpus)
-    (out / "corpus.jsonl").write_text(_json_lines(documents), encoding="utf-8")
+    storage.write_text(out / "corpus.jsonl", _json_lines(documents))
     numbered = {split: [(f"{split}-{n:04d}", d) for n, d in enumerate(of, start=1)] for split, of in queries.items()}
     lines = ({"_id": query_id, "text": d.summary} for of in numbered.values() for query_id, d in of)
-    (out / "queries.jsonl").write_text(_json_lines(lines), encoding="utf-8")
+    storage.write_text(out / "queries.jsonl", _json_lines(lines))
     for split, of in numbered.items():
         rows = ["query-id\tcorpus-id\tscore", *(f"{query_id}\t{d.name}\t1" for query_id, d in of)]
-        (out / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        storage.write_text(out / "qrels" / f"{split}.tsv", "\n".join(rows) + "\n")
 
 
 def _json_lines(items: Iterable[dict[str, str]]) -> str:

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fixtures.full_disk import full_disk
 from fixtures.tiny_models import tiny_bert_folder
+from ray.train import Checkpoint
 
 from rerank_ray import config
+from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.errors import InputError, ModelError, RunError
-from rerank_ray.execution import jobs
+from rerank_ray.execution import jobs, train
+from rerank_ray.runs import RunFolder
 from rerank_ray.settings.jobs import LabelSettings
 
 
@@ -73,6 +77,20 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_finish(make_candidates, smal
     state = json.loads((run / "run.json").read_text())
     assert state["state"] == "done"
     assert state["counts"]["ok"] == 192
+
+
+def test_a_student_for_which_there_is_no_room(tmp_path):
+    """It is copied when training has ended; its checkpoint stays, and the same command copies it again."""
+    (tmp_path / "checkpoint" / STUDENT).mkdir(parents=True)
+    (tmp_path / "checkpoint" / STUDENT / "model.safetensors").write_bytes(b"x" * 2000)
+    checkpoint, run = Checkpoint.from_directory(tmp_path / "checkpoint"), RunFolder(uri=str(tmp_path / "run"))
+    with (
+        full_disk(1000),
+        pytest.raises(RunError, match=r"run/student: can't be written .*File too large"),
+    ):
+        train._publish(checkpoint, run)
+    train._publish(checkpoint, run)
+    assert Path(run.student, "model.safetensors").stat().st_size == 2000
 
 
 def test_the_command_line_prints_the_error_and_exits_with_1(tmp_path):

@@ -310,6 +310,7 @@ def test_pipeline_submitted_again_goes_on_where_it_stopped(workspace: Workspace)
     assert [before[name]["state"] for name in before] == ["done", "done"]
     assert before["ranked"]["counts"]["ok"] == before["candidates"]["counts"]["rows"] == QUERIES
     assert (run / "result" / "evaluation.json").exists()
+    assert (run / "result" / "per_query.tsv").exists()
 
 
 def test_a_submission_id_runs_once(workspace: Workspace, labels: Path) -> None:

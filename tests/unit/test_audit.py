@@ -389,3 +389,8 @@ def test_budgets_that_mean_nothing(tmp_path: Path):
     failed = write_labels(tmp_path / "failed", [label_row(make_list(), None, error="boom")])
     with pytest.raises(InputError, match="no row has scores"):
         threshold_for(failed, 0.2, 2, "entropy")
+
+
+def test_a_report_that_can_not_be_written_is_refused_before_the_audit(tmp_path: Path, capsys):
+    assert main(["audit", str(tmp_path / "no-run"), "--json", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: is a folder: name a file to write\n"

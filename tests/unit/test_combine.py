@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.full_disk import full_disk
 from fixtures.rows import label_row, make_list, write_labels
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from rerank_ray.combine import combine
 from rerank_ray.config import validate
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.execution.jobs import combine_runs
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import CandidateList
 from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
@@ -220,3 +223,16 @@ def test_weights_are_one_for_each_run():
         CombineSettings(inputs=["a", "b"], weights=[1.0])
     with pytest.raises(ConfigError, match="inputs: "):
         validate(CombineSettings, {"inputs": ["a"]}, "test")
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "named"), [(0, "out"), (100, r"out/config\.yaml"), (2000, r"out/data/part-00000\.parquet")]
+)
+def test_a_combination_without_room_names_the_file(tmp_path: Path, file_bytes: int, named: str):
+    """The lock, the config and the rows, each the first for which there is none."""
+    rows = [label_row(make_list(f"q{i}"), [0.0, 1.0, 2.0]) for i in range(100)]
+    settings = CombineSettings(inputs=[run(tmp_path / "a", rows), run(tmp_path / "b", rows)])
+    with full_disk(file_bytes), pytest.raises(RunError, match=f"{named}: can't be written .*File too large"):
+        combine_runs(settings, str(tmp_path / "out"), Console(quiet=True))
+    done = combine_runs(settings, str(tmp_path / "out"), Console(quiet=True))
+    assert done.state()["counts"]["rows"] == 100

@@ -287,7 +287,7 @@ def test_a_group_that_is_given_in_part_keeps_the_rest_of_its_default():
 
 def test_a_reinforced_run_with_another_rate_keeps_its_schedule():
     content = read_yaml("configs/reinforce/smollm2.yaml") | {"optimizer": {"learning_rate": 5e-6}}
-    optimizer = validate(ReinforceSettings, expand(content, "x"), "x").optimizer
+    optimizer = validate(ReinforceSettings, expand(content, {}), "x").optimizer
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.decay) == (5e-6, 0.0, "constant")
 
 
@@ -312,13 +312,28 @@ def test_variables_are_replaced_everywhere(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A_ROOT", "/data")
     monkeypatch.setenv("A_NAME", "${A_ROOT}")
     content = {"a": ["${A_ROOT}/x", {"b": "${A_ROOT}-${A_NAME}"}], "c": 3, "d": "$A_ROOT {A_ROOT}"}
-    assert expand(content, "f") == {"a": ["/data/x", {"b": "/data-${A_ROOT}"}], "c": 3, "d": "$A_ROOT {A_ROOT}"}
+    unset = {}
+    assert expand(content, unset) == {"a": ["/data/x", {"b": "/data-${A_ROOT}"}], "c": 3, "d": "$A_ROOT {A_ROOT}"}
+    assert unset == {}
 
 
-def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("A_ROOT", raising=False)
-    with pytest.raises(ConfigError, match=r"f: '\$\{A_ROOT\}/x': the environment variable A_ROOT is not set"):
-        expand({"a": ["${A_ROOT}/x"]}, "f")
+def test_variables_that_are_not_set_are_told_with_every_other_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """That `${A_SIDE}` is no integer is not told as well."""
+    for name in ("A_ROOT", "A_NAME", "A_SIDE"):
+        monkeypatch.delenv(name, raising=False)
+    text = "name: ${A_ROOT}/${A_NAME}\nmain: {shape: circle, radius: 0}\nothers: [{shape: square, side: '${A_SIDE}'}]\n"
+    with pytest.raises(ConfigError) as caught:
+        load(Drawing, write(tmp_path / "d.yaml", text + "nmae: 1\n"))
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'd.yaml'}: 4 errors",
+        "  name: the environment variables A_ROOT, A_NAME are not set (given: '${A_ROOT}/${A_NAME}')",
+        "  others.0.side: the environment variable A_SIDE is not set (given: '${A_SIDE}')",
+        "  main.radius: Input should be greater than 0 (given: 0)",
+        "  nmae: unknown key; did you mean 'name'?",
+    ]
+    write(tmp_path / "d.yaml", "name: ${A_ROOT}\nmain: {shape: circle, radius: 1}\n")
+    with pytest.raises(ConfigError, match="1 error\n  name: the environment variable A_ROOT is not set"):
+        load(Drawing, tmp_path / "d.yaml")
 
 
 # Dumps and differences

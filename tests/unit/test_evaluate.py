@@ -9,11 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.full_disk import full_disk
 from rich.console import Console
 
-from rerank_ray import schema
+from rerank_ray import cli, schema
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.evaluate import SourceKind, evaluate_sources, load_rankings, print_report
+from rerank_ray.execution import pipeline
+from rerank_ray.settings.jobs import EvaluateSettings
 
 DOCS = ("a", "b", "c")
 
@@ -209,3 +212,44 @@ def test_a_run_that_has_not_ended_is_not_evaluated(tmp_path: Path, state: str, r
     (tmp_path / "run" / "run.json").write_text(json.dumps({"kind": "rerank", "state": state}))
     with pytest.raises(RunError, match="this rerank run is running") if refused else nullcontext():
         assert load_rankings(run).rankings == {"q1": ("a",)}
+
+
+def test_every_querys_values_as_a_table(tmp_path: Path, qrels: str) -> None:
+    """One system ranks c, of q1, first and a, of q2, second; the other a first; neither has q3."""
+    one = write_run(tmp_path / "one", [ranking_row("q1", ["c"]), ranking_row("q2", ["b", "a"])], schema.RANKINGS)
+    two = write_run(tmp_path / "two", [ranking_row("q2", ["a"])], schema.RANKINGS)
+    expected = (
+        "query_id\tmetric\tone\ttwo\n"
+        "q1\tmrr\t1.0\t0.0\nq2\tmrr\t0.5\t1.0\nq3\tmrr\t0.0\t0.0\n"
+        "q1\trecall@1\t1.0\t0.0\nq2\trecall@1\t0.0\t1.0\nq3\trecall@1\t0.0\t0.0\n"
+    )
+    settings = EvaluateSettings(rankings={"one": one, "two": two}, qrels=qrels, metrics=("mrr", "recall@1"))
+    pipeline.evaluate(settings, str(tmp_path / "run"), Console(quiet=True))
+    assert (tmp_path / "run" / "per_query.tsv").read_text() == expected
+    command = ["evaluate", one, two, "--qrels", qrels, "--metrics", "mrr,recall@1"]
+    assert cli.main([*command, "--per-query", str(tmp_path / "new" / "out.tsv")]) == 0
+    assert (tmp_path / "new" / "out.tsv").read_text() == expected
+
+
+@pytest.mark.parametrize("option", ["--json", "--per-query"])
+@pytest.mark.parametrize("place", ["out", "qrels.txt/out", "folder"])
+def test_a_file_that_can_not_be_written_is_one_line(
+    tmp_path: Path, qrels: str, option: str, place: str, capsys
+) -> None:
+    """On a full disk; below a file, or where a folder is, which is known before anything is evaluated."""
+    (tmp_path / "folder").mkdir()
+    run = write_run(tmp_path / "run", [ranking_row("q1", ["c"])], schema.RANKINGS)
+    with full_disk(20):
+        assert cli.main(["evaluate", run, "--qrels", qrels, option, str(tmp_path / place)]) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    said = "is a folder" if place == "folder" else "can't be written"
+    assert line.startswith(f"error: {tmp_path / place}: {said}")
+    assert bool(captured.out) == (place == "out")
+
+
+def test_a_refusal_of_the_system_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Whatever it is that can't be opened."""
+    monkeypatch.setattr("rerank_ray.evaluate.evaluate_sources", lambda *_, **__: (tmp_path / "locked").read_text())
+    assert cli.main(["evaluate", "run", "--qrels", "qrels"]) == 1
+    assert capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path / 'locked'}'\n"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fixtures.full_disk import full_disk
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
 
 from rerank_ray import cli
-from rerank_ray.errors import ConfigError, ModelError
+from rerank_ray.errors import ConfigError, ModelError, RunError
 from rerank_ray.export import export
 from rerank_ray.settings.distill import DistillSettings
 
@@ -90,3 +91,16 @@ def test_what_cannot_be_exported(run: Path, tiny_bert: Path, tmp_path: Path):
         export(str(run / "student"), str(tmp_path / "out"), **options)
     export(str(run / "student"), str(tmp_path / "out"), **options | {"overwrite": True})
     assert (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize("file_bytes", [100, 20_000])
+def test_an_export_without_room_leaves_the_earlier_one(run: Path, tmp_path: Path, file_bytes: int):
+    """For the config there is none, or for the weights."""
+    out = tmp_path / "out"
+    settings = {"form": "transformers", "layer": None, "int8": False}
+    export(str(run / "student"), str(out), **settings, overwrite=False)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with full_disk(file_bytes), pytest.raises(RunError, match=r"out: can't be written \(.*File too large"):
+        export(str(run / "student"), str(out), **settings, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert not out.with_name("out.partial").exists()

@@ -201,7 +201,7 @@ def test_chat_without_a_template(tmp_path: Path):
         backend(folder, chat=True)
 
 
-@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "a/b/c", "~/nothing-here"])
+@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "a/b/c", "~/nothing-here", "no-such.gguf"])
 def test_a_folder_that_is_not_there(path: str):
     with pytest.raises(ModelError, match="no such model folder or file"):
         resolve(ModelSettings(path=path))
@@ -223,6 +223,16 @@ def test_folders_that_hold_no_model(tiny_llama: Path, tmp_path: Path):
         resolve(ModelSettings(path=str(tmp_path)))
     with pytest.raises(ModelError, match=r"a model is a folder or a \.gguf file"):
         resolve(ModelSettings(path=str(tiny_llama / "model.safetensors")))
+
+
+@pytest.mark.parametrize("mistyped", ["runs/student", "no-such-model", "runs/no-such.gguf"])
+def test_a_mistyped_path_is_told_apart_from_a_hub_that_fails(mistyped: str, monkeypatch: pytest.MonkeyPatch):
+    """With at most one slash it may be a hub's id."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        HFCausal(HFCausalSettings(path=mistyped))
+    assert str(caught.value).startswith(f"{mistyped}: is no folder or file here, and AutoTokenizer can't load it from")
+    assert str(caught.value).endswith("check the path or, for a hub model, its id, revision and the network")
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])

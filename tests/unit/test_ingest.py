@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.full_disk import full_disk
 
 from rerank_ray import ingest as ingest_module
 from rerank_ray import schema
@@ -350,3 +351,12 @@ def test_cranfield_is_ingested_whole(tmp_path, collections):
     assert ndcg_at_10(tmp_path / "out", collections / "cranfield" / "qrels" / "test.tsv") == pytest.approx(
         0.4867, abs=5e-5
     )
+
+
+def test_an_ingest_without_room_names_the_file_and_goes_on_with_room(tmp_path):
+    """800 bytes are enough for the marker of what has not ended, and not for Parquet."""
+    source = write_lines(tmp_path / "a.jsonl", *(hits_entry(f"q{i}", "d1") for i in range(100)))
+    out = str(tmp_path / "out")
+    with full_disk(800), pytest.raises(RunError, match=r"out/part-00000\.parquet: can't be written"):
+        ingest_hits([source], out=out)
+    assert ingest_hits([source], out=out).rows == 100

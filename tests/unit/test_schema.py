@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fixtures.full_disk import full_disk
 from fixtures.rows import label_row, make_list, write_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rerank_ray import schema
-from rerank_ray.errors import InputError, RowError
+from rerank_ray.errors import InputError, RowError, RunError
 from rerank_ray.prompts.parse.scores import parse_scores
 from rerank_ray.records import Candidate, CandidateList, Defect, DefectKind, Query, Ranking, Scores, Usage
 from rerank_ray.schema import (
@@ -338,3 +340,17 @@ def test_labels_of_another_schema_are_refused(tmp_path: Path):
     assert inspect_input(folder, CANDIDATES).rows == 1
     with pytest.raises(InputError, match="'rankings' schema"):
         inspect_input(folder, RANKINGS)
+
+
+@pytest.mark.parametrize("file_bytes", [0, 1000, 20_000])
+def test_rows_for_which_there_is_no_room(tmp_path: Path, file_bytes: int):
+    """At the first byte, at the footer, and between two row groups."""
+    rows = (label_row(make_list(f"q{i}", 60), [0.0] * 60) for i in range(200))
+    part = r"part-00000\.parquet: can't be written \(.*File too large"
+    with full_disk(file_bytes), pytest.raises(RunError, match=part):
+        write_labels(tmp_path / "labels", rows)
+
+
+def test_rows_that_can_not_be_read_are_no_failure_to_write(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        write_labels(tmp_path / "labels", (json.loads(Path(tmp_path / name).read_text()) for name in ("gone", "too")))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+from fixtures.full_disk import full_disk
 
 from rerank_ray import storage
 from rerank_ray.errors import RunError
@@ -87,3 +88,28 @@ def test_a_file_is_written_by_one_at_a_time(tmp_path: Path):
         stream.write(b"whole")
     assert path.read_bytes() == b"whole"
     assert [f.name for f in tmp_path.iterdir()] == ["run.trec"]
+
+
+def test_a_file_that_can_not_be_written_is_named_with_the_fix(tmp_path: Path):
+    said = r"{}: can't be written \(.*File too large.*\): free space or name another place"
+    with full_disk(1000):
+        with pytest.raises(RunError, match=said.format(r"a\.json")):
+            storage.write_text(tmp_path / "a.json", "x" * 2000)
+        with pytest.raises(RunError, match=said.format(r"run\.trec")), storage.new_file(tmp_path / "run.trec") as file:
+            file.write(b"x" * 2000)
+    assert not (tmp_path / "a.json").exists()
+    assert not list(tmp_path.glob("*run.trec"))
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "x.json"
+    with pytest.raises(RunError, match=r"file/x\.json: can't be written"):
+        storage.write_text(below, "x")
+    with pytest.raises(RunError, match=r"file/x\.json: can't be written"), storage.new_file(below):
+        pass
+    with pytest.raises(RunError, match="x: can't be written"):
+        storage.make_directory(tmp_path / "file" / "x")
+
+
+def test_an_error_of_what_a_new_file_is_made_of_stays_what_it_is(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="gone"), storage.new_file(tmp_path / "new") as file:
+        file.write((tmp_path / "gone").read_bytes())
+    assert not list(tmp_path.iterdir())
