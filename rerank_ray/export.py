@@ -178,6 +178,7 @@ def _training(state: dict, config: str) -> str:
     facts = {
         "started from": settings["student"]["base"],
         "labels": ", ".join(f"{uri} (fingerprint {print_})" for uri, print_ in state.get("inputs", {}).items()),
+        "teacher": ", ".join(f"`{teacher}`" for teacher in state.get("teachers", ())),
         "queries": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()),
         "objective": losses,
         "kept step": f"{best.get('step')} of {best.get('total_steps')}",

@@ -128,6 +128,8 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
         run.check_same(kind, settings, inputs)
     finished = _finished(run)
     left = source.rows - len(finished)
+    if not source.rows:
+        raise InputError(f"{settings.input}: has no rows to plan for: ingest candidates first")
     if not left:
         raise InputError(f"{settings.input}: no row is left to plan: {source.rows:,} rows, all of them in {run_uri}")
     sampled = min(sample, left)

@@ -58,8 +58,10 @@ class LabelSet:
     """Training rows whose query has an instruction of its own."""
     held_out_without_gain: int
     """Held-out rows none of whose candidates has a known gain above 0."""
+    teachers: tuple[str, ...]
+    """Whose scores the training rows have, by name."""
     score_range: tuple[float, float]
-    """The teacher's lowest and highest score in the training rows."""
+    """Their lowest and highest score in the training rows."""
     fingerprint: str
     texts: TextLists | None
     """Other lists, to read texts from."""
@@ -79,6 +81,7 @@ class LabelSet:
         train, validation = [none], [none]
         counts = dict.fromkeys(("unlabelled", "unscored", "held_out_without_gain", *_COUNTED_FACTS), 0)
         lowest, highest = math.inf, -math.inf
+        teachers: set[str] = set()
         digest = hashlib.sha256()
         earlier: list[tuple[str, np.ndarray]] = []
         for uri in uris:
@@ -101,6 +104,7 @@ class LabelSet:
                     trained = [facts[row] for _, row in train[-1]]
                     for name in _COUNTED_FACTS:
                         counts[name] += sum(getattr(f, name) for f in trained)
+                    teachers.update(f.teacher for f in trained)
                     lowest = min([lowest, *(f.lowest for f in trained)])
                     highest = max([highest, *(f.highest for f in trained)])
                     counts["held_out_without_gain"] += sum(not facts[row].has_gain for _, row in validation[-1])
@@ -110,6 +114,7 @@ class LabelSet:
             train=np.concatenate(train),
             validation=np.concatenate(validation),
             **counts,
+            teachers=tuple(sorted(teachers)),
             score_range=(lowest, highest),
             fingerprint=digest.hexdigest()[:16],
             texts=TextLists.open(texts, validation_fraction, seed) if texts else None,
@@ -272,6 +277,7 @@ class _RowFacts:
     has_gain: bool
     without_uncertainty: bool
     with_instruction: bool
+    teacher: str
     lowest: float
     highest: float
     """Of the scores; infinite where there are none."""
@@ -294,7 +300,7 @@ def _row_groups(
 
 def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
     gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
-    return ["query_id", "instruction", "scores", "uncertainty", "error", gains]
+    return ["query_id", "instruction", "teacher", "scores", "uncertainty", "error", gains]
 
 
 def _facts(row: dict) -> _RowFacts:
@@ -311,6 +317,7 @@ def _facts(row: dict) -> _RowFacts:
         has_gain=max(known, default=0.0) > 0,
         without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
         with_instruction=row["instruction"] is not None,
+        teacher=row["teacher"] or "",
         lowest=min(scores, default=math.inf),
         highest=max(scores, default=-math.inf),
     )

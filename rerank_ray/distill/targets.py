@@ -199,9 +199,9 @@ def check_objective(data: LabelSet, settings: ObjectiveSettings) -> None:
     Raises:
         InputError: a term would skip every training query, or queries have no uncertainty to be weighed by.
     """
-    count = len(data.train)
+    count, inputs = len(data.train), ", ".join(dict.fromkeys(uri for uri, *_ in data.groups))
     for number, term in enumerate(settings.losses):
-        where = f"objective.losses.{number} ({term.loss} on {term.target})"
+        where = f"{inputs}: objective.losses.{number} ({term.loss} on {term.target})"
         if term.target == "gains" and data.gains_alike == count:
             raise InputError(
                 f"{where}: no training query ({count} of them) has candidates with different known gains, so it would "
@@ -209,13 +209,13 @@ def check_objective(data: LabelSet, settings: ObjectiveSettings) -> None:
             )
         if term.target != "gains" and data.tied == count:
             raise InputError(
-                f"{where}: the teacher gave all candidates of a query the same score, in each of the {count} training "
-                "queries, so it would learn nothing: look into the label run"
+                f"{where}: each of the {count} training queries has one candidate alone, or the same score from the "
+                "teacher for all of them, so it would learn nothing: see `rerank-ray audit`"
             )
     if settings.query_weights == "uncertainty" and data.without_uncertainty:
         raise InputError(
-            f"objective.query_weights: uncertainty: {data.without_uncertainty} of {count} training queries have none: "
-            "label with a method that tells it, such as `rerank-ray combine`, or set query_weights to equal"
+            f"{inputs}: objective.query_weights: uncertainty: {data.without_uncertainty} of {count} training queries "
+            "have none: label with a method that tells it, such as `rerank-ray combine`, or set query_weights to equal"
         )
 
 

@@ -464,7 +464,7 @@ class _Scorer(nn.Module):
         else:
             parts = [self._score(inputs) for _, inputs in batches]
         scores = torch.cat(parts, dim=1)
-        return scores[:, torch.argsort(order).to(scores.device)]
+        return scores[:, engine.moved(torch.argsort(order), scores.device)]
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.

@@ -153,6 +153,11 @@ def group_in_order(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 class BatchRunner:
     """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
 
@@ -188,9 +193,14 @@ class BatchRunner:
                 indices = [waiting[i] for i in batch]
                 try:
                     results = forward(indices)
-                except torch.OutOfMemoryError:
-                    if len(indices) == 1:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
                         raise
+                    if len(indices) == 1:
+                        raise ModelError(
+                            f"a sequence of {lengths[indices[0]]:,} tokens alone does not fit the memory: lower the "
+                            f"model's max_length, or give a replica more ({error})"
+                        ) from error
                     self.tokens_per_batch = max(lengths[i] for i in indices) * (len(indices) // 2)
                     shrunk = True
                     break

@@ -134,7 +134,8 @@ class LayerwiseSettings(TorchSettings):
     kind: Literal["layerwise"] = "layerwise"
     max_length: PositiveInt = 1024
     exit_layer: PositiveInt | None = None
-    """The layer to stop at, counted from 1; no later layer is loaded. null is the last."""
+    """The layer to stop at, counted from 1; no later layer is loaded. null is the last. Only students of our own, with
+    margins, exit adaptively."""
     instruction: str = (
         "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
         "prediction of either 'Yes' or 'No'."

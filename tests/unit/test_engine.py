@@ -83,14 +83,15 @@ def test_the_cache_counts_on_a_cpu_without_a_budget_of_the_users(tokens_per_batc
 class Device:
     """A forward function that doubles indices and runs out of memory above `capacity` padded tokens."""
 
-    def __init__(self, lengths: list[int], capacity: int) -> None:
+    def __init__(self, lengths: list[int], capacity: int, error: RuntimeError | None = None) -> None:
         self.lengths, self.capacity = lengths, capacity
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.tried: list[list[int]] = []
 
     def __call__(self, indices: list[int]) -> list[int]:
         self.tried.append(indices)
         if len(indices) * max(self.lengths[i] for i in indices) > self.capacity:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return [2 * i for i in indices]
 
 
@@ -124,8 +125,16 @@ def test_the_smaller_budget_is_kept():
 
 
 def test_a_single_sequence_that_does_not_fit_is_an_error():
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ModelError, match=r"a sequence of 60 tokens alone does not fit the memory: lower .*max_length"):
         BatchRunner(100, CPU).run([10, 60, 10], Device([10, 60, 10], 50))
+
+
+def test_the_cpus_allocator_runs_out_of_memory_too():
+    """The error is its own: nothing has so many bytes."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    device = Device([10] * 8, 40, caught.value)
+    assert BatchRunner(80, CPU).run([10] * 8, device) == [2 * i for i in range(8)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("bad"), MemoryError()])

@@ -233,7 +233,7 @@ def test_labels_that_no_query_of_can_teach(tmp_path: Path):
         InputError, match=r"objective\.losses\.1 \(lce on gains\): no training query .* ingest with qrels"
     ):
         check_objective(no_gain, of(on_teacher, on_gains))
-    with pytest.raises(InputError, match=r"objective\.losses\.0 \(kl on teacher\): the teacher gave all candidates"):
+    with pytest.raises(InputError, match=r"b: objective\.losses\.0 \(kl on teacher\): each of the \d+ training"):
         check_objective(flat, of(on_teacher, on_gains))
 
 

@@ -177,7 +177,7 @@ def test_nothing_to_sample_is_an_error(source, tmp_path):
 def test_an_input_without_rows_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(CANDIDATES.empty_table(), tmp_path / "in" / "part.parquet")
-    with pytest.raises(InputError, match="no row is left to plan: 0 rows"):
+    with pytest.raises(InputError, match="in: has no rows to plan for"):
         plan(job(str(tmp_path / "in")), str(tmp_path / "run"), sample=4)
 
 
