@@ -112,7 +112,8 @@ class DistillSettings(Settings):
     """Between two validations: how often losses, gradient norm, learning rate and speed are written, as means since the
     last line."""
     tokens_per_micro_batch: PositiveInt = 2048
-    """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths."""
+    """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths. A pair that is
+    longer is a pass alone."""
     tokens_per_backward: PositiveInt = 4096
     """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient."""
     backward: Literal["auto", "plain", "cached"] = "auto"

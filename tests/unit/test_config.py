@@ -339,6 +339,21 @@ def test_variables_that_are_not_set_are_told_with_every_other_fault(tmp_path: Pa
 # Dumps and differences
 
 
+def test_a_budget_below_one_sequence_is_refused(tmp_path: Path):
+    """The error names the file, both settings with their values, and the fix."""
+    model = {"kind": "hf_causal", "path": "a/b", "max_length": 512, "tokens_per_batch": 511}
+    path = tmp_path / "label.yaml"
+    path.write_text(yaml.safe_dump({"input": "in", "teacher": {"method": "yes_no", "model": model}}))
+    with pytest.raises(ConfigError) as caught:
+        load(LabelSettings, path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: 1 error\n  teacher.model: ")
+    assert "tokens_per_batch (511) is smaller than max_length (512)" in said
+    assert said.endswith("raise the first or lower the second")
+    path.write_text(path.read_text().replace("511", "512"))
+    load(LabelSettings, path)
+
+
 def test_a_dumped_config_is_the_config():
     """config.yaml of a run holds every default, and reading it back gives the same settings."""
     content = {"input": ["l"], "student": {"base": "é", "layers": [2, 4]}, "objective": {"losses": [{"loss": "kl"}]}}
