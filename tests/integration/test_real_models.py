@@ -171,6 +171,18 @@ def test_cosine_equals_sentence_transformers(request_):
     assert Ranker(chosen).rank([request_])[0].scores.scores == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+def test_a_document_of_200_000_characters_is_cut():
+    """Its score is that of its beginning, with both tokenizers."""
+    text = ("Fleas 🦟 הפרעוש live a year. " * 8000)[:200_000]
+    candidates = tuple(Candidate(doc_id=f"d{n}", text=text[:n]) for n in (200_000, 20_000))
+    request = CandidateList(query=Query(query_id="q", text="how long do fleas live"), candidates=candidates)
+    cosine = BiEncoderRankerSettings(model=BiEncoderSettings(path=MINILM, dtype="float32", max_length=128))
+    for ranker in (YesNoSettings(model=settings(8192, True)), cosine):
+        (outcome,) = Ranker(ranker).rank([request])
+        long, short = outcome.scores.scores
+        assert long == pytest.approx(short, abs=1e-4)
+
+
 def test_labels_that_are_not_one_token_are_refused():
     backend = HFCausal(HFCausalSettings(path=SMOLLM2))
     with pytest.raises(Exception, match="label 'relevant passage' is"):
