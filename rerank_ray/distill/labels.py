@@ -30,6 +30,7 @@ from rerank_ray.schema import (
 )
 
 _GROUPS_PER_WINDOW = 16
+_MAX_TEACHERS = 20
 _ID_OF_REPEATED_TEXT = re.compile(r"([0-9a-f]{16})-[0-9]+")
 Row = TypeVar("Row")
 RowGroup = tuple[str, str, int]
@@ -58,6 +59,8 @@ class LabelSet:
     """Training rows whose query has an instruction of its own."""
     held_out_without_gain: int
     """Held-out rows none of whose candidates has a known gain above 0."""
+    teachers: tuple[str, ...]
+    """Who scored the training rows, sorted: at most 20 names, and how many more there are."""
     score_range: tuple[float, float]
     """The teacher's lowest and highest score in the training rows."""
     fingerprint: str
@@ -79,6 +82,7 @@ class LabelSet:
         train, validation = [none], [none]
         counts = dict.fromkeys(("unlabelled", "unscored", "held_out_without_gain", *_COUNTED_FACTS), 0)
         lowest, highest = math.inf, -math.inf
+        teachers: set[str] = set()
         digest = hashlib.sha256()
         earlier: list[tuple[str, np.ndarray]] = []
         for uri in uris:
@@ -101,6 +105,7 @@ class LabelSet:
                     trained = [facts[row] for _, row in train[-1]]
                     for name in _COUNTED_FACTS:
                         counts[name] += sum(getattr(f, name) for f in trained)
+                    teachers.update(f.teacher for f in trained if f.teacher)
                     lowest = min([lowest, *(f.lowest for f in trained)])
                     highest = max([highest, *(f.highest for f in trained)])
                     counts["held_out_without_gain"] += sum(not facts[row].has_gain for _, row in validation[-1])
@@ -110,6 +115,7 @@ class LabelSet:
             train=np.concatenate(train),
             validation=np.concatenate(validation),
             **counts,
+            teachers=_first_names(teachers),
             score_range=(lowest, highest),
             fingerprint=digest.hexdigest()[:16],
             texts=TextLists.open(texts, validation_fraction, seed) if texts else None,
@@ -265,6 +271,7 @@ class _RowFacts:
     """What can be told of a row without its texts."""
 
     query_id: str
+    teacher: str | None
     labelled: bool
     scored: bool
     tied: bool
@@ -294,7 +301,7 @@ def _row_groups(
 
 def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
     gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
-    return ["query_id", "instruction", "scores", "uncertainty", "error", gains]
+    return ["query_id", "teacher", "instruction", "scores", "uncertainty", "error", gains]
 
 
 def _facts(row: dict) -> _RowFacts:
@@ -304,6 +311,7 @@ def _facts(row: dict) -> _RowFacts:
     known = {gain for _, gain in scored}
     return _RowFacts(
         query_id=row["query_id"],
+        teacher=row["teacher"],
         labelled=row["error"] is None,
         scored=row["error"] is None and len(scored) > 0,
         tied=len(scores) < 2,
@@ -314,6 +322,12 @@ def _facts(row: dict) -> _RowFacts:
         lowest=min(scores, default=math.inf),
         highest=max(scores, default=-math.inf),
     )
+
+
+def _first_names(names: set[str]) -> tuple[str, ...]:
+    first = sorted(names)[:_MAX_TEACHERS]
+    more = len(names) - len(first)
+    return (*first, f"and {more:,} more") if more else tuple(first)
 
 
 def _positions(group: int, chosen: np.ndarray) -> np.ndarray:

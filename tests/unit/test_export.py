@@ -24,7 +24,12 @@ def run(tiny_bert: Path, tmp_path: Path) -> Path:
     settings = DistillSettings.model_validate({"input": ["runs/label"], "student": {"base": "some/encoder"}})
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     best = {"step": 96, "total_steps": 128, "validation_ndcg@10": 0.6047}
-    state = {"inputs": {"labels": "c344a292"}, "counts": {"training_queries": 99}, "versions": {"torch": "2.13"}}
+    state = {
+        "inputs": {"labels": "c344a292"},
+        "teachers": ["listwise (some/llm)", "rrf"],
+        "counts": {"training_queries": 99},
+        "versions": {"torch": "2.13"},
+    }
     (folder / "run.json").write_text(json.dumps(state | {"best": best}))
     return folder
 
@@ -47,6 +52,7 @@ def test_a_layer_as_an_ordinary_cross_encoder(run: Path, tmp_path: Path):
         "on layer 1",
         "some/encoder",
         "c344a292",
+        "| teacher | listwise (some/llm), rrf |",
         "99 training queries",
         "1 · kl + 1 · ranknet",
     ):
