@@ -49,10 +49,20 @@ class LabelSet:
     """Rows with `error`: counted, not trained on."""
     unscored: int
     """Rows without an error and without a single score: counted, not trained on either."""
+    single: int
+    """Training rows with one scored candidate alone."""
     tied: int
     """Training rows whose scored candidates all have the same score."""
     gains_alike: int
     """Training rows whose scored candidates all have the same known gain, or none."""
+    without_positive: int
+    """Training rows none of whose scored candidates has a known gain above 0."""
+    without_negative: int
+    """Training rows all of whose scored candidates have a known gain above 0."""
+    without_contrast: int
+    """Training rows without a positive or without a negative."""
+    negatives_tied: int
+    """Training rows whose scored candidates without a gain above 0 all have the same score, or are none."""
     without_uncertainty: int
     """Training rows without uncertainty."""
     with_instruction: int
@@ -274,8 +284,13 @@ class _RowFacts:
     teacher: str | None
     labelled: bool
     scored: bool
+    single: bool
     tied: bool
     gains_alike: bool
+    without_positive: bool
+    without_negative: bool
+    without_contrast: bool
+    negatives_tied: bool
     has_gain: bool
     without_uncertainty: bool
     with_instruction: bool
@@ -284,7 +299,17 @@ class _RowFacts:
     """Of the scores; infinite where there are none."""
 
 
-_COUNTED_FACTS = ("tied", "gains_alike", "without_uncertainty", "with_instruction")
+_COUNTED_FACTS = (
+    "single",
+    "tied",
+    "gains_alike",
+    "without_positive",
+    "without_negative",
+    "without_contrast",
+    "negatives_tied",
+    "without_uncertainty",
+    "with_instruction",
+)
 """Of training rows."""
 
 
@@ -309,13 +334,20 @@ def _facts(row: dict) -> _RowFacts:
     scored = [(s, (c and c["label"]) or 0.0) for s, c in pairs if s is not None and not math.isnan(s)]
     scores = {score for score, _ in scored}
     known = {gain for _, gain in scored}
+    without_positive = all(gain <= 0 for gain in known)
+    without_negative = all(gain > 0 for gain in known)
     return _RowFacts(
         query_id=row["query_id"],
         teacher=row["teacher"],
         labelled=row["error"] is None,
         scored=row["error"] is None and len(scored) > 0,
+        single=len(scored) == 1,
         tied=len(scores) < 2,
         gains_alike=len(known) < 2,
+        without_positive=without_positive,
+        without_negative=without_negative,
+        without_contrast=without_positive or without_negative,
+        negatives_tied=len({score for score, gain in scored if gain <= 0}) < 2,
         has_gain=max(known, default=0.0) > 0,
         without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
         with_instruction=row["instruction"] is not None,
