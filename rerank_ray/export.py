@@ -171,14 +171,14 @@ def _flagembedding_usage(model: Student) -> str:
 
 
 def _training(state: dict, config: str) -> str:
-    """What the run folder tells: data, the kept step and its metrics, versions, and the whole config."""
+    """What the run folder tells: data, teachers, the kept step and its metrics, versions, and the whole config."""
     settings = yaml.safe_load(config)
     counts, best = state.get("counts", {}), state.get("best") or {}
     losses = " + ".join(f"{term['weight']:g} · {term['loss']}" for term in settings["objective"]["losses"])
     facts = {
         "started from": settings["student"]["base"],
         "labels": ", ".join(f"{uri} (fingerprint {print_})" for uri, print_ in state.get("inputs", {}).items()),
-        "teacher": ", ".join(f"`{teacher}`" for teacher in state.get("teachers", ())),
+        "teacher": ", ".join(state.get("teachers", ())),
         "queries": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()),
         "objective": losses,
         "kept step": f"{best.get('step')} of {best.get('total_steps')}",

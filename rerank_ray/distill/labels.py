@@ -30,6 +30,7 @@ from rerank_ray.schema import (
 )
 
 _GROUPS_PER_WINDOW = 16
+_MAX_TEACHERS = 20
 _ID_OF_REPEATED_TEXT = re.compile(r"([0-9a-f]{16})-[0-9]+")
 Row = TypeVar("Row")
 RowGroup = tuple[str, str, int]
@@ -48,10 +49,20 @@ class LabelSet:
     """Rows with `error`: counted, not trained on."""
     unscored: int
     """Rows without an error and without a single score: counted, not trained on either."""
+    single: int
+    """Training rows with one scored candidate alone."""
     tied: int
     """Training rows whose scored candidates all have the same score."""
     gains_alike: int
     """Training rows whose scored candidates all have the same known gain, or none."""
+    without_positive: int
+    """Training rows none of whose scored candidates has a known gain above 0."""
+    without_negative: int
+    """Training rows all of whose scored candidates have a known gain above 0."""
+    without_contrast: int
+    """Training rows without a positive or without a negative."""
+    negatives_tied: int
+    """Training rows whose scored candidates without a gain above 0 all have the same score, or are none."""
     without_uncertainty: int
     """Training rows without uncertainty."""
     with_instruction: int
@@ -59,7 +70,7 @@ class LabelSet:
     held_out_without_gain: int
     """Held-out rows none of whose candidates has a known gain above 0."""
     teachers: tuple[str, ...]
-    """Whose scores the training rows have, by name."""
+    """Who scored the training rows, sorted: at most 20 names, and how many more there are."""
     score_range: tuple[float, float]
     """Their lowest and highest score in the training rows."""
     fingerprint: str
@@ -104,7 +115,7 @@ class LabelSet:
                     trained = [facts[row] for _, row in train[-1]]
                     for name in _COUNTED_FACTS:
                         counts[name] += sum(getattr(f, name) for f in trained)
-                    teachers.update(f.teacher for f in trained)
+                    teachers.update(f.teacher for f in trained if f.teacher)
                     lowest = min([lowest, *(f.lowest for f in trained)])
                     highest = max([highest, *(f.highest for f in trained)])
                     counts["held_out_without_gain"] += sum(not facts[row].has_gain for _, row in validation[-1])
@@ -114,7 +125,7 @@ class LabelSet:
             train=np.concatenate(train),
             validation=np.concatenate(validation),
             **counts,
-            teachers=tuple(sorted(teachers)),
+            teachers=_first_names(teachers),
             score_range=(lowest, highest),
             fingerprint=digest.hexdigest()[:16],
             texts=TextLists.open(texts, validation_fraction, seed) if texts else None,
@@ -270,10 +281,16 @@ class _RowFacts:
     """What can be told of a row without its texts."""
 
     query_id: str
+    teacher: str | None
     labelled: bool
     scored: bool
+    single: bool
     tied: bool
     gains_alike: bool
+    without_positive: bool
+    without_negative: bool
+    without_contrast: bool
+    negatives_tied: bool
     has_gain: bool
     without_uncertainty: bool
     with_instruction: bool
@@ -283,7 +300,17 @@ class _RowFacts:
     """Of the scores; infinite where there are none."""
 
 
-_COUNTED_FACTS = ("tied", "gains_alike", "without_uncertainty", "with_instruction")
+_COUNTED_FACTS = (
+    "single",
+    "tied",
+    "gains_alike",
+    "without_positive",
+    "without_negative",
+    "without_contrast",
+    "negatives_tied",
+    "without_uncertainty",
+    "with_instruction",
+)
 """Of training rows."""
 
 
@@ -300,7 +327,7 @@ def _row_groups(
 
 def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
     gains = doc_id_path(file, path).removesuffix("doc_id") + "label"
-    return ["query_id", "instruction", "teacher", "scores", "uncertainty", "error", gains]
+    return ["query_id", "teacher", "instruction", "scores", "uncertainty", "error", gains]
 
 
 def _facts(row: dict) -> _RowFacts:
@@ -308,12 +335,20 @@ def _facts(row: dict) -> _RowFacts:
     scored = [(s, (c and c["label"]) or 0.0) for s, c in pairs if s is not None and not math.isnan(s)]
     scores = {score for score, _ in scored}
     known = {gain for _, gain in scored}
+    without_positive = all(gain <= 0 for gain in known)
+    without_negative = all(gain > 0 for gain in known)
     return _RowFacts(
         query_id=row["query_id"],
+        teacher=row["teacher"],
         labelled=row["error"] is None,
         scored=row["error"] is None and len(scored) > 0,
+        single=len(scored) == 1,
         tied=len(scores) < 2,
         gains_alike=len(known) < 2,
+        without_positive=without_positive,
+        without_negative=without_negative,
+        without_contrast=without_positive or without_negative,
+        negatives_tied=len({score for score, gain in scored if gain <= 0}) < 2,
         has_gain=max(known, default=0.0) > 0,
         without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
         with_instruction=row["instruction"] is not None,
@@ -321,6 +356,12 @@ def _facts(row: dict) -> _RowFacts:
         lowest=min(scores, default=math.inf),
         highest=max(scores, default=-math.inf),
     )
+
+
+def _first_names(names: set[str]) -> tuple[str, ...]:
+    first = sorted(names)[:_MAX_TEACHERS]
+    more = len(names) - len(first)
+    return (*first, f"and {more:,} more") if more else tuple(first)
 
 
 def _positions(group: int, chosen: np.ndarray) -> np.ndarray:

@@ -199,24 +199,49 @@ def check_objective(data: LabelSet, settings: ObjectiveSettings) -> None:
     Raises:
         InputError: a term would skip every training query, or queries have no uncertainty to be weighed by.
     """
-    count, inputs = len(data.train), ", ".join(dict.fromkeys(uri for uri, *_ in data.groups))
+    count = len(data.train)
+    inputs = ", ".join(dict.fromkeys(uri for uri, _, _ in data.groups))
     for number, term in enumerate(settings.losses):
         where = f"{inputs}: objective.losses.{number} ({term.loss} on {term.target})"
-        if term.target == "gains" and data.gains_alike == count:
+        needs = NEEDS[term.loss]
+        # Known gains can teach `candidates` from lists of one; all other targets are compared within a list.
+        if data.single == count and not (term.target == "gains" and needs == "candidates"):
             raise InputError(
-                f"{where}: no training query ({count} of them) has candidates with different known gains, so it would "
-                "learn nothing: ingest with qrels, which set the candidates' 'label', or set target to teacher"
+                f"{where}: each of the {count} training queries has one scored candidate alone, and nothing to compare "
+                "it with, so it would learn nothing: label lists of two candidates or more, or train bce on gains"
+            )
+        if term.target == "gains" and (lacking := _lacking_gains(data, needs)):
+            raise InputError(
+                f"{where}: {lacking} (of {count} training queries), so it would learn nothing: ingest with qrels, "
+                "which set the candidates' 'label', or set target to teacher"
             )
         if term.target != "gains" and data.tied == count:
             raise InputError(
-                f"{where}: each of the {count} training queries has one candidate alone, or the same score from the "
-                "teacher for all of them, so it would learn nothing: see `rerank-ray audit`"
+                f"{where}: the teacher gave all candidates of a query the same score, in each of the {count} training "
+                f"queries ({data.single} have one scored candidate alone), so it would learn nothing: "
+                "look into the label run"
             )
     if settings.query_weights == "uncertainty" and data.without_uncertainty:
         raise InputError(
             f"{inputs}: objective.query_weights: uncertainty: {data.without_uncertainty} of {count} training queries "
             "have none: label with a method that tells it, such as `rerank-ray combine`, or set query_weights to equal"
         )
+
+
+def _lacking_gains(data: LabelSet, needs: str) -> str | None:
+    """What no training query has of that which a loss on known gains needs; None where one has it."""
+    count = len(data.train)
+    if needs == "positive and negative" and data.without_contrast == count:
+        return "no query has both a candidate with a known gain above 0 and one without"
+    if needs == "candidates" and data.without_positive == count:
+        return "no query has a candidate with a known gain above 0"
+    if needs == "candidates" and data.without_negative == count:
+        return "all candidates of all queries have a known gain above 0"
+    if needs == "ordered negatives" and data.negatives_tied == count:
+        return "no query has two candidates without a known gain above 0 whose teacher scores differ"
+    if needs == "differing targets" and data.gains_alike == count:
+        return "no query has candidates with different known gains"
+    return None
 
 
 _VALIDATION_DEPTH = 10

@@ -44,7 +44,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
             "queries_without_scores": labels.unscored,
         }
         timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
-        run.update(state="done", teachers=labels.teachers, counts=counts, timings=timings, best=metrics)
+        run.update(state="done", counts=counts, teachers=labels.teachers, timings=timings, best=metrics)
     best = f"step {metrics['step']}, validation nDCG@10 {metrics['validation_ndcg@10']:.4f}"
     console.print(f"{run_uri}: student at {run.student} ({best}, {timings['seconds_of_last_start']:,.0f} s)")
     return run

@@ -43,6 +43,18 @@ def query_ids(data: LabelSet, positions: np.ndarray) -> list[str]:
     return [labels.candidate_list.query.query_id for labels in data.reader().read(positions)]
 
 
+def test_teachers_of_the_training_rows_are_told_up_to_20(tmp_path: Path):
+    """Two share 60 rows; of 60 in as many rows, of which some are held out, 20 are named and the others counted."""
+    rows = [label_row(make_list(f"q{i}"), [1.0, 2.0, 3.0]) for i in range(60)]
+    two = [row | {"teacher": "ba"[i % 2]} for i, row in enumerate(rows)]
+    assert LabelSet.open([write_labels(tmp_path / "a", two)], 0.2, seed=0).teachers == ("a", "b")
+    many = LabelSet.open(
+        [write_labels(tmp_path / "b", [row | {"teacher": f"t{i:02}"} for i, row in enumerate(rows)])], 0.2, seed=0
+    )
+    trained = sorted(f"t{int(query_id[1:]):02}" for query_id in query_ids(many, many.train))
+    assert many.teachers == (*trained[:20], f"and {len(trained) - 20} more")
+
+
 def test_text_lists_are_the_training_rows_and_the_other_files_rows_that_are_not_held_out(tmp_path: Path):
     """Candidates of the labels' queries and of others: none of a held-out query's is read, all others are, once."""
     labels = write_set(tmp_path / "labels", 60)

@@ -27,7 +27,7 @@ def run(tiny_bert: Path, tmp_path: Path) -> Path:
     best = {"step": 96, "total_steps": 128, "validation_ndcg@10": 0.6047}
     state = {
         "inputs": {"labels": "c344a292"},
-        "teachers": ["first:llm", "then:llm"],
+        "teachers": ["listwise (some/llm)", "rrf"],
         "counts": {"training_queries": 99},
         "versions": {"torch": "2.13"},
     }
@@ -53,7 +53,7 @@ def test_a_layer_as_an_ordinary_cross_encoder(run: Path, tmp_path: Path):
         "on layer 1",
         "some/encoder",
         "c344a292",
-        "| teacher | `first:llm`, `then:llm` |",
+        "| teacher | listwise (some/llm), rrf |",
         "99 training queries",
         "1 · kl + 1 · ranknet",
     ):

@@ -230,11 +230,43 @@ def test_labels_that_no_query_of_can_teach(tmp_path: Path):
     check_objective(no_gain, of(on_teacher))
     check_objective(flat, of(on_gains))
     with pytest.raises(
-        InputError, match=r"objective\.losses\.1 \(lce on gains\): no training query .* ingest with qrels"
+        InputError, match=r"/a: objective\.losses\.1 \(lce on gains\): no query has both .* ingest with qrels"
     ):
         check_objective(no_gain, of(on_teacher, on_gains))
-    with pytest.raises(InputError, match=r"b: objective\.losses\.0 \(kl on teacher\): each of the \d+ training"):
+    with pytest.raises(
+        InputError, match=r"/b: objective\.losses\.0 \(kl on teacher\): the teacher gave all candidates"
+    ):
         check_objective(flat, of(on_teacher, on_gains))
+
+
+def test_lists_of_one_candidate_are_not_blamed_on_the_teacher(tmp_path: Path):
+    single = open_labels(tmp_path / "a", [2.0], [1.0])
+    for term in (LossSettings(loss="kl"), LossSettings(loss="ce", target="gains")):
+        with pytest.raises(InputError, match=r"/a: objective\.losses\.0 .* has one scored candidate alone"):
+            check_objective(single, of(term))
+
+
+@pytest.mark.parametrize(
+    ("name", "gains", "message"),
+    [
+        ("ce", [0.0, -1.0], "no query has both"),
+        ("lce", [1.0, 2.0], "no query has both"),
+        ("bce", [0.0, -1.0], "no query has a candidate with a known gain above 0"),
+        ("bce", [1.0, 2.0], "all candidates of all queries"),
+        ("cprd", [0.0, 1.0], "no query has two candidates without"),
+        ("kl", [0.0, -1.0], None),
+        ("cprd", [None, None], None),
+        ("bce", [0.0, 1.0], None),
+    ],
+)
+def test_gains_are_refused_by_what_the_loss_needs(tmp_path: Path, name: str, gains: list, message: str | None):
+    """ce and lce need a positive and a negative, bce both somewhere, cprd two negatives that the teacher orders."""
+    data, chosen = open_labels(tmp_path / "a", [2.0, 1.0], gains), of(LossSettings(loss=name, target="gains"))
+    if message is None:
+        check_objective(data, chosen)
+        return
+    with pytest.raises(InputError, match=rf"/a: objective\.losses\.0 \({name} on gains\): {message}"):
+        check_objective(data, chosen)
 
 
 def test_gains_of_unscored_candidates_do_not_count(tmp_path: Path):
