@@ -294,7 +294,6 @@ class _RowFacts:
     has_gain: bool
     without_uncertainty: bool
     with_instruction: bool
-    teacher: str
     lowest: float
     highest: float
     """Of the scores; infinite where there are none."""
@@ -352,7 +351,6 @@ def _facts(row: dict) -> _RowFacts:
         has_gain=max(known, default=0.0) > 0,
         without_uncertainty=all(u is None or math.isnan(u) for u in row["uncertainty"] or []),
         with_instruction=row["instruction"] is not None,
-        teacher=row["teacher"] or "",
         lowest=min(scores, default=math.inf),
         highest=max(scores, default=-math.inf),
     )

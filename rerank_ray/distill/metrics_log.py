@@ -24,7 +24,8 @@ class MetricsLog:
 
     def write(self, metrics: dict) -> None:
         step = metrics["step"]
-        self._lines = [line for line in self._lines if json.loads(line)["step"] < step]
+        while self._lines and json.loads(self._lines[-1])["step"] >= step:
+            del self._lines[-1]
         self._lines.append(json.dumps(metrics))
         storage.write_text(self._path, "\n".join(self._lines) + "\n")
         if self._board:
