@@ -69,7 +69,7 @@ def calibrate_exit(
     if len(model.layers) == 1:
         raise ConfigError(f"{student}: it has a head on its last layer alone: distil with student.layers")
     # A student that can't leave early is refused before anything is scored.
-    AdaptiveExit(model, [0.0] * (len(model.layers) - 1))
+    AdaptiveExit(model, [0.0] + [None] * (len(model.layers) - 2))
     model = model.to(device)
     lists = _held_out(Path(student).parent) if labels is None else _labelled(labels)
     measured = _measure(model, islice(lists, limit), gains)

@@ -24,7 +24,7 @@ _VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
 INGEST_SUMMARY = "ingest.json"
 INGEST_UNFINISHED = '{"state": "unfinished"}\n'
 """What the summary is until its ingest has ended."""
-_CHANGEABLE = ("execution", "limits", "store", "trec_run")
+_CHANGEABLE = ("execution", "limits", "log_every_steps", "store", "trec_run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,5 +64,5 @@ def summary_line(metrics: dict) -> str:
     parts += [f"{count} queries skipped by {name}" for name, count in skipped.items() if count]
     if "pairs_per_second" in metrics:
         left = (metrics["total_steps"] - metrics["step"]) * metrics["seconds_per_step"]
-        parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s, {duration(left)} left")
+        parts.append(f"{metrics['pairs_per_second']:.1f} pairs/s, {duration(left)} of steps left")
     return ", ".join(parts)

@@ -412,6 +412,8 @@ class Trainer:
             metrics["trained_share"] = share
         if len(by_layer) > 1:
             metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
+        # What the validation scored is no step's.
+        self._seen = _Seen()
         return metrics
 
     def _validate_shares(self) -> tuple[float, list[float]]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def fit(
         worker: what every worker runs: `work` with the loop that `config` describes; "run" is added to that.
         score: the metric whose highest values are kept.
         best: what of a kept checkpoint's metrics is highest for the one that becomes the student.
-        summary: a validation's metrics as a line for people.
+        summary: a line of metrics as one for people.
     """
     # The controller checks its workers' health at this interval, and a finished step waits for the next check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -124,20 +125,24 @@ def absolute_template(name: str) -> str:
 
 @contextmanager
 def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
-    """Print each validation as the workers log it; they may run on other machines, the run folder is what is shared."""
+    """Print each line of metrics as the workers log it; they may run on other machines, and share the run folder.
+
+    A resumed training drops the lines behind its checkpoint and writes them again.
+    """
     path, console, ended = run.path("metrics.jsonl"), Console(stderr=True, soft_wrap=True), threading.Event()
 
     def lines() -> list[str]:
         return storage.read_text(path).splitlines() if storage.exists(path) else []
 
-    def print_new(seen: int) -> int:
-        new = lines()[seen:]
-        for line in new:
+    def print_new(seen: list[str]) -> list[str]:
+        now = lines()
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(seen, now, strict=False)))
+        for line in now[known:]:
             console.print(summary(json.loads(line)), highlight=False)
-        return seen + len(new)
+        return now
 
     def follow() -> None:
-        seen = len(lines())
+        seen = lines()
         while not ended.wait(_ECHO_EVERY_S):
             seen = print_new(seen)
         print_new(seen)

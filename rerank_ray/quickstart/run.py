@@ -160,7 +160,7 @@ def _print(systems: list[PageSystem], console: Console) -> None:
 def _page(systems: list[PageSystem], report: EvaluationReport, pipeline: Path) -> str:
     lines = storage.read_text(pipeline / "student" / "metrics.jsonl").splitlines()
     curve = [
-        CurvePoint(step=m["step"], loss=m.get("loss/total"), validation_ndcg=m["validation_ndcg@10"])
+        CurvePoint(step=m["step"], loss=m.get("loss/total"), validation_ndcg=m.get("validation_ndcg@10"))
         for m in map(json.loads, lines)
     ]
     queries = report.systems["BM25"].result.queries

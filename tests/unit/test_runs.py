@@ -12,6 +12,7 @@ import pytest
 
 from rerank_ray.errors import RunError
 from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, LimitSettings
 from rerank_ray.settings.models import FakeSettings
 from rerank_ray.settings.rankers import YesNoSettings
@@ -82,6 +83,17 @@ def test_what_checkpoints_are_divided_by_may_not_change(run: RunFolder):
     run.start("label", changed, INPUTS, fixed=("batch_size",))
     with pytest.raises(RunError, match=r"resuming would mix the two:\n  execution\.actors: 7 -> 8\n"):
         run.start("label", config(execution=ExecutionSettings(actors=8)), INPUTS, fixed=("actors",))
+
+
+def test_a_training_may_be_logged_more_often(run: RunFolder):
+    """It changes no weight; a run of before there was the setting has none."""
+    settings = DistillSettings.model_validate({"input": ["labels"], "student": {"base": "some/encoder"}})
+    run.start("distill", settings, INPUTS)
+    path = Path(run.path("config.yaml"))
+    path.write_text("".join(line for line in path.open() if "log_every_steps" not in line))
+    run.start("distill", settings.model_copy(update={"log_every_steps": 1}), INPUTS)
+    with pytest.raises(RunError, match="queries_per_step: 4 -> 8"):
+        run.start("distill", settings.model_copy(update={"queries_per_step": 8}), INPUTS)
 
 
 def test_a_key_that_only_starts_like_execution_is_no_exception(run: RunFolder):

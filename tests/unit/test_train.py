@@ -201,10 +201,13 @@ def test_metrics_come_between_validations(labels: str, tiny_bert: Path, tmp_path
         assert line["loss/total"] == pytest.approx(statistics.fmean(total[first:last]), rel=1e-4)
         assert line["gradient_norm"] == pytest.approx(statistics.fmean(norms[first:last]), rel=1e-4)
         assert line["pairs_per_second"] > 0
+    trainer.training_metrics()
+    assert trainer._validation_metrics().keys() > {"validation_ndcg@10"}
+    assert trainer._seen.padded_tokens == 0
     assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 3 / 4)
     assert "validation_ndcg@10" not in lines[0]
     assert summary_line(lines[0]).startswith("step 2/4, ")
-    assert summary_line(lines[0]).endswith(" left")
+    assert summary_line(lines[0]).endswith(" of steps left")
 
 
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
