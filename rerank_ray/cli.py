@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from rich.console import Console
 
 from rerank_ray import __version__, storage
-from rerank_ray.errors import RerankRayError
+from rerank_ray.errors import ConfigError, RerankRayError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -307,6 +307,8 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.evaluate import DEFAULT_METRICS, evaluate_sources, print_report
 
     metrics = options.metrics.split(",") if options.metrics else DEFAULT_METRICS
+    if options.json and options.json == options.per_query:
+        raise ConfigError(f"{options.json}: --json and --per-query name one file: name two")
     for file in filter(None, (options.json, options.per_query)):
         storage.check_writable(file)
     report = evaluate_sources(options.rankings, qrels=options.qrels, metrics=metrics)

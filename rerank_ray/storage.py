@@ -124,11 +124,13 @@ def check_writable(uri: str | os.PathLike[str]) -> None:
     """Find before the work for a file that it can't be written afterwards: writes one beside it for a moment.
 
     Raises:
-        RunError: it can't be written, or is a folder.
+        RunError: it can't be written, or is a folder, a device or a pipe, in whose place the file would be put.
     """
-    if is_directory(uri):
-        raise RunError(f"{os.fspath(uri)}: is a folder: name a file to write")
     fs, path = open_filesystem(uri)
+    kind = fs.get_file_info(path).type
+    if kind not in (pafs.FileType.NotFound, pafs.FileType.File):
+        what = "a folder" if kind == pafs.FileType.Directory else "no plain file"
+        raise RunError(f"{os.fspath(uri)}: is {what}: name a file to write")
     probe = f"{path}.{uuid.uuid4().hex}.probe"
     with writing(uri):
         fs.create_dir(posixpath.dirname(path), recursive=True)

@@ -133,9 +133,11 @@ def _rank_rest(job: RowJob, done: int) -> dict:
     """Rank the rows that are not done; returns this start's timings."""
     started = time.monotonic()
     run = job.run
-    with session(job.execution.needs), ProgressDisplay(run.uri, job.source.rows, done) as progress:
+    shares = share_out(job.source.rows - done, job.execution)
+    held = job.execution.actors * shares.batch
+    with session(job.execution.needs), ProgressDisplay(run.uri, job.source.rows, done, held) as progress:
         try:
-            _execute(job, progress, share_out(job.source.rows - done, job.execution))
+            _execute(job, progress, shares)
         except ExecutionTimeoutError as error:
             raise RunError(_nothing_finished(run, job.execution)) from error
         except (ray.exceptions.RayError, OSError, RuntimeError) as error:

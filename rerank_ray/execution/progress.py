@@ -68,11 +68,12 @@ class ProgressDisplay:
     stay what they were; the job goes on.
     """
 
-    def __init__(self, name: str, rows: int, already_done: int) -> None:
+    def __init__(self, name: str, rows: int, already_done: int, under_way: int) -> None:
+        """`under_way` is how many rows the replicas hold at a time."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.counter = Counter.options(scheduling_strategy=here).remote()
         self._totals = _NO_REPORT
-        self._name, self._rows, self._before = name, rows, already_done
+        self._name, self._rows, self._before, self._under_way = name, rows, already_done, under_way
         self._console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
@@ -116,10 +117,10 @@ class ProgressDisplay:
     def _read(self) -> tuple[int, str]:
         totals = self._read_totals()
         done = min(self._before + totals["rows"], self._rows)
-        return done, rates(totals, self._rows - self._before, time.monotonic() - self._started)
+        return done, rates(totals, self._rows - self._before, self._under_way, time.monotonic() - self._started)
 
 
-def rates(totals: dict, rows: int, elapsed: float) -> str:
+def rates(totals: dict, rows: int, under_way: int, elapsed: float) -> str:
     """Rows, pairs and tokens a second since the start, and the time left.
 
     A batch may take hours: what models have computed of those that are under way counts as rows in proportion, as if
@@ -128,13 +129,16 @@ def rates(totals: dict, rows: int, elapsed: float) -> str:
     Args:
         totals: what the counter reads.
         rows: that this start has to do.
+        under_way: that are so at most. Finished rows that a store answered took no tokens, and a replica that crashed
+            computed some for nothing.
         elapsed: seconds since it.
     """
     computed = totals["computed"].tokens
     if not totals["rows"]:
         return f"first batch, {computed / elapsed:,.1f} tokens/s" if computed else "starting"
-    under_way = max(1.0, computed / totals["tokens"]) if totals["tokens"] else 1.0
-    speed = {name: under_way * totals[name] / elapsed for name in ("rows", "pairs", "tokens")}
+    begun = computed / totals["tokens"] - 1.0 if totals["tokens"] else 0.0
+    share = 1.0 + min(max(0.0, begun), under_way / totals["rows"])
+    speed = {name: share * totals[name] / elapsed for name in ("rows", "pairs", "tokens")}
     left = max(0.0, rows / speed["rows"] - elapsed)
     return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {duration(left)} left"
 

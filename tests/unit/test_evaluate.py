@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -232,20 +233,27 @@ def test_every_querys_values_as_a_table(tmp_path: Path, qrels: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--json", "--per-query"])
-@pytest.mark.parametrize("place", ["out", "qrels.txt/out", "folder"])
+@pytest.mark.parametrize("place", ["out", "qrels.txt/out", "folder", "pipe"])
 def test_a_file_that_can_not_be_written_is_one_line(
     tmp_path: Path, qrels: str, option: str, place: str, capsys
 ) -> None:
-    """On a full disk; below a file, or where a folder is, which is known before anything is evaluated."""
+    """On a full disk; below a file, or where a folder or a pipe is, which is known before anything is evaluated."""
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     run = write_run(tmp_path / "run", [ranking_row("q1", ["c"])], schema.RANKINGS)
     with full_disk(20):
         assert cli.main(["evaluate", run, "--qrels", qrels, option, str(tmp_path / place)]) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    said = "is a folder" if place == "folder" else "can't be written"
+    said = {"folder": "is a folder", "pipe": "is no plain file"}.get(place, "can't be written")
     assert line.startswith(f"error: {tmp_path / place}: {said}")
     assert bool(captured.out) == (place == "out")
+
+
+def test_one_file_can_not_hold_two_reports(tmp_path: Path, qrels: str, capsys) -> None:
+    out = str(tmp_path / "out")
+    assert cli.main(["evaluate", "run", "--qrels", qrels, "--json", out, "--per-query", out]) == 1
+    assert capsys.readouterr().err == f"error: {out}: --json and --per-query name one file: name two\n"
 
 
 def test_a_refusal_of_the_system_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
