@@ -59,10 +59,12 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     # Beside OUT until it is whole, so that what stands there is never half an export.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    card = _card(model, Path(student), form, int8)
     try:
         with storage.writing(out):
             _write(model, partial, form, int8)
+        # Now it is known that the form can hold this student.
+        card = _card(model, Path(student), form, int8)
+        with storage.writing(out):
             (partial / CARD).write_text(card)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

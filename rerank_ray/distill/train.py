@@ -32,7 +32,7 @@ from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.start import check_labels, first_student, open_label_set
 from rerank_ray.distill.targets import Targets, Term, objective, term_names, validation_ndcg
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.models import engine
 from rerank_ray.models.student import Encoded, Student, trained_parameters
 from rerank_ray.records import Labels
@@ -72,17 +72,29 @@ def train(
 
     Args:
         log: takes the metrics between validations, which have no checkpoint.
+
+    Raises:
+        RunError: a batch does not fit the memory. It is not halved as in scoring: other workers would wait.
     """
     trainer = Trainer(settings, world, resume, data, report=report)
-    if not trainer.resumed:
-        trainer.validate_and_report(report)
-    while not trainer.finished:
-        trainer.train_step()
-        step = trainer.progress.step
-        if step % settings.validation.every_steps == 0 or step == trainer.total_steps:
+    try:
+        if not trainer.resumed:
             trainer.validate_and_report(report)
-        elif step % settings.log_every_steps == 0:
-            log(trainer.training_metrics())
+        while not trainer.finished:
+            trainer.train_step()
+            step = trainer.progress.step
+            if step % settings.validation.every_steps == 0 or step == trainer.total_steps:
+                trainer.validate_and_report(report)
+            elif step % settings.log_every_steps == 0:
+                log(trainer.training_metrics())
+    except RuntimeError as error:
+        if not engine.is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"a batch of training does not fit the memory: lower tokens_per_micro_batch "
+            f"({settings.tokens_per_micro_batch:,}) and tokens_per_backward ({settings.tokens_per_backward:,}), set "
+            f"backward: cached, or student.gradient_checkpointing ({error})"
+        ) from error
 
 
 @dataclass(slots=True)

@@ -88,6 +88,8 @@ def _resolve(reference: str, revision: str | None, settings: ModelSettings, conf
         raise ModelError(f"{reference}: no such model folder or file")
     if reference.endswith(".gguf"):
         repository, _, name = reference.rpartition("/")
+        if Path(repository).is_dir():
+            raise ModelError(f"{reference}: no such model folder or file")
         return ResolvedModel(
             source=repository, revision=revision, gguf_file=name, identity=f"{reference}@{revision or 'main'}"
         )

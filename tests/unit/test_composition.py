@@ -373,7 +373,7 @@ def test_a_multi_teacher_label_row_has_its_disagreement():
     zscores = (alone - alone.mean(1, keepdims=True)) / alone.std(1, keepdims=True)
     assert labels.scores == pytest.approx(zscores.mean(0), rel=1e-5)
     assert labels.uncertainty == pytest.approx(zscores.std(0), rel=1e-5)
-    assert labels.usage.calls == 12
+    assert row["usage"]["calls"] == 12
     assert labels.teacher.count("cross_encoder:fake:seed=") == 3
 
 

@@ -226,13 +226,24 @@ def test_folders_that_hold_no_model(tiny_llama: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("mistyped", ["runs/student", "no-such-model", "runs/no-such.gguf"])
-def test_a_mistyped_path_is_told_apart_from_a_hub_that_fails(mistyped: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_mistyped_path_is_told_apart_from_a_hub_that_fails(
+    mistyped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """With at most one slash it may be a hub's id."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError) as caught:
         HFCausal(HFCausalSettings(path=mistyped))
     assert str(caught.value).startswith(f"{mistyped}: is no folder or file here, and AutoTokenizer can't load it from")
     assert str(caught.value).endswith("check the path or, for a hub model, its id, revision and the network")
+
+
+def test_a_gguf_file_that_a_folder_here_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder of the repository's name is what transformers would look into."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ModelError, match=r"^runs/no-such\.gguf: no such model folder or file$"):
+        resolve(HFCausalSettings(path="runs/no-such.gguf"))
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])

@@ -43,7 +43,7 @@ def test_a_label_stage_gives_one_row_for_each():
         assert row["teacher"] == stage.ranker.name
         if row["query_id"].startswith("good"):
             labels = labels_from_row(row)
-            assert labels.usage.calls == 3
+            assert row["usage"]["calls"] == 3
             expected = Ranker(FAILING).rank([labels.candidate_list])[0].scores.scores
             assert labels.scores == pytest.approx(expected, rel=1e-6)
         else:

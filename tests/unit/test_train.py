@@ -210,6 +210,19 @@ def test_metrics_come_between_validations(labels: str, tiny_bert: Path, tmp_path
     assert summary_line(lines[0]).endswith(" of steps left")
 
 
+def test_a_batch_that_does_not_fit_the_memory_names_what_to_lower(
+    labels: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other errors are what they are."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(RunError, match=r"lower tokens_per_micro_batch \(64\) .*Tried to allocate 2 GiB"):
+        train(settings(labels, tiny_bert, max_steps=2), World(), Reports(tmp_path / "a"))
+    error = RuntimeError("device-side assert")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train(settings(labels, tiny_bert, max_steps=2), World(), Reports(tmp_path / "b"))
+
+
 def test_dropout_is_on_and_the_seed_decides(labels: str, tiny_bert: Path, tmp_path: Path):
     """The same seed gives the same bytes, another seed or no dropout others: so the test above tests something."""
 
