@@ -38,6 +38,13 @@ S = TypeVar("S", bound=Settings)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def refuse_idle(settings: S, option: str, field: str, value: str) -> S:
+    """Refuse an option that was changed although, with this value of another field, nothing reads it."""
+    if getattr(settings, field) == value and getattr(settings, option) != type(settings).model_fields[option].default:
+        raise ValueError(f"{option} changes nothing with {field} {value}: leave it out, or change {field}")
+    return settings
+
+
 def load(model: type[S], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML) and validate it.
 
