@@ -17,13 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 
 import torch
 from harness import publish
 
 from rerank_ray.distill.parallel import World
-from rerank_ray.distill.train import StepData, Trainer
+from rerank_ray.distill.train import Trainer
 from rerank_ray.records import Candidate, CandidateList, Query, Scores
 from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
 from rerank_ray.settings.distill import DistillSettings
@@ -77,7 +76,8 @@ def measure(student: str, backward: str, count: int, file: str) -> dict[str, flo
         trainer = Trainer(settings(folder, student, backward, count), World(), None)
         data = trainer.step_data(0)
     trainer.student.train()
-    trainer.forward_backward(first_candidates(data, 1))
+    ((labels, indices),) = data.groups
+    trainer.forward_backward(trainer.prepare([(labels, indices[:1])], queries=1, counts=True))
     before = largest_resident_mib()
     torch.manual_seed(0)
     started = time.process_time()
@@ -85,12 +85,6 @@ def measure(student: str, backward: str, count: int, file: str) -> dict[str, flo
     measured = {"seconds": time.process_time() - started, "mib": largest_resident_mib() - before}
     torch.save(torch.cat([p.grad.flatten() for p in trainer.trained if p.grad is not None]), file)
     return measured
-
-
-def first_candidates(data: StepData, count: int) -> StepData:
-    """The step's one list, cut short."""
-    ((labels, indices),) = data.groups
-    return replace(data, groups=[(labels, indices[:count])], encoded=[data.encoded[0][:count]])
 
 
 def largest_resident_mib() -> float:

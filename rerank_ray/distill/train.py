@@ -44,14 +44,42 @@ checkpoint is what the workers' folders hold together. None where a worker adds 
 steps are below 0."""
 
 
+Group = tuple[Labels, Sequence[int]]
+"""A query's labels, and the candidates that were sampled of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatches:
+    """Pairs batched by length, on the device."""
+
+    batches: Sequence[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    """Which pairs each has, and what the student takes of them."""
+    count: int
+    """Pairs."""
+    tokens: int
+    positions: int
+    """Tokens and the padding that is computed with them."""
+    longest: int
+    """Tokens of the longest pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The groups whose gradient one backward pass adds."""
+
+    pairs: MicroBatches
+    targets: Targets
+    places: tuple[torch.Tensor, torch.Tensor]
+    """Of each pair: its row and column in the targets."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepData:
     """What one worker computes in one step."""
 
-    groups: Sequence[tuple[Labels, Sequence[int]]]
-    """Each query's labels, and the candidates that were sampled of it."""
-    encoded: Sequence[list[Encoded]]
-    """Of each group, its pairs."""
+    groups: Sequence[Group]
+    chunks: Sequence[Chunk]
+    """All of the groups."""
     queries: int
     """Of the step, over all workers."""
     counts: bool
@@ -105,7 +133,7 @@ class _Seen:
     seconds: float = 0.0
     pairs: float = 0.0
     tokens: int = 0
-    padded_tokens: int = 0
+    positions: int = 0
     gradient_norms: torch.Tensor | float = 0.0
     losses: dict[str, torch.Tensor | float] = field(default_factory=dict)
     """Of each term, over all workers: its sum over the queries that it teaches, and their number."""
@@ -216,7 +244,7 @@ class Trainer:
         return {**losses, "gradient_norm": norm}
 
     def _step_data(self) -> StepData:
-        """This step's data. The next step's is read and tokenised in a thread meanwhile."""
+        """This step's data. The next step's is read, tokenised and batched in a thread meanwhile."""
         step = self.progress.step
         ready = self._next is not None and self._next[0] == step
         data = self._next[1].result() if ready else self.step_data(step)
@@ -224,14 +252,29 @@ class Trainer:
         return data
 
     def step_data(self, step: int) -> StepData:
-        """Read, sample and tokenise what this worker computes in a step: a function of seed, step and rank alone."""
+        """Read, sample and prepare what this worker computes in a step: a function of seed, step and rank alone."""
         positions, epoch = self.steps.at(step)
         own = positions[self.world.rank :: self.world.size]
         # The last step of an epoch can leave a worker without queries.
         rows = self.reader.read(own if len(own) else self.data.train[:1])
         groups = [(row, sample_group(row, self.settings.sampling, self.settings.seed, epoch)) for row in rows]
+        return self.prepare(groups, queries=len(positions), counts=len(own) > 0)
+
+    def prepare(self, groups: Sequence[Group], *, queries: int, counts: bool) -> StepData:
+        """Bring everything that a step on these groups computes with to the device."""
         encoded = [self._encode(row, indices) for row, indices in groups]
-        return StepData(groups=groups, encoded=encoded, queries=len(positions), counts=len(own) > 0)
+        tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
+        chunks = [
+            self._chunk([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]])
+            for chunk in engine.group_in_order(tokens, self.settings.tokens_per_backward)
+        ]
+        return StepData(groups=groups, chunks=chunks, queries=queries, counts=counts)
+
+    def _chunk(self, groups: Sequence[Group], encoded: list[Encoded]) -> Chunk:
+        targets = Targets.of(groups)
+        # Places instead of the mask itself: how many they are is known before the device has computed anything.
+        rows, columns = (engine.moved(index, self.device) for index in targets.mask.nonzero(as_tuple=True))
+        return Chunk(pairs=self._micro_batches(encoded), targets=targets.to(self.device), places=(rows, columns))
 
     def forward_backward(self, data: StepData) -> dict[str, torch.Tensor]:
         """Score each query's sampled group and add the gradient of the objective's mean over the step's queries.
@@ -244,24 +287,23 @@ class Trainer:
         factor = data.counts * self.world.size / data.queries
         # Of each term: its sum over the queries that it teaches, and their number.
         sums: dict[str, torch.Tensor] = {}
-        tokens = [sum(len(e["input_ids"]) for e in group) for group in data.encoded]
-        chunks = engine.group_in_order(tokens, self.settings.tokens_per_backward)
+        chunks = data.chunks
         count = self.parallel.backwards(len(chunks))
-        cached = [self._is_cached(sum(tokens[q] for q in chunk)) for chunk in chunks] + [False] * (count - len(chunks))
+        cached = [self._is_cached(chunk.pairs.tokens) for chunk in chunks] + [False] * (count - len(chunks))
         for number, is_cached in enumerate(self.parallel.forwards(*cached)):
             own = number < len(chunks)
             chunk = chunks[number if own else 0]
-            pairs = [e for q in chunk for e in data.encoded[q]]
-            longest = max(len(e["input_ids"]) for e in pairs)
             # Around the backward pass too: with checkpoints it computes layers again.
             with (
-                engine.attention_for_training(self.device, longest),
+                engine.attention_for_training(self.device, chunk.pairs.longest),
                 self.parallel.accumulate(last=number == count - 1),
             ):
-                terms = self._objective([data.groups[q] for q in chunk], pairs, is_cached)
+                terms = self._objective(chunk, is_cached)
                 self.parallel.backward((factor if own else 0.0) * terms["total"].loss.sum())
             counted = float(own and data.counts)
-            self._seen.pairs += counted * len(pairs)
+            self._seen.pairs += counted * chunk.pairs.count
+            self._seen.tokens += chunk.pairs.tokens
+            self._seen.positions += chunk.pairs.positions
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + counted * _sum_and_count(term)
         if self.world.size > 1:
@@ -277,43 +319,41 @@ class Trainer:
         settings = self.settings
         return settings.backward == "cached" or (settings.backward == "auto" and tokens > settings.tokens_per_backward)
 
-    def _objective(
-        self, groups: Sequence[tuple[Labels, Sequence[int]]], encoded: list[Encoded], cached: bool
-    ) -> dict[str, Term]:
-        targets = Targets.of(groups)
-        flat = self._scores(self.parallel.model, encoded, cached)
-        layer_scores = flat.new_zeros(flat.shape[0], *targets.mask.shape)
-        # Places instead of the mask itself: how many they are is known before the device has computed anything.
-        rows, columns = (engine.moved(index, self.device) for index in targets.mask.nonzero(as_tuple=True))
-        layer_scores[:, rows, columns] = flat
-        return objective(layer_scores, targets.to(self.device), self.settings.objective)
+    def _objective(self, chunk: Chunk, cached: bool) -> dict[str, Term]:
+        flat = self._scores(self.parallel.model, chunk.pairs, cached)
+        layer_scores = flat.new_zeros(flat.shape[0], *chunk.targets.mask.shape)
+        layer_scores[:, *chunk.places] = flat
+        return objective(layer_scores, chunk.targets, self.settings.objective)
 
-    def _scores(self, model: nn.Module, encoded: list[Encoded], cached: bool = False) -> torch.Tensor:
-        """Scores [layers, pairs] of encoded pairs.
+    def _scores(self, model: nn.Module, pairs: MicroBatches, cached: bool = False) -> torch.Tensor:
+        """Scores [layers, pairs].
 
         Where other workers have more micro-batches, a copy of the smallest is scored as often as is left, for nothing.
         """
-        batches = self._micro_batches(encoded)
-        (count,) = self.parallel.forwards(len(batches))
-        indices, inputs = min(batches, key=lambda batch: batch[1]["input_ids"].numel())
-        batches += [(indices + len(encoded), inputs)] * (count - len(batches))
-        return model(batches, cached)[:, : len(encoded)]
+        (count,) = self.parallel.forwards(len(pairs.batches))
+        indices, inputs = min(pairs.batches, key=lambda batch: batch[1]["input_ids"].numel())
+        idle = [(indices + pairs.count, inputs)] * (count - len(pairs.batches))
+        return model([*pairs.batches, *idle], cached)[:, : pairs.count]
 
     def _encode(self, labels: Labels, indices: Sequence[int]) -> list[Encoded]:
         candidates = labels.candidate_list.candidates
         documents = [candidates[i].contents for i in indices]
         return self.student.encode([labels.candidate_list.query.text] * len(documents), documents)
 
-    def _micro_batches(self, encoded: list[Encoded]) -> list[tuple[torch.Tensor, dict]]:
-        """Batch encoded pairs by length: (indices of the pairs, tensors) of each batch."""
+    def _micro_batches(self, encoded: list[Encoded]) -> MicroBatches:
         lengths = [len(e["input_ids"]) for e in encoded]
-        batches = []
-        for indices in engine.plan_batches(lengths, self.settings.tokens_per_micro_batch):
-            inputs = self.student.batch([encoded[i] for i in indices], packed=True)
-            self._seen.padded_tokens += inputs.get("places", inputs["input_ids"]).numel()
-            batches.append((torch.tensor(indices), inputs))
-        self._seen.tokens += sum(lengths)
-        return batches
+        planned = engine.plan_batches(lengths, self.settings.tokens_per_micro_batch)
+        batches = [
+            (torch.tensor(indices), self.student.batch([encoded[i] for i in indices], packed=True))
+            for indices in planned
+        ]
+        return MicroBatches(
+            batches=batches,
+            count=len(encoded),
+            tokens=sum(lengths),
+            positions=sum(inputs.get("places", inputs["input_ids"]).numel() for _, inputs in batches),
+            longest=max(lengths),
+        )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -330,7 +370,7 @@ class Trainer:
         idle = np.repeat(self.data.validation[:1], count - len(positions), axis=0)
         for number, labels in enumerate(self.validation_reader.read(np.concatenate([positions, idle]))):
             encoded = self._encode(labels, range(len(labels.candidate_list)))
-            flat = self._scores(self.scorer, encoded)
+            flat = self._scores(self.scorer, self._micro_batches(encoded))
             values = [validation_ndcg(labels, s, self.settings.validation.gains) for s in flat.float().tolist()]
             if number < len(positions) and values[0] is not None:
                 sums += torch.tensor([*values, 1.0], dtype=torch.float64)
@@ -398,7 +438,7 @@ class Trainer:
             "gradient_norm": float(seen.gradient_norms) / seen.steps,
             "pairs_per_second": self.world.size * seen.pairs / seen.seconds,
             "seconds_per_step": seen.seconds / seen.steps,
-            "padding_share": 1 - seen.tokens / seen.padded_tokens,
+            "padding_share": 1 - seen.tokens / seen.positions,
         }
 
     def _validation_metrics(self) -> dict[str, float]:
@@ -424,8 +464,6 @@ class Trainer:
             metrics["trained_share"] = share
         if len(by_layer) > 1:
             metrics |= {f"validation_ndcg@10/layer_{n}": v for n, v in zip(self.student.layers, by_layer, strict=True)}
-        # What the validation scored is no step's.
-        self._seen = _Seen()
         return metrics
 
     def _validate_shares(self) -> tuple[float, list[float]]:

@@ -166,6 +166,11 @@ def test_the_best_share_of_the_trained_weights_is_kept(labels: str, tiny_bert: P
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
+def inputs(data: StepData) -> list[torch.Tensor]:
+    """What the student is given in a step."""
+    return [given for chunk in data.chunks for _, batch in chunk.pairs.batches for given in batch.values()]
+
+
 def test_the_next_step_is_prepared_meanwhile(labels: str, tiny_bert: Path):
     """Its data is what the step asks for, over the end of an epoch, and none is prepared beyond the last step."""
     trainer = Trainer(settings(labels, tiny_bert, max_steps=8), World(), None)
@@ -175,7 +180,8 @@ def test_the_next_step_is_prepared_meanwhile(labels: str, tiny_bert: Path):
         assert [row.candidate_list.query.query_id for row, _ in found.groups] == [
             row.candidate_list.query.query_id for row, _ in expected[step].groups
         ]
-        assert found.encoded == expected[step].encoded
+        for given, wanted in zip(inputs(found), inputs(expected[step]), strict=True):
+            assert torch.equal(given, wanted)
         assert (trainer._next is None) == (step == 7)
         trainer.progress.step += 1
 
@@ -203,7 +209,7 @@ def test_metrics_come_between_validations(labels: str, tiny_bert: Path, tmp_path
         assert line["pairs_per_second"] > 0
     trainer.training_metrics()
     assert trainer._validation_metrics().keys() > {"validation_ndcg@10"}
-    assert trainer._seen.padded_tokens == 0
+    assert trainer._seen.positions == 0
     assert lines[0]["learning_rate"] == pytest.approx(1e-3 * 3 / 4)
     assert "validation_ndcg@10" not in lines[0]
     assert summary_line(lines[0]).startswith("step 2/4, ")
@@ -343,8 +349,7 @@ def test_a_skipped_query_adds_nothing(partly_taught: str, tiny_bert: Path):
     for count, step_rows in ((1, [taught]), (2, [taught, tied])):
         trainer.parallel.optimizer.zero_grad()
         groups = [(row, range(CANDIDATES)) for row in step_rows]
-        encoded = [trainer._encode(*group) for group in groups]
-        results.append(trainer.forward_backward(StepData(groups=groups, encoded=encoded, queries=count, counts=True)))
+        results.append(trainer.forward_backward(trainer.prepare(groups, queries=count, counts=True)))
         gradient.append(trainer.student.model.classifier.weight.grad)
     assert results[1]["kl"] == pytest.approx(results[0]["kl"])
     assert results[1]["total"] == pytest.approx(results[0]["total"] / 2)
