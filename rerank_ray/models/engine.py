@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,10 @@ from rerank_ray.records import Computed, Usage
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
+Output = TypeVar("Output")
 
+_POOL = 2048
+"""Calls that are encoded at a time, and sorted by length into batches, while the next ones are encoded."""
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH = 4096
 GPU_TOKENS_PER_BATCH = 65536
@@ -111,6 +115,23 @@ def ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterato
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def in_pools(
+    calls: Sequence[Item],
+    encode: Callable[[Sequence[Item]], Prepared],
+    answer: Callable[[Prepared], Sequence[Output]],
+) -> list[Output]:
+    """Results of calls, in order: `answer` gives those of a pool that `encode` has made, and the next pool is encoded
+    in a thread meanwhile.
+
+    The first pool is an eighth of the calls, at most 2,048, so that the model begins soon; the others are of 2,048.
+    """
+    first = min(_POOL, -(-len(calls) // 8))
+    pools = [calls[a:b] for a, b in itertools.pairwise([0, *range(first, len(calls), _POOL), len(calls)])]
+    # Closed here: the traceback of an error in `answer` keeps the iterator, and so the thread.
+    with closing(ahead(pools, encode)) as encoded:
+        return [result for pool in encoded for result in answer(pool)]
 
 
 def plan_batches(
@@ -213,15 +234,29 @@ class BatchRunner:
         return outputs
 
     def answer(
-        self, encoded: Sequence[Item], lengths: Sequence[int], forward: Callable[[list[Item]], Sequence]
+        self,
+        calls: Sequence[Item],
+        encode: Callable[[Sequence[Item]], list[Prepared]],
+        forward: Callable[[list[Prepared]], Sequence],
+        *,
+        length: Callable[[Prepared], int] = len,
     ) -> list[Answer]:
-        """Answers to calls, one for each of `encoded`, which is `lengths` tokens long: `forward` takes a batch of them
-        and returns a value for each."""
-        values = self.run(lengths, lambda batch: forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
-            for value, length in zip(values, lengths, strict=True)
-        ]
+        """Answers to calls: `encode` tokenises some of them, in a thread (`in_pools`), and `forward` takes a batch of
+        what it returns and gives a value for each.
+
+        Args:
+            length: how many tokens an encoded call has.
+        """
+
+        def answers(encoded: list[Prepared]) -> list[Answer]:
+            lengths = [length(e) for e in encoded]
+            values = self.run(lengths, lambda batch: forward([encoded[i] for i in batch]))
+            return [
+                Answer(value=value, usage=Usage(calls=1, prompt_tokens=tokens))
+                for value, tokens in zip(values, lengths, strict=True)
+            ]
+
+        return in_pools(calls, encode, answers)
 
 
 def padded_length(longest: int, limit: int | None) -> int:

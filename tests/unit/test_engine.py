@@ -1,9 +1,11 @@
-"""Batches by token budget, and what happens when one runs out of memory."""
+"""Batches by token budget, what happens when one runs out of memory, and calls that are encoded ahead."""
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.engine import BatchRunner, plan_batches
+from rerank_ray.models.engine import BatchRunner, in_pools, plan_batches
 from rerank_ray.records import Computed
 
 CPU = torch.device("cpu")
@@ -249,6 +251,68 @@ def test_what_fails_ahead_is_raised_in_its_turn():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@given(count=st.integers(0, 60), size=st.integers(1, 20))
+def test_results_are_in_order_whatever_the_pools(count: int, size: int):
+    """Each call is encoded once, in pools of an eighth and then of one size."""
+    pools: list[int] = []
+
+    def encode(calls: Sequence[int]) -> list[str]:
+        pools.append(len(calls))
+        return [str(call) for call in calls]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_POOL", size)
+        assert in_pools([n // 2 for n in range(count)], encode, tuple) == [str(n // 2) for n in range(count)]
+    first, *others = pools
+    assert first == min(size, math.ceil(count / 8))
+    assert all(pool == size for pool in others[:-1])
+    assert first + sum(others) == count
+    assert not others or 0 < others[-1] <= size
+
+
+def test_the_next_pool_is_encoded_while_one_is_answered():
+    """Of 8,192 calls an eighth, then 2,048 at a time: nothing is answered before the pool behind it has begun."""
+    begun = [threading.Event() for _ in range(6)]
+    begun[5].set()
+    answered: list[int] = []
+
+    def encode(calls: Sequence[int]) -> Sequence[int]:
+        begun[-(-calls[0] // 2048)].set()
+        return calls
+
+    def answer(calls: Sequence[int]) -> Sequence[int]:
+        assert begun[len(answered) + 1].wait(30)
+        answered.append(len(calls))
+        return calls
+
+    assert in_pools(range(8192), encode, answer) == list(range(8192))
+    assert answered == [1024, 2048, 2048, 2048, 1024]
+
+
+@pytest.mark.parametrize("failing", ["encode", "answer"])
+def test_an_error_in_a_pool_reaches_the_caller_and_ends_the_thread(failing: str):
+    """In the second pool of four; the error is held on to, and with it all that its traceback keeps."""
+    steps: list[str] = []
+    threads: list[threading.Thread] = []
+
+    def step(name: str, calls: Sequence[int]) -> Sequence[int]:
+        steps.append(name)
+        if name == failing and steps.count(name) == 2:
+            raise ModelError(f"{name} fails")
+        return calls
+
+    def encode(calls: Sequence[int]) -> Sequence[int]:
+        threads.append(threading.current_thread())
+        return step("encode", calls)
+
+    with pytest.raises(ModelError) as held:
+        in_pools(range(5000), encode, lambda calls: step("answer", calls))
+    assert str(held.value) == f"{failing} fails"
+    assert steps.count("answer") == {"encode": 1, "answer": 2}[failing]
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_what_was_moved_is_not_kept():
