@@ -71,8 +71,7 @@ class BiEncoder:
         return Failure(reason=f"the text takes {length} tokens and the model {limit}: show it less")
 
     def _embed(self, calls: Sequence[Embed]) -> list[Answer]:
-        ids = self._encode(calls)
-        return self.runner.answer(ids, [len(i) for i in ids], self._forward)
+        return self.runner.answer(calls, self._encode, self._forward)
 
     def _encode(self, calls: Sequence[Embed]) -> list[list[int]]:
         ids: list[list[int]] = [[]] * len(calls)

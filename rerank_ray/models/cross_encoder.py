@@ -16,9 +16,6 @@ from rerank_ray.models.student import Encoded, Student, load_student
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import CrossEncoderSettings
 
-_POOL = 2048
-"""Pairs that are sorted by length and scored while the next ones are tokenised."""
-
 
 class CrossEncoder:
     """Answers `Pair` with a checkpoint's raw score, or with a layer-wise student's at its exit layer; `PairList`, where
@@ -45,21 +42,19 @@ class CrossEncoder:
 
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:
         if self.adaptive is not None:
-            return self._run_lists(calls)
-        return [answer for encoded in engine.ahead(_pools(calls), self._encode) for answer in self._answers(encoded)]
+            return engine.in_pools(calls, self._encode_lists, self._answer_lists)
+        return self.runner.answer(calls, self._encode, self._forward, length=_tokens)
 
     def _encode(self, calls: Sequence[Pair]) -> list[Encoded]:
         return self.student.encode([c.query for c in calls], [c.text for c in calls])
 
-    def _answers(self, encoded: Sequence[Encoded]) -> list[Answer]:
-        return self.runner.answer(encoded, [len(e["input_ids"]) for e in encoded], self._forward)
+    def _encode_lists(self, calls: Sequence[PairList]) -> list[list[Encoded]]:
+        return [self.student.encode([c.query] * len(c.texts), list(c.texts)) for c in calls]
 
-    def _run_lists(self, calls: Sequence[PairList]) -> list[Result]:
-        lists = [self.student.encode([c.query] * len(c.texts), list(c.texts)) for c in calls]
-        tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
+    def _answer_lists(self, lists: list[list[Encoded]]) -> list[Answer]:
         return [
-            Answer(value=result, usage=Usage(calls=len(pairs), prompt_tokens=count))
-            for result, pairs, count in zip(self.adaptive.run(lists, self.runner), lists, tokens, strict=True)
+            Answer(value=result, usage=Usage(calls=len(pairs), prompt_tokens=sum(map(_tokens, pairs))))
+            for result, pairs in zip(self.adaptive.run(lists, self.runner), lists, strict=True)
         ]
 
     @torch.inference_mode()
@@ -67,10 +62,8 @@ class CrossEncoder:
         return self.student(**self.student.batch(encoded))[-1].float().tolist()
 
 
-def _pools(calls: Sequence[Pair]) -> list[Sequence[Pair]]:
-    """What is tokenised at a time: an eighth first, so that the model begins soon, and the others meanwhile."""
-    first = min(_POOL, -(-len(calls) // 8))
-    return [calls[:first], *(calls[i : i + _POOL] for i in range(first, len(calls), _POOL))]
+def _tokens(encoded: Encoded) -> int:
+    return len(encoded["input_ids"])
 
 
 def _adaptive(settings: CrossEncoderSettings, student: Student) -> AdaptiveExit:

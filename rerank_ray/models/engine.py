@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.protocol import Answer
+from rerank_ray.models.protocol import Answer, Generate, LogLikelihood, NextToken
 from rerank_ray.records import Computed, Usage
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
+Output = TypeVar("Output")
 
+_POOL = 2048
+"""Calls that are encoded at a time, and sorted by length into batches, while the next ones are encoded."""
+_CHARACTERS_PER_TOKEN = 4
 _LENGTH_MULTIPLE = 16
 _CPU_TOKENS_PER_BATCH = 4096
 GPU_TOKENS_PER_BATCH = 65536
@@ -111,6 +116,37 @@ def ahead(items: Iterable[Item], prepare: Callable[[Item], Prepared]) -> Iterato
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def in_pools(
+    calls: Sequence[Item],
+    encode: Callable[[Sequence[Item]], Prepared],
+    answer: Callable[[Prepared], Sequence[Output]],
+    *,
+    first: int = 0,
+    key: Callable[[Item], str] | None = None,
+) -> list[Output]:
+    """Results of calls, in order: `answer` gives those of a pool that `encode` has made, and the next pool is encoded
+    in a thread meanwhile.
+
+    The first pool is an eighth of the calls, at most 2,048, so that the model begins soon; the others are of 2,048.
+    What `encode` changes (a tokenizer's truncation, a cache of texts), `answer` must leave alone.
+
+    Args:
+        first: how many calls the first pool holds at least.
+        key: calls are sorted by it, where there are several pools: neighbours go into one.
+    """
+    first = max(first, min(_POOL, -(-len(calls) // 8)))
+    order = list(range(len(calls)))
+    if key is not None and first < len(calls):
+        order.sort(key=lambda i: key(calls[i]))
+    cuts = itertools.pairwise([0, *range(first, len(calls), _POOL), len(calls)])
+    pools = [[calls[i] for i in order[start:end]] for start, end in cuts]
+    # Closed here: the traceback of an error in `answer` keeps the iterator, and so the thread.
+    with closing(ahead(pools, encode)) as encoded:
+        answered = [result for pool in encoded for result in answer(pool)]
+    results = dict(zip(order, answered, strict=True))
+    return [results[i] for i in range(len(calls))]
 
 
 def plan_batches(
@@ -212,16 +248,39 @@ class BatchRunner:
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
 
+    def first_pool(self, prompts: Sequence[NextToken | LogLikelihood | Generate], max_length: int) -> int:
+        """How many prompts an LLM's first pool holds at least: about a batch, by four characters a token, as a pass
+        takes its time however little is in it. Where texts are written, which is a pass for each token, 2,048."""
+        if any(isinstance(call, Generate) for call in prompts):
+            return _POOL
+        asked = (c.prompt.plain_text + (c.continuation if isinstance(c, LogLikelihood) else "") for c in prompts)
+        tokens = sum(min(max_length, len(text) / _CHARACTERS_PER_TOKEN) for text in asked)
+        return math.ceil((self.in_cache or self.tokens_per_batch) * len(prompts) / max(1, tokens))
+
     def answer(
-        self, encoded: Sequence[Item], lengths: Sequence[int], forward: Callable[[list[Item]], Sequence]
+        self,
+        calls: Sequence[Item],
+        encode: Callable[[Sequence[Item]], list[Prepared]],
+        forward: Callable[[list[Prepared]], Sequence],
+        *,
+        length: Callable[[Prepared], int] = len,
     ) -> list[Answer]:
-        """Answers to calls, one for each of `encoded`, which is `lengths` tokens long: `forward` takes a batch of them
-        and returns a value for each."""
-        values = self.run(lengths, lambda batch: forward([encoded[i] for i in batch]))
-        return [
-            Answer(value=value, usage=Usage(calls=1, prompt_tokens=length))
-            for value, length in zip(values, lengths, strict=True)
-        ]
+        """Answers to calls: `encode` tokenises some of them, in a thread (`in_pools`), and `forward` takes a batch of
+        what it returns and gives a value for each.
+
+        Args:
+            length: how many tokens an encoded call has.
+        """
+
+        def answers(encoded: list[Prepared]) -> list[Answer]:
+            lengths = [length(e) for e in encoded]
+            values = self.run(lengths, lambda batch: forward([encoded[i] for i in batch]))
+            return [
+                Answer(value=value, usage=Usage(calls=1, prompt_tokens=tokens))
+                for value, tokens in zip(values, lengths, strict=True)
+            ]
+
+        return in_pools(calls, encode, answers)
 
 
 def padded_length(longest: int, limit: int | None) -> int:

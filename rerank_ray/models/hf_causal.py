@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from rerank_ray.models.protocol import (
     Result,
 )
 from rerank_ray.models.resolve import resolve
+from rerank_ray.models.scoring import read_scores
 from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFCausalSettings
@@ -127,13 +129,26 @@ class HFCausal:
     def run(self, calls: Sequence[Call]) -> list[Result]:
         if any(isinstance(call, Attention) for call in calls):
             return answer_apart(calls, Attention, self._reader.run, self.run)
+        return engine.in_pools(
+            calls,
+            self._encode,
+            self._answer_pool,
+            first=self.runner.first_pool(calls, self.encoder.max_length),
+            # Shared prefixes are looked for within a pool, so those that begin alike go into one.
+            key=(lambda call: call.prompt.plain_text) if self.share_prefix else None,
+        )
+
+    def _encode(self, calls: Sequence[Call]) -> list[_Row | Failure]:
         encoded = self.encoder.encode_calls(calls)
+        return [e if isinstance(e, Failure) else _Row(call=c, tokens=e) for c, e in zip(calls, encoded, strict=True)]
+
+    def _answer_pool(self, encoded: list[_Row | Failure]) -> list[Result]:
         results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
         ready = [i for i, r in enumerate(results) if r is None]
         for generates, runner, forward in ((False, self.runner, self._score), (True, self._writer, self._generate)):
-            chosen = [i for i in ready if isinstance(calls[i], Generate) is generates]
-            rows = [_Row(call=calls[i], tokens=encoded[i]) for i in chosen]
-            for i, answer in zip(chosen, self._answers(rows, runner, forward), strict=True):
+            chosen = [i for i in ready if isinstance(encoded[i].call, Generate) is generates]
+            answers = self._answers([encoded[i] for i in chosen], runner, forward)
+            for i, answer in zip(chosen, answers, strict=True):
                 results[i] = answer
         return results
 
@@ -181,15 +196,10 @@ class HFCausal:
         # the last.
         wanted = [range(len(r.prompt) - 1, len(r.prompt) + max(len(r.continuation) - 1, 0)) for r in rows]
         cache = None if prefixes is None else self._cache_of(rows, prefixes)
-        logits = self._forward(rows, wanted, cache).split([len(span) for span in wanted])
-        return [_answer(row, self._value(row, at), len(row.continuation)) for row, at in zip(rows, logits, strict=True)]
-
-    def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
-        """Read one call's value off its logits [positions, vocabulary]."""
-        if isinstance(row.call, NextToken):
-            return tuple(logits[0, list(row.tokens.labels)].float().tolist())
-        continuation = torch.tensor(row.continuation, device=logits.device)
-        return tuple(decoding.log_probabilities(logits, continuation).tolist())
+        logits = self._forward(rows, wanted, cache)
+        starts = [0, *itertools.accumulate(map(len, wanted[:-1]))]
+        values = read_scores(logits, starts, [r.tokens.labels for r in rows], [r.continuation for r in rows])
+        return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
 
     @torch.inference_mode()
     def _generate(self, rows: list[_Row], prefixes: Prefixes | None) -> list[Answer]:
@@ -252,7 +262,7 @@ class HFCausal:
         """
         if self._wanted is None:
             return None
-        rows, positions = (index.to(inputs[0].device) for index in self._wanted)
+        rows, positions = (engine.moved(index, inputs[0].device) for index in self._wanted)
         return (inputs[0][rows, positions][None],)
 
 

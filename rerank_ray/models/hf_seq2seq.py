@@ -15,6 +15,7 @@ from rerank_ray.models.continuations import continuation_ids, end_ids, label_ids
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
+from rerank_ray.models.scoring import read_scores
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFSeq2SeqSettings
@@ -30,11 +31,12 @@ class _Row:
     call: Call
     prompt: list[int]
     begun: list[int]
-    continuation: list[int]
+    labels: Sequence[int] = ()
+    continuation: Sequence[int] = ()
 
     @property
     def decoder_input(self) -> list[int]:
-        return self.begun + self.continuation[:-1]
+        return [*self.begun, *self.continuation[:-1]]
 
     @property
     def held(self) -> int:
@@ -84,24 +86,34 @@ class HFSeq2Seq:
         self.encoder.check_fits(replace(prompt, prefill=""), 0)
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
+        first = self.runner.first_pool(calls, self.encoder.max_length)
+        return engine.in_pools(calls, self._encode, self._answer_pool, first=first)
+
+    def _encode(self, calls: Sequence[Call]) -> list[_Row | Failure]:
         prompts = self.encoder.encode([replace(c.prompt, prefill="") for c in calls], [0] * len(calls))
-        results: list[Result | None] = [
-            Failure(reason=str(p)) if isinstance(p, PromptTooLongError) else None for p in prompts
+        return [
+            Failure(reason=str(prompt)) if isinstance(prompt, PromptTooLongError) else self._row(call, prompt)
+            for call, prompt in zip(calls, prompts, strict=True)
         ]
-        rows = {i: self._row(calls[i], prompts[i]) for i, r in enumerate(results) if r is None}
-        self._run([i for i in rows if not isinstance(calls[i], Generate)], rows, results, self._score)
-        # Texts of one batch begin at one step; a method's prefills are the same, so there are few lengths.
-        for begun in {len(row.begun) for row in rows.values()}:
-            texts = [i for i, row in rows.items() if isinstance(calls[i], Generate) and len(row.begun) == begun]
-            self._run(texts, rows, results, self._generate)
-        return results
 
     def _row(self, call: Call, prompt: list[int]) -> _Row:
-        prefill, continuation = call.prompt.prefill, []
+        prefill, asked = call.prompt.prefill, {}
         begun = [self.model.config.decoder_start_token_id, *continuation_ids(self.tokenizer, "", prefill)]
+        if isinstance(call, NextToken):
+            asked["labels"] = self._label_ids(call.labels, call.prompt)
         if isinstance(call, LogLikelihood):
-            continuation = continuation_ids(self.tokenizer, prefill, call.continuation)
-        return _Row(call=call, prompt=prompt, begun=begun, continuation=continuation)
+            asked["continuation"] = continuation_ids(self.tokenizer, prefill, call.continuation)
+        return _Row(call=call, prompt=prompt, begun=begun, **asked)
+
+    def _answer_pool(self, encoded: list[_Row | Failure]) -> list[Result]:
+        results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
+        rows = {i: encoded[i] for i, r in enumerate(results) if r is None}
+        self._run([i for i, row in rows.items() if not isinstance(row.call, Generate)], rows, results, self._score)
+        # Texts of one batch begin at one step; a method's prefills are the same, so there are few lengths.
+        for begun in {len(row.begun) for row in rows.values()}:
+            texts = [i for i, row in rows.items() if isinstance(row.call, Generate) and len(row.begun) == begun]
+            self._run(texts, rows, results, self._generate)
+        return results
 
     def _run(
         self,
@@ -119,19 +131,10 @@ class HFSeq2Seq:
     @torch.inference_mode()
     def _score(self, rows: list[_Row]) -> list[Answer]:
         logits = self._start(rows, cache=None)[0]
-        return [
-            _answer(
-                row, self._value(row, row_logits[len(row.begun) - 1 : len(row.decoder_input)]), len(row.continuation)
-            )
-            for row, row_logits in zip(rows, logits, strict=True)
-        ]
-
-    def _value(self, row: _Row, logits: torch.Tensor) -> tuple[float, ...]:
-        """Read one call's value off its logits [positions, vocabulary]."""
-        if isinstance(row.call, NextToken):
-            return tuple(logits[0, self._label_ids(row.call.labels, row.call.prompt)].float().tolist())
-        continuation = torch.tensor(row.continuation, device=logits.device)
-        return tuple(decoding.log_probabilities(logits, continuation).tolist())
+        starts = [i * logits.shape[1] + len(row.begun) - 1 for i, row in enumerate(rows)]
+        labels, continuations = [r.labels for r in rows], [r.continuation for r in rows]
+        values = read_scores(logits.flatten(0, 1), starts, labels, continuations)
+        return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
 
     @torch.inference_mode()
     def _generate(self, rows: list[_Row]) -> list[Answer]:

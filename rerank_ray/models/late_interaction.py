@@ -148,8 +148,10 @@ class ColBERT:
         return self.cache.answer(calls, self._embed)
 
     def _embed(self, calls: Sequence[EmbedTokens]) -> list[Answer]:
-        encoded = self.tokens.encode([c.text for c in calls], [c.role for c in calls])
-        return self.runner.answer(encoded, [len(e.ids) for e in encoded], self._forward)
+        return self.runner.answer(calls, self._encode, self._forward, length=lambda text: len(text.ids))
+
+    def _encode(self, calls: Sequence[EmbedTokens]) -> list[EncodedText]:
+        return self.tokens.encode([c.text for c in calls], [c.role for c in calls])
 
     @torch.inference_mode()
     def _forward(self, batch: list[EncodedText]) -> list[np.ndarray]:

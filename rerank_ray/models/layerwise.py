@@ -81,9 +81,10 @@ class Layerwise:
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
-        queries, passages = [QUERY_PREFIX + c.query for c in calls], [DOCUMENT_PREFIX + c.text for c in calls]
-        encoded = self.pairs.encode(queries, passages)
-        return self.runner.answer(encoded, [len(ids) for ids in encoded], self._forward)
+        return self.runner.answer(calls, self._encode, self._forward)
+
+    def _encode(self, calls: Sequence[Pair]) -> list[list[int]]:
+        return self.pairs.encode([QUERY_PREFIX + c.query for c in calls], [DOCUMENT_PREFIX + c.text for c in calls])
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:

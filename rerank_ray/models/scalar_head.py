@@ -49,8 +49,7 @@ class ScalarHead:
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
-        encoded = self.encode(calls)
-        return self.runner.answer(encoded, [len(ids) for ids in encoded], self._forward)
+        return self.runner.answer(calls, self.encode, self._forward)
 
     def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
         """Token ids of each pair: formatted, cut apart, and joined by the tokenizer's own template for pairs."""

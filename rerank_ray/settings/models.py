@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from rerank_ray.config import Settings
 
@@ -141,6 +141,16 @@ class LayerwiseSettings(TorchSettings):
         "prediction of either 'Yes' or 'No'."
     )
     """What stands after query and passage."""
+
+    @field_validator("exit_layer", mode="before")
+    @classmethod
+    def _exits_are_not_adaptive(cls, given: Any) -> Any:
+        if given == "adaptive":
+            raise ValueError(
+                "adaptive exits are those of `kind: cross_encoder`, for a student of ours that `rerank-ray "
+                "calibrate-exit` has given margins: name a layer, or leave it out for the last one"
+            )
+        return given
 
 
 class EmbeddingSettings(TorchSettings):

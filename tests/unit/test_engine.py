@@ -1,9 +1,11 @@
-"""Batches by token budget, and what happens when one runs out of memory."""
+"""Batches by token budget, what happens when one runs out of memory, and calls that are encoded ahead."""
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.engine import BatchRunner, plan_batches
+from rerank_ray.models.engine import BatchRunner, in_pools, plan_batches
+from rerank_ray.models.protocol import Generate, LogLikelihood, NextToken, Prompt
 from rerank_ray.records import Computed
 
 CPU = torch.device("cpu")
@@ -249,6 +252,108 @@ def test_what_fails_ahead_is_raised_in_its_turn():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@given(
+    texts=st.lists(st.text("ab", max_size=3), max_size=60),
+    size=st.integers(1, 20),
+    first=st.integers(0, 30),
+    sort=st.booleans(),
+)
+def test_results_are_in_order_whatever_the_pools(texts: list[str], size: int, first: int, sort: bool):
+    """Each call is encoded once: an eighth of them, and no fewer than asked, and then pools of one size. They are
+    sorted where there is more than one pool."""
+    calls, pools = list(enumerate(texts)), []
+
+    def encode(pool: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        pools.append(list(pool))
+        return [(2 * number, text) for number, text in pool]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_POOL", size)
+        results = in_pools(calls, encode, tuple, first=first, key=(lambda call: call[1]) if sort else None)
+    assert results == [(2 * number, text) for number, text in calls]
+    assert len(pools[0]) == min(len(calls), max(first, min(size, math.ceil(len(calls) / 8))))
+    assert all(len(pool) == size for pool in pools[1:-1])
+    assert len(pools) == 1 or 0 < len(pools[-1]) <= size
+    expected = sorted(calls, key=lambda call: call[1]) if sort and len(pools) > 1 else calls
+    assert [call for pool in pools for call in pool] == expected
+
+
+def test_the_next_pool_is_encoded_while_one_is_answered():
+    """Of 8,192 calls an eighth, then 2,048 at a time: nothing is answered before the pool behind it has begun."""
+    begun = [threading.Event() for _ in range(6)]
+    begun[5].set()
+    answered: list[int] = []
+
+    def encode(calls: Sequence[int]) -> Sequence[int]:
+        begun[-(-calls[0] // 2048)].set()
+        return calls
+
+    def answer(calls: Sequence[int]) -> Sequence[int]:
+        assert begun[len(answered) + 1].wait(30)
+        answered.append(len(calls))
+        return calls
+
+    assert in_pools(range(8192), encode, answer) == list(range(8192))
+    assert answered == [1024, 2048, 2048, 2048, 1024]
+
+
+@pytest.mark.parametrize("failing", ["encode", "answer"])
+def test_an_error_in_a_pool_reaches_the_caller_and_ends_the_thread(failing: str):
+    """In the second pool of four; the error is held on to, and with it all that its traceback keeps."""
+    steps: list[str] = []
+    threads: list[threading.Thread] = []
+
+    def step(name: str, calls: Sequence[int]) -> Sequence[int]:
+        steps.append(name)
+        if name == failing and steps.count(name) == 2:
+            raise ModelError(f"{name} fails")
+        return calls
+
+    def encode(calls: Sequence[int]) -> Sequence[int]:
+        threads.append(threading.current_thread())
+        return step("encode", calls)
+
+    with pytest.raises(ModelError) as held:
+        in_pools(range(5000), encode, lambda calls: step("answer", calls))
+    assert str(held.value) == f"{failing} fails"
+    assert steps.count("answer") == {"encode": 1, "answer": 2}[failing]
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def prompts(count: int, characters: int) -> list[NextToken]:
+    return [NextToken(prompt=Prompt(parts=("x" * characters,), passages=()), labels=("a",)) for _ in range(count)]
+
+
+def test_an_llms_first_pool_is_about_a_batch():
+    """400 characters are 100 tokens, of which a GPU's batch of 65,536 holds 656 prompts, and a CPU's cache of 1,024
+    eleven, or 21 where they are cut to 50."""
+    gpu, cpu = (BatchRunner(None, device, in_cache=1024) for device in (torch.device("cuda"), CPU))
+    assert gpu.first_pool(prompts(2000, 400), 512) == 656
+    assert cpu.first_pool(prompts(2000, 400), 512) == 11
+    assert cpu.first_pool(prompts(2000, 400), 50) == 21
+    assert cpu.first_pool(prompts(1000, 200) + prompts(1000, 600), 512) == 11
+    assert BatchRunner(4096, CPU, in_cache=1024).first_pool(prompts(2000, 400), 512) == 41
+
+
+def test_what_follows_a_prompt_counts_in_its_first_pool():
+    """300 characters and 100 of the continuation; no texts are written by an eighth of a pool."""
+    (asked,) = prompts(1, 300)
+    likelihood = LogLikelihood(prompt=asked.prompt, continuation="y" * 100)
+    runner = BatchRunner(1000, CPU)
+    assert runner.first_pool([likelihood] * 30, 512) == 10
+    assert runner.first_pool([*[likelihood] * 30, Generate(prompt=asked.prompt, max_tokens=5)], 512) == 2048
+    assert runner.first_pool([], 512) == 0
+
+
+def test_a_sorting_methods_round_on_a_gpu_is_one_pool():
+    """64 prompts of 500 tokens."""
+    calls, pools = prompts(64, 2000), []
+    first = BatchRunner(None, torch.device("cuda"), in_cache=1024).first_pool(calls, 1024)
+    in_pools(calls, lambda pool: pools.append(len(pool)) or pool, list, first=first)
+    assert pools == [64]
 
 
 def test_what_was_moved_is_not_kept():

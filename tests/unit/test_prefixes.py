@@ -19,6 +19,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from rerank_ray.models import engine
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.prefixes import Group, shared_prefixes
 from rerank_ray.models.protocol import Generate, LogLikelihood, NextToken, Prompt
@@ -184,6 +185,24 @@ def test_sharing_can_be_switched_off(tiny_llama: Path):
     assert [r.usage.cached_tokens for r in off] == [0] * len(calls)
     for a, b in zip(on, off, strict=True):
         assert a.value == pytest.approx(b.value, abs=1e-4)
+
+
+def test_prompts_that_begin_alike_go_into_one_pool(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """Eight queries' likelihoods under six passages, query by query: in pools of eight each passage is computed once,
+    all but its prompt's last token, and that one and the query for each call, as among all calls together."""
+    parts = ("Write a query that this passage answers.\nPassage: ", "\nQuery: ")
+    prompts = [Prompt(parts=parts, passages=(f"{n} the dog of beta and the cat of {n}",)) for n in range(6)]
+    calls = [LogLikelihood(prompt=p, continuation=f"which cat, {n}?") for n in range(8) for p in prompts]
+    whole, divided = backend(tiny_llama, tokens_per_batch=4096), backend(tiny_llama, tokens_per_batch=4096)
+    expected = whole.run(calls)
+    monkeypatch.setattr(engine, "_POOL", 8)
+    monkeypatch.setattr(divided.runner, "first_pool", lambda *_: 8)
+    results = divided.run(calls)
+    for found, alone in zip(results, expected, strict=True):
+        assert found.value == pytest.approx(alone.value, abs=1e-4)
+    tokens = sum(r.usage.prompt_tokens - 1 for r in expected[:6]) + sum(1 + r.usage.output_tokens for r in expected)
+    assert whole.runner.computed.tokens == divided.runner.computed.tokens == tokens
+    assert sum(r.usage.cached_tokens for r in results) == 7 * sum(r.usage.prompt_tokens - 1 for r in expected[:6])
 
 
 # Generation

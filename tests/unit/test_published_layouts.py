@@ -30,7 +30,8 @@ from transformers import (
     LlamaModel,
 )
 
-from rerank_ray.errors import ModelError
+from rerank_ray.config import validate
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import EmbedTokens, Pair
 from rerank_ray.ranking.rankers import Ranker, preflight
@@ -283,6 +284,15 @@ def test_layerwise_checkpoints_that_are_not_read(tmp_path: Path, config: dict, c
     (folder / "config.json").write_text(json.dumps(published | config))
     with pytest.raises(ModelError, match=said):
         load_backend(LayerwiseSettings(**({"path": str(folder), "max_length": 256} | changes)))
+
+
+def test_a_layerwise_checkpoint_has_no_adaptive_exits():
+    model = {"kind": "layerwise", "path": "a/b", "exit_layer": "adaptive"}
+    with pytest.raises(ConfigError) as caught:
+        validate(CrossEncoderRankerSettings, {"model": model}, "c.yaml")
+    _, said = str(caught.value).splitlines()
+    assert said.startswith("  model.exit_layer: adaptive exits are those of `kind: cross_encoder`, for a student")
+    assert "`rerank-ray calibrate-exit`" in said
 
 
 # ColBERT

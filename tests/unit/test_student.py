@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -312,30 +310,6 @@ def test_a_linear_student_loads_anywhere(tiny_bert: Path, tmp_path: Path, layers
         list(zip(queries, short, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False
     )
     torch.testing.assert_close(torch.as_tensor(predicted), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_texts_are_tokenised_while_the_model_computes(tiny_cross_encoder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also where all calls are fewer than a pool: the rest is begun before the first ones' scores are there."""
-    backend = CrossEncoder(CrossEncoderSettings(path=str(tiny_cross_encoder), device="cpu", dtype="float32"))
-    calls = [Pair(query="cats", text=f"a dog and {n} mice") for n in range(20)]
-    expected = [answer.value for answer in backend.run(calls)]
-    encode, answers, begun = backend._encode, backend._answers, []
-    second = threading.Event()
-
-    def watched(pool: Sequence[Pair]) -> list:
-        begun.append(len(pool))
-        if len(begun) == 2:
-            second.set()
-        return encode(pool)
-
-    def after_the_second(encoded: Sequence) -> list:
-        assert second.wait(30)
-        return answers(encoded)
-
-    monkeypatch.setattr(backend, "_encode", watched)
-    monkeypatch.setattr(backend, "_answers", after_the_second)
-    assert [answer.value for answer in backend.run(calls)] == pytest.approx(expected, abs=1e-6)
-    assert begun == [3, 17]
 
 
 def test_any_cross_encoder_checkpoint_loads(tiny_cross_encoder: Path):
