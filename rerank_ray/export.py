@@ -11,7 +11,7 @@ import yaml
 from safetensors import SafetensorError
 
 from rerank_ray import storage
-from rerank_ray.errors import ConfigError
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
 from rerank_ray.models.student.flagembedding import write_flagembedding
@@ -53,6 +53,11 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         raise ConfigError(f"{out}: an export is written to this machine's disk: name a folder, and copy it from there")
     _check_replaceable(folder, Path(student), overwrite=overwrite)
     model = load_student(ModelSettings(path=student))
+    if form == "onnx" and model.reads_lists:
+        raise ModelError(
+            f"{student}: --format onnx writes a graph of single pairs, and the scores of a {model.description.head} "
+            "student depend on the whole list: use --format transformers"
+        )
     last = layer or model.layers[-1]
     if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
         model = model.truncated(last, alone=form != "flagembedding-layerwise")

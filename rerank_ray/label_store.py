@@ -40,8 +40,8 @@ from rerank_ray.models.protocol import (
 from rerank_ray.records import Usage
 from rerank_ray.settings.jobs import StoreSettings
 
-# Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that exits
-# early as a whole would have to come again as a whole.
+# Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that is scored
+# as a whole would have to come again as a whole.
 STORED_CALLS = (NextToken, LogLikelihood, Generate, Pair, Embed)
 _READINGS = 3
 """Raised where the same call of a model comes to be read otherwise: answers from before are no answers then."""

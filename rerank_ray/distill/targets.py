@@ -18,6 +18,7 @@ from rerank_ray.losses.lambdaloss import lambdarank, ndcg_loss2, ndcg_loss2pp
 from rerank_ray.losses.layerwise import self_distillation
 from rerank_ray.losses.listwise import listmle, listnet, partial_listmle, position_aware_listmle
 from rerank_ray.losses.masking import differ, masked_zscore, ranks
+from rerank_ray.losses.orthogonality import orthogonality
 from rerank_ray.losses.pairwise import ranknet, soft_ranknet, weighted_ranknet
 from rerank_ray.losses.regression import adr_mse, margin_mse, mse
 from rerank_ray.metrics.agreement import ndcg
@@ -78,17 +79,20 @@ class Term:
     """[Q] bool: the query's group has nothing that this loss could teach."""
 
 
-def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveSettings) -> dict[str, Term]:
+def objective(
+    layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveSettings, views: torch.Tensor | None = None
+) -> dict[str, Term]:
     """Each term of the objective, and their weighted `total`.
 
     A query that a term can learn nothing from (targets all alike, no positive) is skipped by it: it adds 0.
 
     Args:
         layer_scores: [layers, Q, C].
+        views: [Q, V, H], of a student that has several.
 
     Returns:
         Name -> term. On several layers a term is its weighted mean over layers, and `self_distillation` its sum over
-        the earlier ones.
+        the earlier ones; `orthogonality` is of the views.
     """
     nothing = torch.zeros_like(targets.confidence, dtype=torch.bool)
     terms = {}
@@ -104,6 +108,9 @@ def objective(layer_scores: torch.Tensor, targets: Targets, settings: ObjectiveS
     if len(layer_scores) > 1:
         terms["self_distillation"] = Term(loss=self_distillation(layer_scores, targets.mask), skipped=nothing)
         total = total + settings.self_distillation * terms["self_distillation"].loss
+    if views is not None:
+        terms["orthogonality"] = Term(loss=orthogonality(views), skipped=nothing)
+        total = total + settings.orthogonality * terms["orthogonality"].loss
     if settings.query_weights == "uncertainty":
         total = targets.confidence * total
     return {**terms, "total": Term(loss=total, skipped=nothing)}

@@ -54,13 +54,17 @@ class MicroBatches:
 
     batches: Sequence[tuple[torch.Tensor, dict[str, torch.Tensor]]]
     """Which pairs each has, and what the student takes of them."""
-    count: int
-    """Pairs."""
+    sizes: Sequence[int]
+    """Pairs of each query's list."""
     tokens: int
     positions: int
     """Tokens and the padding that is computed with them."""
     longest: int
     """Tokens of the longest pair."""
+
+    @property
+    def count(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,12 +269,12 @@ class Trainer:
         encoded = [self._encode(row, indices) for row, indices in groups]
         tokens = [sum(len(e["input_ids"]) for e in group) for group in encoded]
         chunks = [
-            self._chunk([groups[q] for q in chunk], [e for q in chunk for e in encoded[q]])
+            self._chunk([groups[q] for q in chunk], [encoded[q] for q in chunk])
             for chunk in engine.group_in_order(tokens, self.settings.tokens_per_backward)
         ]
         return StepData(groups=groups, chunks=chunks, queries=queries, counts=counts)
 
-    def _chunk(self, groups: Sequence[Group], encoded: list[Encoded]) -> Chunk:
+    def _chunk(self, groups: Sequence[Group], encoded: list[list[Encoded]]) -> Chunk:
         targets = Targets.of(groups)
         # Places instead of the mask itself: how many they are is known before the device has computed anything.
         rows, columns = (engine.moved(index, self.device) for index in targets.mask.nonzero(as_tuple=True))
@@ -320,36 +324,38 @@ class Trainer:
         return settings.backward == "cached" or (settings.backward == "auto" and tokens > settings.tokens_per_backward)
 
     def _objective(self, chunk: Chunk, cached: bool) -> dict[str, Term]:
-        flat = self._scores(self.parallel.model, chunk.pairs, cached)
+        flat, views = self._scores(self.parallel.model, chunk.pairs, cached)
         layer_scores = flat.new_zeros(flat.shape[0], *chunk.targets.mask.shape)
         layer_scores[:, *chunk.places] = flat
-        return objective(layer_scores, chunk.targets, self.settings.objective)
+        return objective(layer_scores, chunk.targets, self.settings.objective, views)
 
-    def _scores(self, model: nn.Module, pairs: MicroBatches, cached: bool = False) -> torch.Tensor:
-        """Scores [layers, pairs].
+    def _scores(
+        self, model: nn.Module, pairs: MicroBatches, cached: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores [layers, pairs], and the views of each query's list (`Student.scores`).
 
         Where other workers have more micro-batches, a copy of the smallest is scored as often as is left, for nothing.
         """
         (count,) = self.parallel.forwards(len(pairs.batches))
         indices, inputs = min(pairs.batches, key=lambda batch: batch[1]["input_ids"].numel())
         idle = [(indices + pairs.count, inputs)] * (count - len(pairs.batches))
-        return model([*pairs.batches, *idle], cached)[:, : pairs.count]
+        return model([*pairs.batches, *idle], pairs.sizes, cached)
 
     def _encode(self, labels: Labels, indices: Sequence[int]) -> list[Encoded]:
         candidates = labels.candidate_list.candidates
         documents = [candidates[i].contents for i in indices]
         return self.student.encode([labels.candidate_list.query.text] * len(documents), documents)
 
-    def _micro_batches(self, encoded: list[Encoded]) -> MicroBatches:
-        lengths = [len(e["input_ids"]) for e in encoded]
+    def _micro_batches(self, lists: list[list[Encoded]]) -> MicroBatches:
+        pairs = [pair for of_list in lists for pair in of_list]
+        lengths = [len(e["input_ids"]) for e in pairs]
         planned = engine.plan_batches(lengths, self.settings.tokens_per_micro_batch)
         batches = [
-            (torch.tensor(indices), self.student.batch([encoded[i] for i in indices], packed=True))
-            for indices in planned
+            (torch.tensor(indices), self.student.batch([pairs[i] for i in indices], packed=True)) for indices in planned
         ]
         return MicroBatches(
             batches=batches,
-            count=len(encoded),
+            sizes=[len(of_list) for of_list in lists],
             tokens=sum(lengths),
             positions=sum(inputs.get("places", inputs["input_ids"]).numel() for _, inputs in batches),
             longest=max(lengths),
@@ -370,7 +376,7 @@ class Trainer:
         idle = np.repeat(self.data.validation[:1], count - len(positions), axis=0)
         for number, labels in enumerate(self.validation_reader.read(np.concatenate([positions, idle]))):
             encoded = self._encode(labels, range(len(labels.candidate_list)))
-            flat = self._scores(self.scorer, self._micro_batches(encoded))
+            flat, _ = self._scores(self.scorer, self._micro_batches([encoded]))
             values = [validation_ndcg(labels, s, self.settings.validation.gains) for s in flat.float().tolist()]
             if number < len(positions) and values[0] is not None:
                 sums += torch.tensor([*values, 1.0], dtype=torch.float64)
@@ -497,28 +503,33 @@ class Trainer:
 
 
 class _Scorer(nn.Module):
-    """Scores micro-batches in one forward call, so that DDP sees one forward before each backward."""
+    """Scores lists from micro-batches in one forward call, so that DDP sees one forward before each backward."""
 
     def __init__(self, student: Student, autocast: Callable[[], torch.autocast]) -> None:
         super().__init__()
         self.student, self._autocast = student, autocast
 
-    def forward(self, batches: list[tuple[torch.Tensor, dict]], cached: bool = False) -> torch.Tensor:
-        """Scores [layers, pairs] of all micro-batches, in the pairs' order.
+    def forward(
+        self, batches: list[tuple[torch.Tensor, dict]], sizes: Sequence[int], cached: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores [layers, pairs] of lists of these `sizes`, in the pairs' order, and the lists' views.
 
-        With `cached`, nothing of a micro-batch is kept but its scores. Backward, which has the objective's gradient on
-        the scores by then, computes each micro-batch again, with the dropout it had, and frees it before the next one:
+        With `cached`, nothing of a micro-batch is kept but its output. Backward, which has the objective's gradient on
+        the outputs by then, computes each micro-batch again, with the dropout it had, and frees it before the next one:
         gradient caching (Gao et al. 2021, GradCache) by way of torch's checkpointing.
         """
         order = torch.cat([indices for indices, _ in batches])
         if cached:
-            parts = [checkpoint(self._score, inputs, use_reentrant=False) for _, inputs in batches]
+            parts = [checkpoint(self._output, inputs, use_reentrant=False) for _, inputs in batches]
         else:
-            parts = [self._score(inputs) for _, inputs in batches]
-        scores = torch.cat(parts, dim=1)
-        return scores[:, engine.moved(torch.argsort(order), scores.device)]
+            parts = [self._output(inputs) for _, inputs in batches]
+        outputs = torch.cat(parts, dim=1)
+        # Idle copies have the last places.
+        places = torch.argsort(order)[: sum(sizes)]
+        with self._autocast():
+            return self.student.scores(outputs[:, engine.moved(places, outputs.device)], sizes)
 
-    def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _output(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
         with self._autocast():
             return self.student(**inputs).float()

@@ -13,35 +13,40 @@ from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.student import Encoded, Student, load_student
+from rerank_ray.models.whole_lists import WholeLists
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import CrossEncoderSettings
 
 
 class CrossEncoder:
     """Answers `Pair` with a checkpoint's raw score, or with a layer-wise student's at its exit layer; `PairList`, where
-    the exit is adaptive."""
+    the exit is adaptive or the student reads whole lists."""
 
     def __init__(self, settings: CrossEncoderSettings) -> None:
         self.name = f"cross_encoder:{resolve(settings).identity}"
         self.device = engine.pick_device(settings.device)
-        student = load_student(settings, dtype=engine.pick_dtype(settings.dtype, self.device))
+        dtype = engine.pick_dtype(settings.dtype, self.device)
+        student = load_student(settings, dtype=dtype, views=settings.views)
         self.adaptive = _adaptive(settings, student) if settings.exit_layer == "adaptive" else None
         self.exit_layer = None
         if self.adaptive is None and (settings.exit_layer is not None or len(student.layers) > 1):
             self.exit_layer = settings.exit_layer or student.layers[-1]
             student = student.truncated(self.exit_layer, alone=True)
-        self.answers = frozenset({Pair} if self.adaptive is None else {PairList})
+        self.lists = WholeLists(student) if student.reads_lists else self.adaptive
+        self.answers = frozenset({Pair} if self.lists is None else {PairList})
         self.parameters = engine.count_parameters(student)
         # With adaptive exits its parts do the work, and the whole only tokenises.
         self.student = student if self.adaptive else student.to(self.device)
         if self.adaptive is not None:
+            self.name += ":layer=adaptive"
             self.adaptive.to(self.device, settings)
         else:
-            accelerate(self.student.pretrained, settings)
+            for stack in self.student.stacks:
+                accelerate(stack, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
 
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:
-        if self.adaptive is not None:
+        if self.lists is not None:
             return engine.in_pools(calls, self._encode_lists, self._answer_lists)
         return self.runner.answer(calls, self._encode, self._forward, length=_tokens)
 
@@ -54,7 +59,7 @@ class CrossEncoder:
     def _answer_lists(self, lists: list[list[Encoded]]) -> list[Answer]:
         return [
             Answer(value=result, usage=Usage(calls=len(pairs), prompt_tokens=sum(map(_tokens, pairs))))
-            for result, pairs in zip(self.adaptive.run(lists, self.runner), lists, strict=True)
+            for result, pairs in zip(self.lists.run(lists, self.runner), lists, strict=True)
         ]
 
     @torch.inference_mode()

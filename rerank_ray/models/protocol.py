@@ -118,8 +118,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairList:
-    """Relevance of each of a list's texts to a query, each at the layer where its place is settled; value: a tuple of
-    floats, one a text."""
+    """Relevance of each of a list's texts to a query, by a model that has to see the list: each at the layer where its
+    place is settled, or each compared with the others; value: a tuple of floats, one a text."""
 
     query: str
     texts: tuple[str, ...]

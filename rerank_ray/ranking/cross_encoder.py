@@ -10,18 +10,17 @@ from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 
 class CrossEncoderRanker:
-    """Score = the model's raw output for (query, document); with adaptive exits, of a document that left early, one
-    below all that went on."""
+    """Score = the model's raw output for (query, document), beside the list's other documents where it compares them;
+    with adaptive exits, of a document that left early, one below all that went on."""
 
     def __init__(self, settings: CrossEncoderRankerSettings, backend: Backend) -> None:
-        self.adaptive = PairList in backend.answers
-        self.needs = frozenset({PairList if self.adaptive else Pair})
-        exit_layer = "adaptive" if self.adaptive else backend.exit_layer
-        layer = "" if exit_layer is None else f":layer={exit_layer}"
+        self.asks_lists = PairList in backend.answers
+        self.needs = frozenset({PairList if self.asks_lists else Pair})
+        layer = "" if backend.exit_layer is None else f":layer={backend.exit_layer}"
         self.name = f"cross_encoder:{backend.name.removeprefix('cross_encoder:')}{layer}"
 
     def rank(self, request: CandidateList) -> Steps:
-        if self.adaptive:
+        if self.asks_lists:
             return self._rank_list(request)
         calls = [Pair(query=request.query.text, text=c.contents) for c in request.candidates]
         return score_each(request, calls, lambda score: score)

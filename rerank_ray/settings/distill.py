@@ -117,8 +117,9 @@ class DistillSettings(Settings):
     tokens_per_backward: PositiveInt = 4096
     """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient."""
     backward: Literal["auto", "plain", "cached"] = "auto"
-    """`plain` never splits a query's group. `cached` keeps nothing of the forward pass but scores and computes each
-    micro-batch again for its backward: the same gradient in the memory of one micro-batch, for about a third more time.
+    """`plain` never splits a query's group. `cached` keeps nothing of the forward pass but scores (head mvp: the views
+    of each passage, and the decoder's pass over them) and computes each micro-batch again for its backward: the same
+    gradient in the memory of one micro-batch, for about a third more time.
     `auto` caches the groups that are larger than tokens_per_backward."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; weights and optimizer stay float32."""
@@ -146,6 +147,15 @@ class DistillSettings(Settings):
             raise ValueError(
                 "validation.interpolation is between weights, and student.lora trains adapters, whose share is alpha / "
                 "rank: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_views(self) -> DistillSettings:
+        default = ObjectiveSettings.model_fields["orthogonality"].default
+        if self.objective.orthogonality != default and self.student.head != "mvp":
+            raise ValueError(
+                f"objective.orthogonality is for student.head mvp, and the head is {self.student.head}: leave it out"
             )
         return self
 

@@ -55,7 +55,7 @@ class ExecutionSettings(Settings):
 
 class StoreSettings(Settings):
     """Answers of models, shared by any number of jobs and kept between them: a call that is there is not made again.
-    Attention, token embeddings (ColBERT) and adaptive exits' scores are not kept.
+    Attention, token embeddings (ColBERT) and scores of whole lists (adaptive exits, MVP) are not kept.
 
     It changes no score, so a resumed run may change it. Give hub models a `revision`: without one, answers of an
     earlier version are taken for the present one's; so are those of a server whose model changed behind its name. A

@@ -81,6 +81,9 @@ class CrossEncoderSettings(TorchSettings):
     """Layer-wise students only: the layer to stop at; null is the last. `adaptive` computes the layers above an
     exit for those candidates alone that may be among their list's ten best, by the margins that `rerank-ray
     calibrate-exit` wrote into the student."""
+    views: PositiveInt | None = None
+    """Reads `path` as an MVP checkpoint, a T5 that compares a list's passages (Na et al. 2025; 4 views, and 256 tokens
+    are usual for `max_length`). Our own students tell how many they have; null for all others."""
 
     @model_validator(mode="after")
     def _compiled_layers_stay_together(self) -> CrossEncoderSettings:

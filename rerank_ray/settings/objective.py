@@ -86,7 +86,8 @@ class LossSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """Σ weight · loss, on every layer that has a head, plus what the last layer teaches the others."""
+    """Σ weight · loss, on every layer that has a head, plus what the last layer teaches the others and what keeps the
+    views of a list apart."""
 
     losses: Annotated[tuple[LossSettings, ...], Field(min_length=1)] = (
         LossSettings(loss="kl", scores="zscore"),
@@ -95,6 +96,9 @@ class ObjectiveSettings(Settings):
     )
     self_distillation: Annotated[float, Field(ge=0.0)] = 1.0
     """Layer-wise students: weight of KL(last layer ‖ earlier layer), the last layer's gradient stopped."""
+    orthogonality: Annotated[float, Field(ge=0.0)] = 1.0
+    """Students with head mvp: weight of ‖A Aᵀ − I‖² of the views' anchors at unit length, by which each looks another
+    way; MVP's own weight is 1."""
     query_weights: Literal["equal", "uncertainty"] = "equal"
     """`uncertainty` weighs a query 1 / (1 + mean of its candidates' `uncertainty`): lists that an ensemble of teachers
     disagrees on count less."""

@@ -10,7 +10,7 @@ from rerank_ray.config import Fraction, Settings
 from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.optimizer import OptimizerSettings
 
-StudentHead = Literal["linear", "similarity", "yes_no", "token_logit", "bi_encoder", "colbert"]
+StudentHead = Literal["linear", "similarity", "yes_no", "token_logit", "bi_encoder", "colbert", "mvp"]
 _LAYERED: tuple[StudentHead, ...] = ("linear", "similarity")
 PROMPTED_HEADS: tuple[StudentHead, ...] = ("yes_no", "token_logit")
 _PREFIXED: tuple[StudentHead, ...] = ("linear", "bi_encoder")
@@ -90,7 +90,8 @@ class StudentSettings(Settings):
     """`linear` is the architecture's own head, on the first token of an encoder or the last of a decoder, and loads
     anywhere; `similarity` makes a cross-encoder start from a bi-encoder's cosine. Decoders and seq2seq models stay
     language models with `yes_no`, the log-odds of a prompt's two answers, and `token_logit`, one token's logit.
-    `bi_encoder` (cosine) and `colbert` (MaxSim) embed query and document apart."""
+    `bi_encoder` (cosine) and `colbert` (MaxSim) embed query and document apart. `mvp`, of T5 kinds, compares the
+    passages of a list."""
     layers: tuple[PositiveInt, ...] | None = None
     """Layers that get a head, ascending, the last one included: a layer-wise student. null is the last layer only."""
     max_length: PositiveInt = 256
@@ -111,6 +112,8 @@ class StudentSettings(Settings):
     token: str = "<extra_id_10>"
     """token_logit: whose logit after the prompt is the score, in place of the template's answers; the default is
     RankT5's, a word that T5 never learnt to say."""
+    views: PositiveInt = 4
+    """mvp: vectors of each passage, read at as many of T5's sentinel tokens (MVP, Na et al. 2025)."""
     gate: float = -8.0
     """similarity: initial attention bias between the segments; −8 shuts it, 0 leaves attention free."""
     scale: PositiveFloat | tuple[PositiveFloat, ...] = 4.0
@@ -172,7 +175,7 @@ class StudentSettings(Settings):
     @model_validator(mode="after")
     def _every_option_counts(self) -> StudentSettings:
         owners = {"layers": _LAYERED, "query_prefix": _PREFIXED, "document_prefix": _PREFIXED}
-        owners |= {"prompt": PROMPTED_HEADS, "token": ("token_logit",), "instruction": ("linear",)}
+        owners |= {"prompt": PROMPTED_HEADS, "token": ("token_logit",), "instruction": ("linear",), "views": ("mvp",)}
         for option, heads in owners.items():
             if getattr(self, option) != type(self).model_fields[option].default and self.head not in heads:
                 raise ValueError(f"{option} is for head {' and '.join(heads)}, and the head is {self.head}")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from fixtures.rows import label_row, make_list, write_labels
-from fixtures.tiny_models import tiny_bert_tokenizer
+from fixtures.tiny_models import tiny_bert_tokenizer, tiny_t5_folder
 from fixtures.training_world import Training, train_all
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
@@ -153,6 +153,15 @@ def test_two_workers_have_the_loss_curve_of_one(world: dict[str, Training], name
 @pytest.mark.parametrize("name", MORE_CURVES)
 def test_whatever_is_trained_and_however(larger_world: dict[str, Training], name: str):
     has_the_curve_of_one(larger_world[name])
+
+
+def test_workers_compare_passages_within_their_own_lists(labels: str, tmp_path: Path):
+    """A student whose scores depend on whole lists, which no worker shares with another."""
+    student = {"head": "mvp", "max_length": 64}
+    chosen = settings(labels, tiny_t5_folder(tmp_path / "t5", sentinels=4), student=student)
+    training = Training(tmp_path / "training", chosen)
+    train_all([training], tmp_path / "rendezvous", workers=2)
+    has_the_curve_of_one(training)
 
 
 def test_workers_divide_the_passages_of_an_exit_warm_up(labels: str, base: Path, tmp_path: Path):

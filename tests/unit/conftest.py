@@ -53,6 +53,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama_folder(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of two encoder and two decoder layers, with five sentinel tokens."""
+    from fixtures.tiny_models import tiny_t5_folder
+
+    return tiny_t5_folder(tmp_path_factory.mktemp("t5"), sentinels=5)
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[Behaviour], Stub]]:
     """Starts HTTP servers on loopback that behave as told, and ends them."""

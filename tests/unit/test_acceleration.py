@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures import published
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
-from fixtures.tiny_models import tiny_bert_folder, tiny_llama_tokenizer
+from fixtures.tiny_models import tiny_bert_folder, tiny_llama_tokenizer, tiny_t5_folder
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch import nn
@@ -35,6 +35,7 @@ from rerank_ray.models.protocol import (
     LogLikelihood,
     NextToken,
     Pair,
+    PairList,
     Prompt,
 )
 from rerank_ray.settings.models import (
@@ -181,6 +182,7 @@ def test_compiled_8_bit_layers_answer_as_they_did():
 PUBLISHED = {
     "bi-encoder": lambda folder: BiEncoderSettings(path=str(tiny_bert_folder(folder)), max_length=64),
     "ColBERT": lambda folder: ColBERTSettings(path=str(published.colbert(folder)), max_length=64),
+    "MVP": lambda folder: settings(tiny_t5_folder(folder, sentinels=4), views=4, max_length=64),
     "MiniCPM": lambda folder: LayerwiseSettings(path=str(published.minicpm_layerwise(folder)), max_length=256),
     "RankLLaMA": lambda folder: ScalarHeadSettings(
         **dict(zip(("path", "adapter"), map(str, published.rankllama(folder)), strict=True)), max_length=128
@@ -197,6 +199,7 @@ def test_other_compiled_models_answer_as_they_did(tmp_path: Path, name: str):
     calls = {
         "bi-encoder": [Embed(text=d, role="document") for d in DOCUMENTS],
         "ColBERT": [EmbedTokens(text=d, role="document") for d in DOCUMENTS],
+        "MVP": [PairList(query="cat", texts=tuple(DOCUMENTS))],
     }.get(name, [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)])
     for expected, found in zip(plain.run(calls), compiled.run(calls), strict=True):
         np.testing.assert_allclose(found.value, expected.value, atol=1e-4)

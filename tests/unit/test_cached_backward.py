@@ -25,19 +25,21 @@ CACHED = {
     "linear": {"head": "linear", "dropout": 0.0},
     "linear, dropout": {"head": "linear", "dropout": 0.3},
     "layer-wise, dropout": {"head": "linear", "layers": [1, 3], "dropout": 0.3},
+    "mvp, dropout": {"head": "mvp", "max_length": 64, "dropout": 0.3},
     "similarity, dropout": {"head": "similarity", "layers": [2, 3], "gate": -1.0, "dropout": 0.3},
 }
 
 
 @pytest.mark.parametrize("variant", CACHED)
-def test_the_cached_backward_has_the_plain_gradient(labels: str, tiny_bert: Path, variant: str):
+def test_the_cached_backward_has_the_plain_gradient(labels: str, tiny_bert: Path, tiny_t5: Path, variant: str):
     """With dropout too, whose draws are repeated, and the random stream goes on from the same place.
 
     A loss over whole lists: no micro-batch alone could give its gradient.
     """
     results = []
     for backward in ("plain", "cached"):
-        chosen = settings(labels, tiny_bert, student=CACHED[variant], sampling={"group_size": 6}, backward=backward)
+        base = tiny_t5 if CACHED[variant]["head"] == "mvp" else tiny_bert
+        chosen = settings(labels, base, student=CACHED[variant], sampling={"group_size": 6}, backward=backward)
         trainer = Trainer(chosen, World(), None)
         results.append((gradients(trainer), torch.rand(1).item()))
     (plain, plain_next), (cached, cached_next) = results

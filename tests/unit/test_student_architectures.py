@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder, tiny_t5_folder
+from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import processors
@@ -202,11 +202,6 @@ def test_a_yes_no_student_is_what_a_language_model_says(tiny_llama: Path, tmp_pa
         logits = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1]
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in CHAT.labels)
     torch.testing.assert_close(logits[yes] - logits[no], expected[0, 0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_t5_folder(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.mark.parametrize(("head", "prompt"), [("yes_no", MONOT5), ("token_logit", TOKEN)])

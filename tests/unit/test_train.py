@@ -29,10 +29,11 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@pytest.mark.parametrize("head", ["linear", "similarity"])
-def test_the_student_learns(labels: str, tiny_bert: Path, tmp_path: Path, head: str):
+@pytest.mark.parametrize("head", ["linear", "similarity", "mvp"])
+def test_the_student_learns(labels: str, tiny_bert: Path, tiny_t5: Path, tmp_path: Path, head: str):
     """It is validated before the first step; after three epochs loss is lower and nDCG@10 higher than at the start."""
-    chosen = settings(labels, tiny_bert, student={"head": head, "dropout": 0.0}, epochs=6)
+    base = tiny_t5 if head == "mvp" else tiny_bert
+    chosen = settings(labels, base, student={"head": head, "max_length": 64, "dropout": 0.0}, epochs=6)
     reports = Reports(tmp_path)
     train(chosen, World(), reports)
     steps = sorted(reports.metrics)
@@ -66,6 +67,7 @@ VARIANTS = {
     "decoder, layer-wise": {"student": {"head": "linear", "layers": [1, 2]}},
     "decoder, yes_no": {"student": {"head": "yes_no", "max_length": 128}},
     "bi-encoder": {"student": {"head": "bi_encoder"}},
+    "T5, mvp": {"student": {"head": "mvp", "max_length": 64, "dropout": 0.3}, "backward": "cached"},
     "LoRA": {"student": {"head": "linear", "dropout": 0.3, "lora": {"rank": 4, "dropout": 0.3}}},
     "DoRA, averaged": {
         "student": {"head": "similarity", "lora": {"rank": 2, "dora": True}},
@@ -90,10 +92,10 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_ends_as_an_undisturbed_one(
-    labels: str, tiny_bert: Path, tiny_llama: Path, tmp_path: Path, variant: str
+    labels: str, tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path, variant: str
 ):
     """Stopped in the middle of the first epoch and again in a later one, with dropout: every byte is the same."""
-    base = tiny_llama if variant.startswith("decoder") else tiny_bert
+    base = {"decoder": tiny_llama, "T5": tiny_t5}.get(variant.partition(",")[0], tiny_bert)
     chosen = settings(labels, base, **{"validation": {"every_steps": 2}, **VARIANTS[variant]}, max_steps=8)
     whole = Reports(tmp_path / "whole")
     train(chosen, World(), whole)

@@ -65,6 +65,7 @@ RIGHT_STUDENTS = {
     "bi-encoder": {"head": "bi_encoder", "take_layers": 2},
     "DoRA": {"lora": {"rank": 2, "dora": True}},
     "frozen": {"freeze": {"embeddings": True, "layers": 1}},
+    "T5, mvp": {"head": "mvp", "max_length": 64, "freeze": {"embeddings": True}},
     "decoder": {"head": "linear"},
     "decoder, yes_no": {"head": "yes_no", "max_length": 128, "lora": {}},
 }
@@ -72,9 +73,10 @@ RIGHT_STUDENTS = {
 
 @pytest.mark.parametrize("right", RIGHT_STUDENTS)
 def test_a_student_that_can_be_passes_without_its_weights(
-    tiny_bert: Path, tiny_llama: Path, tmp_path: Path, right: str
+    tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path, right: str
 ):
-    base = without_weights(tiny_llama if right.startswith("decoder") else tiny_bert, tmp_path)
+    model = {"decoder": tiny_llama, "T5": tiny_t5}.get(right.partition(",")[0], tiny_bert)
+    base = without_weights(model, tmp_path)
     settings = {"max_length": 32, "max_query_length": 8} | RIGHT_STUDENTS[right]
     check_student(StudentSettings(base=str(base), **settings))
 

@@ -61,6 +61,8 @@ class StudentDescription(Settings):
     """What stands after a decoder's pairs, in FlagEmbedding's form."""
     prompt: StudentPrompt | None = None
     """Of heads yes_no and token_logit."""
+    views: int | None = None
+    """Of head mvp: vectors of each passage."""
     branch_layers: int = 0
     """Layers that each early exit has to itself."""
     exit_margins: tuple[float | None, ...] | None = None
@@ -81,6 +83,8 @@ class Student(nn.Module):
 
     packs = False
     """Whether batches can be packed."""
+    reads_lists = False
+    """Whether a pair's score depends on the other pairs of its list."""
     saves_adapter = False
     """Whether the saved folder holds LoRA adapters alone, without the model that they are for."""
 
@@ -104,8 +108,18 @@ class Student(nn.Module):
         raise NotImplementedError  # abstract
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Scores [layers, B] of a padded batch from `collate`."""
+        """Scores [layers, B] of a padded batch from `collate`; of students that read lists what `scores` makes them of,
+        [layers, B, …]."""
         raise NotImplementedError  # abstract
+
+    def scores(self, outputs: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores [layers, pairs] of whole lists, and each list's views [lists, V, H] where the student has several.
+
+        Args:
+            outputs: what `forward` gave of the pairs, [layers, pairs, …], list by list.
+            sizes: how many pairs each list has.
+        """
+        return outputs, None
 
     def collate(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad encoded pairs on the right into tensors [B, L]; no mask is made when nothing is padded."""
@@ -146,6 +160,11 @@ class Student(nn.Module):
     def pretrained(self) -> PreTrainedModel:
         """The transformers model, which the saved folder holds."""
         return self.model
+
+    @property
+    def stacks(self) -> Sequence[nn.Module]:
+        """The modules that a forward pass calls, as what compiles or quantises has to know."""
+        return (self.pretrained,)
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """What the student has beside the transformers model, by its name in `heads.safetensors`."""

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
+    PreTrainedModel,
 )
 
 from rerank_ray.errors import ModelError
@@ -25,19 +26,25 @@ from rerank_ray.models.positions import check_positions
 from rerank_ray.models.student.base import HEADS, Student, StudentDescription, StudentPrompt, saved_description
 from rerank_ray.models.student.decoder import DecoderStudent
 from rerank_ray.models.student.linear import LinearStudent
+from rerank_ray.models.student.mvp import MVPStudent
 from rerank_ray.models.student.prompted import PromptedStudent
 from rerank_ray.models.student.similarity import SimilarityStudent, is_gated
 from rerank_ray.models.student.source import Source
 from rerank_ray.models.student.t5_encoder import T5EncoderStudent
 from rerank_ray.models.student.two_towers import BiEncoderStudent, ColBERTStudent, TwoTowerStudent
 from rerank_ray.settings.models import ModelSettings
-from rerank_ray.settings.student import StudentSettings
+from rerank_ray.settings.student import StudentHead, StudentSettings
 
 Heads = dict[str, torch.Tensor]
+_WRAPPED = {r"^encoder\.encoder\.": "encoder.", r"^encoder\.block\.(\d+)\.module\.": r"encoder.block.\1."}
+"""How MVP's authors call the encoder's weights, and what they are to transformers."""
 
 
-def load_student(settings: ModelSettings, *, dtype=torch.float32) -> Student:
+def load_student(settings: ModelSettings, *, dtype=torch.float32, views: int | None = None) -> Student:
     """Load a cross-encoder: a student of ours, or any sequence-classification checkpoint with one output.
+
+    Args:
+        views: of a T5 that was trained as an MVP elsewhere, and whose folder does not tell.
 
     Raises:
         ModelError: the model is missing, has no trained head, or has several outputs; or its pairs stand in a chat
@@ -46,9 +53,16 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32) -> Student:
     source = Source.open(settings)
     description = saved_description(source.resolved)
     if description is not None:
+        if views is not None:
+            raise ModelError(f"{settings.path}: views: a student of ours tells how many it has, if any: leave it out")
         file = source.resolved.folder / HEADS
         heads = load_file(file) if file.exists() else {}
         return _READ[description.head](source, description, heads, dtype).eval()
+    if views is not None:
+        _check_is_t5(source)
+        model = source.read(AutoModelForSeq2SeqLM, dtype, key_mapping=_WRAPPED)
+        description = _describe_foreign("mvp", model, settings.max_length, views=views)
+        return MVPStudent(description, source.tokenizer, model, settings.path).eval()
     if source.is_decoder and source.tokenizer.chat_template is not None:
         raise ModelError(
             f"{settings.path}: a decoder with a chat template, into which sentence-transformers puts its pairs, and "
@@ -59,18 +73,13 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32) -> Student:
     refuse_random(
         info["missing_keys"],
         f"{settings.path}: not a cross-encoder",
-        "; use a sequence-classification checkpoint, or distil one",
+        "; use a sequence-classification checkpoint, or distil one; of an MVP's checkpoint set views",
     )
     if model.config.num_labels != 1:
         raise ModelError(f"{settings.path}: the head has {model.config.num_labels} outputs; a reranker's has one")
     max_length = min(settings.max_length, source.tokenizer.model_max_length)
     check_positions(model, max_length, settings.path)
-    description = StudentDescription(
-        head="linear",
-        layers=(model.config.num_hidden_layers,),
-        max_length=max_length,
-        max_query_length=max_length // 2,
-    )
+    description = _describe_foreign("linear", model, max_length)
     return _linear_class(source)(description, source.tokenizer, model).eval()
 
 
@@ -202,6 +211,24 @@ def _language_model(source: Source) -> type:
     return AutoModelForSeq2SeqLM if source.is_seq2seq else AutoModelForCausalLM
 
 
+def _start_mvp(source: Source, settings: StudentSettings, _: None) -> Student:
+    _check_is_t5(source)
+    model = source.start(AutoModelForSeq2SeqLM, settings.take_layers)
+    description = _describe(settings, model.config.num_hidden_layers, views=settings.views)
+    return MVPStudent(description, source.tokenizer, model, settings.base)
+
+
+def _check_is_t5(source: Source) -> None:
+    kind = source.config.model_type
+    if kind not in T5_FAMILY:
+        raise ModelError(f"{source.settings.path}: a {kind} can't be an MVP, only {', '.join(sorted(T5_FAMILY))} can")
+
+
+def _read_mvp(source: Source, description: StudentDescription, _: Heads, dtype: torch.dtype) -> Student:
+    model = source.read(AutoModelForSeq2SeqLM, dtype)
+    return MVPStudent(description, source.tokenizer, model, source.settings.path)
+
+
 def _start_bi_encoder(source: Source, settings: StudentSettings, _: None) -> Student:
     if source.is_seq2seq:
         raise ModelError(f"{settings.base}: a {source.config.model_type} is no encoder: use head: linear")
@@ -247,6 +274,7 @@ _START = {
     "token_logit": _start_prompted,
     "bi_encoder": _start_bi_encoder,
     "colbert": _start_colbert,
+    "mvp": _start_mvp,
 }
 _READ = {
     "linear": _read_linear,
@@ -255,6 +283,7 @@ _READ = {
     "token_logit": _read_prompted,
     "bi_encoder": _read_bi_encoder,
     "colbert": _read_colbert,
+    "mvp": _read_mvp,
 }
 
 
@@ -268,5 +297,15 @@ def _describe(settings: StudentSettings, depth: int, **more) -> StudentDescripti
         max_length=settings.max_length,
         max_query_length=settings.max_query_length,
         branch_layers=settings.branch_layers,
+        **more,
+    )
+
+
+def _describe_foreign(head: StudentHead, model: PreTrainedModel, max_length: int, **more) -> StudentDescription:
+    return StudentDescription(
+        head=head,
+        layers=(model.config.num_hidden_layers,),
+        max_length=max_length,
+        max_query_length=max_length // 2,
         **more,
     )
