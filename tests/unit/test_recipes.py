@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ RECIPE_MODELS = {
     "dear-stage1": (tiny_llama_folder, []),
     "flagembedding-layerwise": (tiny_llama_folder, ["student.layers=[1,2]", "student.instruction=Answer Yes or No."]),
     "rankt5": (tiny_t5_folder, ["student.token=cat"]),
+    "mvp": (partial(tiny_t5_folder, sentinels=4), []),
     "similarity": (tiny_bert_folder, []),
     "layerwise": (tiny_bert_folder, ["student.layers=[1,2,3]"]),
 }
