@@ -12,7 +12,6 @@ alternation.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from functools import partial
@@ -20,11 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import alternate, publish, ratio, trec_dl_lists
+from harness import DL19_QRELS, Qrels, alternate, publish, qrels_of, ratio, trec_dl_lists
 
 from rerank_ray.calibrate_exit import calibrate_exit
-from rerank_ray.formats.lines import BadLines
-from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.evaluation import evaluate_rankings
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.ranking.rankers import Ranker
@@ -44,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     requests = trec_dl_lists(QUERIES, 100)
-    qrels = read_qrels(f"{os.environ['RERANK_RAY_DATA']}/trec-dl/qrels.dl19-passage.txt", BadLines())
+    qrels = qrels_of(DL19_QRELS)
     student = Path(options.run, "student")
     report = calibrate_exit(str(student), None, options.max_loss)
     layers = report.layers
@@ -97,7 +94,7 @@ def settings(student: Path, layer: int | str) -> CrossEncoderRankerSettings:
     return CrossEncoderRankerSettings.model_validate({"model": model})
 
 
-def ndcg(outcomes: list[Outcome], qrels) -> list[float]:
+def ndcg(outcomes: list[Outcome], qrels: Qrels) -> list[float]:
     """Of each query."""
     rankings = {o.request.query.query_id: ranking_of(o.request, o.scores, "").doc_ids for o in outcomes}
     return list(evaluate_rankings(qrels, {"": rankings}, [METRIC])[""].per_query[METRIC].values())

@@ -35,6 +35,8 @@ from rerank_ray.report.tables import markdown_table
 from rerank_ray.schema import read_candidates
 
 DOCS = Path(__file__).parents[1] / "docs"
+DL19_QRELS = "trec-dl/qrels.dl19-passage.txt"
+Qrels = Mapping[str, Mapping[str, float]]
 _PACKAGES = ("rerank_ray", "torch", "transformers", "ray", "sentence-transformers")
 
 
@@ -93,16 +95,34 @@ def scored(encoder: CrossEncoder, request: CandidateList) -> list[float]:
     return [a.value for a in encoder.run([Pair(query=request.query.text, text=c.contents) for c in request.candidates])]
 
 
+def qrels_of(path: str) -> Qrels:
+    """Judgements in a file below RERANK_RAY_DATA."""
+    return read_qrels(os.path.join(os.environ["RERANK_RAY_DATA"], path), BadLines())
+
+
 def reranked_ndcg(encoder: CrossEncoder, candidates: str, qrels: str) -> float:
     """nDCG@10 of candidate lists in the order of a cross-encoder's scores, by qrels that lie below RERANK_RAY_DATA."""
-    gains = read_qrels(os.path.join(os.environ["RERANK_RAY_DATA"], qrels), BadLines())
-    values = []
-    for request in read_candidates(candidates):
-        of_query = gains.get(request.query.query_id, {})
-        order = np.argsort(-np.array(scored(encoder, request)), kind="stable")
-        ranked = [of_query.get(request.candidates[i].doc_id, 0.0) for i in order]
-        values.append(ndcg(ranked, list(of_query.values())))
+    gains, lists = qrels_of(qrels), list(read_candidates(candidates))
+    return mean_ndcg(lists, [score for request in lists for score in scored(encoder, request)], gains)
+
+
+def mean_ndcg(lists: Sequence[CandidateList], scores: Sequence[float], qrels: Qrels) -> float:
+    """nDCG@10 of the lists that have a judged passage, in the order of the scores of all candidates, list by list."""
+    values, start = [], 0
+    for request in lists:
+        judged = qrels.get(request.query.query_id, {})
+        ranked = sorted(zip(request.candidates, scores[start : start + len(request)], strict=True), key=lambda p: -p[1])
+        values.append(ndcg([judged.get(c.doc_id, 0.0) for c, _ in ranked], list(judged.values())))
+        start += len(request)
     return statistics.mean(v for v in values if v is not None)
+
+
+def agreement(lists: Sequence[CandidateList], scores: Sequence[float], reference: Sequence[float]) -> dict[str, str]:
+    """How far the scores of all candidates are from a reference's, as text: a table would set the largest in bold."""
+    return {
+        "largest difference": f"{np.abs(np.subtract(scores, reference)).max():.1e}",
+        "Kendall τ": f"{mean_tau(lists, scores, reference):.4f}",
+    }
 
 
 def mean_tau(lists: Sequence[CandidateList], a: Sequence[float], b: Sequence[float]) -> float:

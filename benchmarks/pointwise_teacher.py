@@ -20,17 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from harness import mean_tau, publish, ratio, trec_dl_lists
+from harness import agreement, publish, ratio, trec_dl_lists
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.loading import load
+from rerank_ray.models.protocol import Backend
 from rerank_ray.models.resolve import resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
@@ -46,6 +46,7 @@ FLAG_BATCH = 128
 """FlagLLMReranker's default."""
 Scores = tuple[list[float], float]
 """The scores of all pairs, and the seconds that they took."""
+Subject = Callable[[Sequence[CandidateList]], Scores]
 
 
 def main() -> None:
@@ -67,15 +68,10 @@ def main() -> None:
             "rerank_ray, bfloat16": rerank_ray(checkpoint, dtype="bfloat16"),
             "rerank_ray, bfloat16, compiled": rerank_ray(checkpoint, dtype="bfloat16", compile=True),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in subjects}
-        scores: dict[str, list[float]] = {}
         started = time.perf_counter()
         subjects["rerank_ray, bfloat16, compiled"](requests)
         compilation = time.perf_counter() - started
-        for _ in range(options.rounds):
-            for name, subject in subjects.items():
-                scores[name], took = subject(requests)
-                seconds[name].append(took)
+        scores, seconds = in_turn(subjects, requests, options.rounds)
     pairs = sum(len(r) for r in requests)
     first = next(iter(subjects))
     rows = {
@@ -83,9 +79,7 @@ def main() -> None:
             "pairs/s": pairs / statistics.median(seconds[name]),
             "times the first": ratio(seconds[first], seconds[name]),
             "times as fast is rerank_ray": ratio(seconds[name], seconds["rerank_ray, bfloat16"]),
-            # As text: the table would set the largest in bold.
-            "largest difference": f"{np.abs(np.subtract(scores[name], scores[first])).max():.1e}",
-            "Kendall τ": f"{mean_tau(requests, scores[name], scores[first]):.4f}",
+            **agreement(requests, scores[name], scores[first]),
         }
         for name in subjects
     }
@@ -102,6 +96,19 @@ def main() -> None:
     )
 
 
+def in_turn(
+    subjects: Mapping[str, Subject], requests: Sequence[CandidateList], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Each subject's scores of the last round, and its seconds in each round."""
+    scores: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            scores[name], took = subject(requests)
+            seconds[name].append(took)
+    return scores, seconds
+
+
 def export(folder: Path) -> str:
     """The GGUF weights as a transformers folder that every subject loads, in float32."""
     settings = HFCausalSettings(path=MODEL, max_length=512)
@@ -110,7 +117,7 @@ def export(folder: Path) -> str:
     return str(folder / "model")
 
 
-def flag_embedding(checkpoint: str, **options) -> Callable[[Sequence[CandidateList]], Scores]:
+def flag_embedding(checkpoint: str, **options) -> Subject:
     if not (ENVIRONMENT / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         wanted = Path(__file__).with_name("public_rerankers.txt")
@@ -141,7 +148,7 @@ def flag_embedding(checkpoint: str, **options) -> Callable[[Sequence[CandidateLi
     return score
 
 
-def plain_loop(checkpoint: str, *, sort: bool) -> Callable[[Sequence[CandidateList]], Scores]:
+def plain_loop(checkpoint: str, *, sort: bool) -> Subject:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     yes = tokenizer.convert_tokens_to_ids("Yes")
@@ -168,7 +175,7 @@ def plain_loop(checkpoint: str, *, sort: bool) -> Callable[[Sequence[CandidateLi
     return score
 
 
-def rerank_ray(checkpoint: str, **given) -> Callable[[Sequence[CandidateList]], Scores]:
+def rerank_ray(checkpoint: str, **given) -> Subject:
     # FlagEmbedding puts the tokenizer's bos token in front, which this tokenizer does not do by itself.
     template = load_template("bge_reranker_llm", "yes_no")
     bos = AutoTokenizer.from_pretrained(checkpoint).bos_token
@@ -183,8 +190,12 @@ def rerank_ray(checkpoint: str, **given) -> Callable[[Sequence[CandidateList]], 
             "model": {"kind": "hf_causal", "path": checkpoint, "max_length": 1024, **given},
         }
     )
-    backend = load_backend(settings.model)
-    method = method_class("yes_no")(settings, backend)
+    return teacher(settings, load_backend(settings.model))
+
+
+def teacher(settings: RankerSettings, backend: Backend) -> Subject:
+    """A method on a loaded model."""
+    method = method_class(settings.method)(settings, backend)
 
     def score(requests: Sequence[CandidateList]) -> Scores:
         started = time.process_time()

@@ -17,24 +17,18 @@ the floor. The product is in bfloat16 where the processor has it, and in float32
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
-from harness import alternate, mean_tau, publish, ratio, trec_dl_lists
+from harness import DL19_QRELS, agreement, alternate, mean_ndcg, publish, qrels_of, ratio, trec_dl_lists
 from sentence_transformers import CrossEncoder as Public
 
-from rerank_ray.formats.lines import BadLines
-from rerank_ray.formats.qrels import read_qrels
-from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.engine import pick_dtype
 from rerank_ray.models.protocol import Pair
-from rerank_ray.records import CandidateList
 from rerank_ray.settings.models import CrossEncoderSettings
 
 SIZE, PRODUCTS = 2048, 20
@@ -88,16 +82,14 @@ def main() -> None:
     lengths = [len(e["input_ids"]) for e in ours["float32"].student.encode(*zip(*pairs, strict=True))]
     work = sum(operations(length, config) for length in lengths)
     floor = [work * s / (PRODUCTS * 2 * SIZE**3) for s in seconds["product"]]
-    qrels = read_qrels(f"{os.environ['RERANK_RAY_DATA']}/trec-dl/qrels.dl19-passage.txt", BadLines())
+    qrels = qrels_of(DL19_QRELS)
     rows = {
         name: {
             "pairs/s": len(pairs) / statistics.median(seconds[name]),
             "times the first": ratio(seconds[first], seconds[name]),
             "of the machine's product": ratio(floor, seconds[name]),
             "nDCG@10": mean_ndcg(lists, scores[name], qrels),
-            # As text: the table would set the largest in bold.
-            "largest difference": f"{np.abs(np.subtract(scores[name], scores[first])).max():.1e}",
-            "Kendall τ": f"{mean_tau(lists, scores[name], scores[first]):.4f}",
+            **agreement(lists, scores[name], scores[first]),
         }
         for name in (first, *(f"rerank_ray, {how}" for how in ours))
     }
@@ -124,17 +116,6 @@ def operations(length: int, config) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     token = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * length * hidden
     return config.num_hidden_layers * length * token
-
-
-def mean_ndcg(lists: Sequence[CandidateList], scores: Sequence[float], qrels: dict[str, dict[str, float]]) -> float:
-    """nDCG@10 of the lists that have a judged passage, in the order of the scores."""
-    values, start = [], 0
-    for request in lists:
-        judged = qrels.get(request.query.query_id, {})
-        ranked = sorted(zip(request.candidates, scores[start : start + len(request)], strict=True), key=lambda p: -p[1])
-        values.append(ndcg([judged.get(c.doc_id, 0.0) for c, _ in ranked], list(judged.values())))
-        start += len(request)
-    return statistics.mean(v for v in values if v is not None)
 
 
 if __name__ == "__main__":

