@@ -49,6 +49,8 @@ _READINGS = 3
 _NOT_IN_KEY = frozenset(
     {
         "device",
+        # Of models that score whole lists, whose scores are not kept.
+        "views",
         "tokens_per_batch",
         "share_prefix",
         "cache_mb",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import yaml
+from pydantic import ValidationError
 
 from rerank_ray import storage
 from rerank_ray.config import Settings, differences, dump
@@ -98,8 +99,7 @@ class RunFolder:
         before = self.state()
         if before["kind"] != kind:
             raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another --run folder")
-        old = yaml.safe_load(storage.read_text(self.path(CONFIG)))
-        new = yaml.safe_load(dump(settings))
+        old, new = self._noted_config(type(settings)), yaml.safe_load(dump(settings))
         kept = {f"execution.{name}" for name in fixed}
         changed = [
             d
@@ -115,6 +115,15 @@ class RunFolder:
                 f"{self.uri}: this run was started with another config or input; resuming would mix the two:\n{lines}\n"
                 "Put it back, or use another --run folder."
             )
+
+    def _noted_config(self, kind: type[Settings]) -> dict:
+        """The config that the run was started with. A setting that its version did not have is there with its default,
+        which is what that version did."""
+        noted = yaml.safe_load(storage.read_text(self.path(CONFIG)))
+        try:
+            return yaml.safe_load(dump(kind.model_validate(noted)))
+        except ValidationError:
+            return noted
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -96,6 +96,20 @@ def test_a_training_may_be_logged_more_often(run: RunFolder):
         run.start("distill", settings.model_copy(update={"queries_per_step": 8}), INPUTS)
 
 
+def test_a_run_goes_on_whose_version_lacked_a_setting(run: RunFolder):
+    """The setting's default is what was done without it; another value is another run."""
+    settings = DistillSettings.model_validate({"input": ["labels"], "student": {"base": "some/encoder"}})
+    run.start("distill", settings, INPUTS)
+    path = Path(run.path("config.yaml"))
+    older = [line for line in path.open() if "orthogonality" not in line and "max_query_length" not in line]
+    path.write_text("".join(older))
+    run.start("distill", settings, INPUTS)
+    path.write_text("".join(older))
+    shorter = settings.student.model_copy(update={"max_query_length": 32})
+    with pytest.raises(RunError, match=r"student\.max_query_length: 64 -> 32"):
+        run.start("distill", settings.model_copy(update={"student": shorter}), INPUTS)
+
+
 def test_a_key_that_only_starts_like_execution_is_no_exception(run: RunFolder):
     """A difference is excused by its first key as a whole, not by how the line begins."""
     run.start("label", config(), INPUTS)
