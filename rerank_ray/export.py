@@ -55,8 +55,8 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     model = load_student(ModelSettings(path=student))
     if form == "onnx" and model.reads_lists:
         raise ModelError(
-            f"{student}: --format onnx writes a graph of single pairs, and the scores of a {model.description.head} "
-            "student depend on the whole list: use --format transformers"
+            f"{student}: --format onnx writes a graph of single pairs, and the scores of a student with head "
+            f"{model.description.head} depend on the whole list: use --format transformers"
         )
     last = layer or model.layers[-1]
     if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
@@ -120,7 +120,7 @@ def _card(model: Student, student: Path, form: Form, int8: bool) -> str:
         f"A reranker with a `{description.head}` head on {layers}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, for queries of up to "
         f"{description.max_query_length} tokens and {description.max_length} tokens with the document. Higher is more "
-        "relevant; scores of different queries do not compare.",
+        f"relevant; scores of different {'lists' if model.reads_lists else 'queries'} do not compare.",
         _usage(model, form, int8),
     ]
     run = student.parent

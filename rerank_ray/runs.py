@@ -118,7 +118,7 @@ class RunFolder:
 
     def _noted_config(self, kind: type[Settings]) -> dict:
         """The config that the run was started with. A setting that its version did not have is there with its default,
-        which is what that version did."""
+        which is what that version did; where it had one that is gone, the config is as it was noted."""
         noted = yaml.safe_load(storage.read_text(self.path(CONFIG)))
         try:
             return yaml.safe_load(dump(kind.model_validate(noted)))

@@ -184,7 +184,7 @@ class Trainer:
         self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
         if resume:
             self.parallel.load_state(resume)
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = ThreadPoolExecutor(1, initializer=engine.use_device, initargs=(self.device,))
         self._next: tuple[int, Future[StepData]] | None = None
         self._seen = _Seen()
         names = term_names(t.loss for t in settings.objective.losses)

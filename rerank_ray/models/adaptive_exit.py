@@ -11,14 +11,12 @@ from torch import nn
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import accelerate
-from rerank_ray.models.engine import BatchRunner, group_in_order
+from rerank_ray.models.engine import BatchRunner
 from rerank_ray.models.exit_margins import Stage, goes_on, merged, segments_of
 from rerank_ray.models.student import Encoded, Student
 from rerank_ray.models.student.source import layers_of
+from rerank_ray.models.whole_lists import in_parts
 from rerank_ray.settings.models import TorchSettings
-
-_BATCHES_HELD = 32
-"""Hidden states of at most so many batches are held at once, as long as one list has no more."""
 
 
 class AdaptiveExit:
@@ -65,11 +63,7 @@ class AdaptiveExit:
 
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
         """Scores of each list's pairs (`exit_margins.merged`); a list's do not depend on the other lists."""
-        results: list[tuple[float, ...]] = []
-        tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
-        for part in group_in_order(tokens, _BATCHES_HELD * runner.tokens_per_batch):
-            results += self._run([lists[i] for i in part], runner)
-        return results
+        return in_parts(lists, runner, self._run)
 
     def _run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
         stages: list[list[Stage]] = [[] for _ in lists]

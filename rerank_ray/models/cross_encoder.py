@@ -24,6 +24,8 @@ class CrossEncoder:
 
     def __init__(self, settings: CrossEncoderSettings) -> None:
         self.name = f"cross_encoder:{resolve(settings).identity}"
+        if settings.views is not None:
+            self.name += f":views={settings.views}"
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         student = load_student(settings, dtype=dtype, views=settings.views)

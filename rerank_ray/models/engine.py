@@ -36,15 +36,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is one; a device that is named but absent is an error."""
+    """`auto` is CUDA when there is one; a device that is named but absent is an error.
+
+    A GPU has its number: `cuda` alone is the thread's current one, which is another in another thread.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device: {name}: not usable here ({str(error).splitlines()[0]})") from error
-    return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current one of the thread that calls this, as each thread starts with the first of the node, where
+    pinning memory would open a context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

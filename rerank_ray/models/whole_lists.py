@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
 
-from rerank_ray.models.engine import BatchRunner
+from rerank_ray.models.engine import BatchRunner, group_in_order
 from rerank_ray.models.student import Encoded, Student
+
+_BATCHES_HELD = 32
+Lists = Sequence[Sequence[Encoded]]
+ListScores = list[tuple[float, ...]]
+
+
+def in_parts(lists: Lists, runner: BatchRunner, score: Callable[[Lists, BatchRunner], ListScores]) -> ListScores:
+    """What `score` gives, part by part: what is read of pairs is held for at most 32 batches of them, as long as one
+    list has no more."""
+    tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
+    parts = group_in_order(tokens, _BATCHES_HELD * runner.tokens_per_batch)
+    return [scores for part in parts for scores in score([lists[i] for i in part], runner)]
 
 
 class WholeLists:
@@ -17,12 +29,15 @@ class WholeLists:
     def __init__(self, student: Student) -> None:
         self.student = student
 
-    @torch.inference_mode()
-    def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
+    def run(self, lists: Lists, runner: BatchRunner) -> ListScores:
         """Scores of each list's pairs; a list's do not depend on the other lists.
 
         Pairs are batched by length whatever list they are of, and lists by how many vectors they have.
         """
+        return in_parts(lists, runner, self._run)
+
+    @torch.inference_mode()
+    def _run(self, lists: Lists, runner: BatchRunner) -> ListScores:
         pairs = [pair for of_list in lists for pair in of_list]
         lengths = [len(pair["input_ids"]) for pair in pairs]
         read = iter(runner.run(lengths, lambda batch: self._read([pairs[i] for i in batch])))
@@ -36,7 +51,7 @@ class WholeLists:
         """Vectors [B, V, H]."""
         return self.student(**self.student.batch(pairs))[-1]
 
-    def _score(self, lists: list[list[torch.Tensor]]) -> list[tuple[float, ...]]:
+    def _score(self, lists: list[list[torch.Tensor]]) -> ListScores:
         sizes = [len(vectors) for vectors in lists]
         outputs = torch.stack([vector for vectors in lists for vector in vectors])[None]
         scores, _ = self.student.scores(outputs, sizes)

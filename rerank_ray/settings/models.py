@@ -94,6 +94,14 @@ class CrossEncoderSettings(TorchSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _views_have_one_exit(self) -> CrossEncoderSettings:
+        if self.views is not None and self.exit_layer is not None:
+            raise ValueError(
+                "exit_layer is for layer-wise students, and an MVP (views) has its last layer: leave it out"
+            )
+        return self
+
 
 class ScalarHeadSettings(TorchSettings):
     """A decoder with a scalar head on its last token (RankLLaMA), its LoRA adapter apart or merged.

@@ -27,6 +27,7 @@ from rerank_ray.export import export
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.protocol import PairList
 from rerank_ray.models.student import Student
+from rerank_ray.models.whole_lists import WholeLists
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.settings.models import CrossEncoderSettings
 from rerank_ray.settings.objective import LossSettings, ObjectiveSettings
@@ -124,6 +125,20 @@ def test_the_backend_answers_lists(folder: Path, student: Student, tokens_per_ba
     assert (answer.usage.calls, answer.usage.prompt_tokens) == (2, 2 * length)
 
 
+def test_lists_are_read_part_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Parts of what one batch holds, but a list is never divided: the same scores, from more passes."""
+    model = CrossEncoderSettings(path=str(folder), dtype="float32", max_length=64, tokens_per_batch=64)
+    whole = asked(model)
+    parts = []
+    run = WholeLists._run
+    monkeypatch.setattr(WholeLists, "_run", lambda self, lists, runner: parts.append(lists) or run(self, lists, runner))
+    monkeypatch.setattr("rerank_ray.models.whole_lists._BATCHES_HELD", 1)
+    for found, expected in zip(asked(model), whole, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert len(parts) > 1
+    assert sum(map(len, parts)) == len(LISTS)
+
+
 def test_a_ranker_asks_for_whole_lists(folder: Path, student: Student):
     """And its name has no layer."""
     ranker = Ranker(CrossEncoderRankerSettings(model=CrossEncoderSettings(path=str(folder), dtype="float32")))
@@ -200,6 +215,7 @@ def test_a_published_checkpoint_is_read(published: Path, folder: Path):
     chosen = {"dtype": "float32", "max_length": 64}
     ours = asked(CrossEncoderSettings(path=str(folder), **chosen))
     theirs = asked(CrossEncoderSettings(path=str(published), views=3, **chosen))
+    assert CrossEncoder(CrossEncoderSettings(path=str(published), views=3, **chosen)).name.endswith(":views=3")
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -303,6 +319,11 @@ def test_adapters_are_trained_and_saved(labels: str, tiny_t5: Path, tmp_path: Pa
 # What is refused
 
 
+def test_views_have_one_exit():
+    with pytest.raises(ValidationError, match=r"an MVP \(views\) has its last layer"):
+        CrossEncoderSettings(path="some/mvp", views=4, exit_layer=2)
+
+
 def test_what_can_not_be_a_student(tiny_bert: Path, tiny_t5: Path, tmp_path: Path):
     with pytest.raises(ModelError, match="a bert can't be an MVP, only mt5, t5, umt5 can"):
         start(tiny_bert, "mvp", **SIZES)
@@ -311,7 +332,7 @@ def test_what_can_not_be_a_student(tiny_bert: Path, tiny_t5: Path, tmp_path: Pat
             start(bare, "mvp", views=views, **SIZES)
     with pytest.raises(ModelError, match=r"max_length \(40\) leaves no room for a passage: .* take 3\d tokens"):
         start(tiny_t5, "mvp", max_length=40, max_query_length=16)
-    with pytest.raises(ModelError, match="a mvp student has no head but its last"):
+    with pytest.raises(ModelError, match="a student with head mvp scores at its last layer alone"):
         start(tiny_t5, "mvp", **SIZES).truncated(1)
 
 
@@ -334,7 +355,7 @@ def test_exports(folder: Path, tmp_path: Path):
     options = {"layer": None, "int8": False, "overwrite": False}
     export(str(folder), str(tmp_path / "out"), form="transformers", **options)
     torch.testing.assert_close(scored(load(tmp_path / "out"), LISTS), scored(load(folder), LISTS), rtol=0, atol=0)
-    with pytest.raises(ModelError, match="scores of a mvp student depend on the whole list"):
+    with pytest.raises(ModelError, match="scores of a student with head mvp depend on the whole list"):
         export(str(folder), str(tmp_path / "onnx"), form="onnx", **options)
     with pytest.raises(ModelError, match="decoders with head linear, not for t5 with head mvp"):
         export(str(folder), str(tmp_path / "flag"), form="flagembedding-layerwise", **options)

@@ -176,5 +176,5 @@ def test_what_is_refused(tiny_llama: Path, tiny_bert: Path, tmp_path: Path):
         start(t5, "bi_encoder")
     with pytest.raises(ModelError, match="a T5 encoder has a head on its last layer only"):
         start(t5, "linear", layers=(1, 2))
-    with pytest.raises(ModelError, match="a bi_encoder student has no head but its last"):
+    with pytest.raises(ModelError, match="a student with head bi_encoder scores at its last layer alone"):
         start(tiny_bert, "bi_encoder").truncated(1)

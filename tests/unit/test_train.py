@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,20 @@ def test_the_next_step_is_prepared_meanwhile(labels: str, tiny_bert: Path):
             assert torch.equal(given, wanted)
         assert (trainer._next is None) == (step == 7)
         trainer.progress.step += 1
+
+
+def test_the_thread_that_prepares_uses_the_device(labels: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch):
+    """A thread's current GPU is the first of the node, whatever its worker's is."""
+    used = []
+    monkeypatch.setattr(
+        "rerank_ray.models.engine.use_device", lambda device: used.append((device, threading.get_ident()))
+    )
+    trainer = Trainer(settings(labels, tiny_bert), World(), None)
+    trainer._step_data()
+    trainer._next[1].result()
+    ((device, thread),) = used
+    assert device == trainer.device
+    assert thread != threading.get_ident()
 
 
 @pytest.mark.parametrize("head", ["linear", "similarity"])

@@ -154,7 +154,9 @@ class Student(nn.Module):
         Args:
             alone: without the heads of earlier layers: an ordinary cross-encoder.
         """
-        raise ModelError(f"exit_layer: {layer}: a {self.description.head} student has no head but its last")
+        raise ModelError(
+            f"exit_layer: {layer}: a student with head {self.description.head} scores at its last layer alone"
+        )
 
     @property
     def pretrained(self) -> PreTrainedModel:
