@@ -109,6 +109,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     )
 
 
+def multiplies_tiles(device: torch.device) -> bool:
+    """Whether bfloat16 matrices are multiplied tile by tile: by a GPU, or a CPU with AMX."""
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+
+
 def count_parameters(model: torch.nn.Module) -> int:
     """Parameters of a model, shared ones once."""
     return sum(p.numel() for p in model.parameters())

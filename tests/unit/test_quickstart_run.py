@@ -14,7 +14,7 @@ import rerank_ray.quickstart.run as run_module
 from rerank_ray.cli import main
 from rerank_ray.evaluate import evaluate_sources
 from rerank_ray.models import engine
-from rerank_ray.quickstart.run import _ROLES, _Less, _less_where_slow, _page, _print, _settings, _systems
+from rerank_ray.quickstart.run import _ROLES, _Less, _less_where_slow, _page, _print, _query_counts, _settings, _systems
 
 
 def finished_pipeline(folder: Path) -> Path:
@@ -71,6 +71,14 @@ def test_on_a_gpu_every_model_reserves_some_of_it(tmp_path: Path, monkeypatch: p
     needs = [getattr(steps[name], steps[name].job).execution.needs.total.gpus for name in of_models]
     assert needs == [1.0] * len(of_models)
     assert steps["student"].distill.execution.needs.total.gpus == 1.0
+
+
+def test_fewer_queries_where_a_cpu_has_no_tiles(monkeypatch: pytest.MonkeyPatch):
+    for tiles, expected in ((True, (100, 50)), (False, (60, 40))):
+        monkeypatch.setattr(engine, "multiplies_tiles", lambda device, tiles=tiles: tiles)
+        assert _query_counts(None, full=False) == expected
+        assert _query_counts(None, full=True) == (100, 50)
+        assert _query_counts(_Less(), full=False) == (24, 24)
 
 
 def test_less_reaches_every_step(tmp_path: Path):
