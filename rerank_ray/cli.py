@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt(commands)
     quickstart = commands.add_parser("quickstart", help="the whole path on a collection made on this machine")
     quickstart.add_argument("--run", metavar="FOLDER", help="runs/quickstart, or runs/quickstart-full")
-    quickstart.add_argument("--full", action="store_true", help="as much on a processor without bfloat16 as elsewhere")
+    quickstart.add_argument("--full", action="store_true", help="as much on a slow processor as elsewhere")
     quickstart.set_defaults(command=_quickstart)
     return parser
 

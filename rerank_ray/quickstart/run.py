@@ -23,7 +23,7 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings.pipeline import PipelineSettings
 
 _TRAIN_QUERIES, _TEST_QUERIES = 100, 50
-_QUERIES_WITHOUT_TILES = 60, 40
+_QUERIES_WITHOUT_TILES = 50, 40
 """Training and test queries of a CPU that multiplies bfloat16 as vectors (AVX-512 BF16), and takes longer for all."""
 
 

@@ -74,7 +74,7 @@ def test_on_a_gpu_every_model_reserves_some_of_it(tmp_path: Path, monkeypatch: p
 
 
 def test_fewer_queries_where_a_cpu_has_no_tiles(monkeypatch: pytest.MonkeyPatch):
-    for tiles, expected in ((True, (100, 50)), (False, (60, 40))):
+    for tiles, expected in ((True, (100, 50)), (False, (50, 40))):
         monkeypatch.setattr(engine, "multiplies_tiles", lambda device, tiles=tiles: tiles)
         assert _query_counts(None, full=False) == expected
         assert _query_counts(None, full=True) == (100, 50)
