@@ -31,6 +31,7 @@ from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
 from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.start import check_labels, first_student, open_label_set
+from rerank_ray.distill.step_data import Chunk, Group, MicroBatches, StepData
 from rerank_ray.distill.targets import Targets, Term, objective, term_names, validation_ndcg
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.models import engine
@@ -42,52 +43,6 @@ Report = Callable[[dict, Path | None], None]
 """Called by every worker at every validation with the metrics and a folder, which is deleted when the call returns: the
 checkpoint is what the workers' folders hold together. None where a worker adds nothing to it, and in a warm-up, whose
 steps are below 0."""
-
-
-Group = tuple[Labels, Sequence[int]]
-"""A query's labels, and the candidates that were sampled of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatches:
-    """Pairs batched by length, on the device."""
-
-    batches: Sequence[tuple[torch.Tensor, dict[str, torch.Tensor]]]
-    """Which pairs each has, and what the student takes of them."""
-    sizes: Sequence[int]
-    """Pairs of each query's list."""
-    tokens: int
-    positions: int
-    """Tokens and the padding that is computed with them."""
-    longest: int
-    """Tokens of the longest pair."""
-
-    @property
-    def count(self) -> int:
-        return sum(self.sizes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """The groups whose gradient one backward pass adds."""
-
-    pairs: MicroBatches
-    targets: Targets
-    places: tuple[torch.Tensor, torch.Tensor]
-    """Of each pair: its row and column in the targets."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepData:
-    """What one worker computes in one step."""
-
-    groups: Sequence[Group]
-    chunks: Sequence[Chunk]
-    """All of the groups."""
-    queries: int
-    """Of the step, over all workers."""
-    counts: bool
-    """False for a worker without queries, which takes part with the data of another."""
 
 
 def train(

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.parallel import World
-from rerank_ray.distill.train import StepData, Trainer, train
+from rerank_ray.distill.step_data import StepData
+from rerank_ray.distill.train import Trainer, train
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.settings.distill import DistillSettings
 
