@@ -180,22 +180,11 @@ class PermutationSelfConsistencySettings(WindowSettings):
     """Tokens of one answer, reasoning included, which takes thousands."""
 
 
-class GroupRankSettings(ListwiseSettings):
-    """Grades from 0 to 10 for every passage of random groups; a score is their mean over shuffles / 10 (GroupRank)."""
+class _GroupsSettings(ListwiseSettings):
+    """What methods that grade the passages of a group share."""
 
-    method: Literal["group_rank"] = "group_rank"
-    model: LanguageModelSettings
-    prompt: str = "group_rank"
-    """A built-in template's name or the path of a YAML template."""
     group_size: PositiveInt = 10
-    """Passages in one prompt, at most; the groups of one shuffle differ by one at most."""
-    shuffles: PositiveInt = 1
-    """How often the list is shuffled, divided into groups and scored."""
-    rerank_weight: Fraction = 1.0
-    """w in w · score + (1 − w) · first-stage score scaled to 0 … 1 within the query; the paper has 0.6, and 1 leaves
-    the first stage out."""
-    seed: int = 0
-    """With the query id, what the groups are drawn from."""
+    """Passages in one prompt, at most."""
     max_tokens: PositiveInt = 512
     """Tokens of one answer, reasoning included, which takes thousands."""
 
@@ -205,7 +194,23 @@ class GroupRankSettings(ListwiseSettings):
         return self.group_size
 
 
-class RebelSettings(ListwiseSettings):
+class GroupRankSettings(_GroupsSettings):
+    """Grades from 0 to 10 for every passage of random groups; a score is their mean over shuffles / 10 (GroupRank)."""
+
+    method: Literal["group_rank"] = "group_rank"
+    model: LanguageModelSettings
+    prompt: str = "group_rank"
+    """A built-in template's name or the path of a YAML template."""
+    shuffles: PositiveInt = 1
+    """How often the list is shuffled, divided into groups, whose sizes differ by one at most, and scored."""
+    rerank_weight: Fraction = 1.0
+    """w in w · score + (1 − w) · first-stage score scaled to 0 … 1 within the query; the paper has 0.6, and 1 leaves
+    the first stage out."""
+    seed: int = 0
+    """With the query id, what the groups are drawn from."""
+
+
+class RebelSettings(_GroupsSettings):
     """Relevance and criteria that the model first writes for the query (REBEL)."""
 
     method: Literal["rebel"] = "rebel"
@@ -216,15 +221,6 @@ class RebelSettings(ListwiseSettings):
     """The template that asks for criteria: a built-in one's name or the path of a YAML template."""
     criteria: PositiveInt = 3
     """Criteria asked for, beside relevance."""
-    group_size: PositiveInt = 10
-    """Passages in one scoring prompt, at most."""
-    max_tokens: PositiveInt = 512
-    """Tokens of one answer, reasoning included, which takes thousands."""
-
-    @property
-    def passages_at_once(self) -> int:
-        """Passages in one prompt, at most."""
-        return self.group_size
 
 
 class E2RankSettings(ListwiseSettings):
