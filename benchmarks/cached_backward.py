@@ -4,14 +4,16 @@
 
 Every candidate fills 256 tokens, one query a step, in float32 on one thread. Each figure is a process of its own:
 memory is its largest resident set less what it held after a step on a list of one candidate (model, gradients, kernels'
-scratch); seconds are the step's CPU time, which other processes on the machine do not change much. The last column is
-the largest difference of a gradient, over the largest gradient.
+scratch), once with glibc told to give back at once what is freed, so that it is what the step has in use, and once as
+glibc does by itself, which keeps freed memory for later; seconds are the latter's CPU time, which other processes on
+the machine do not change much. The last column is the largest difference of a gradient, over the largest gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -26,6 +28,9 @@ from rerank_ray.distill.train import Trainer
 from rerank_ray.records import Candidate, CandidateList, Query, Scores
 from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
 from rerank_ray.settings.distill import DistillSettings
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""For glibc: blocks of 128 KiB and more are mapped one by one, and given back when they are freed."""
 
 
 def main() -> None:
@@ -44,9 +49,15 @@ def main() -> None:
             files = {backward: f"{folder}/{backward}.pt" for backward in ("plain", "cached")}
             plain, cached = (in_a_process(options.student, backward, count, file) for backward, file in files.items())
             gradients, same = (torch.load(file) for file in files.values())
+            used = {
+                backward: in_a_process(options.student, backward, count, file, give_back=True)["mib"]
+                for backward, file in files.items()
+            }
         lines[f"{count} candidates"] = {
-            "plain, MiB": plain["mib"],
-            "cached, MiB": cached["mib"],
+            "plain, MiB in use": used["plain"],
+            "cached, MiB in use": used["cached"],
+            "plain, MiB resident": plain["mib"],
+            "cached, MiB resident": cached["mib"],
             "plain, s": plain["seconds"],
             "cached, s": cached["seconds"],
             "time ratio": cached["seconds"] / plain["seconds"],
@@ -57,14 +68,16 @@ def main() -> None:
         "cached_backward",
         title="A step on one long list: plain and cached backward",
         about="One query a step, every candidate 256 tokens, MiniLM in float32, one thread; memory beyond what a step "
-        "on one candidate holds, and CPU seconds. Gradients: the largest difference over the largest gradient.",
+        "on one candidate holds, in use and with what the allocator keeps of what was freed, and CPU seconds. "
+        "Gradients: the largest difference over the largest gradient.",
         rows=lines,
     )
 
 
-def in_a_process(student: str, backward: str, count: int, file: str) -> dict[str, float]:
+def in_a_process(student: str, backward: str, count: int, file: str, *, give_back: bool = False) -> dict[str, float]:
     command = [sys.executable, __file__, "--student", student, "--measure", backward, str(count), file]
-    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    environment = os.environ | (GIVE_BACK if give_back else {})
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 
 

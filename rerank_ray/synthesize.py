@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.errors import InputError
-from rerank_ray.formats.lines import BadLines
-from rerank_ray.formats.trec import read_collection
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.retrieval.bm25 import BM25Index
+from rerank_ray.retrieval.collection import read_documents
 from rerank_ray.retrieval.hydrate import fetch
 from rerank_ray.settings.synthesize import SynthesizeSettings
 
@@ -41,7 +40,7 @@ def draw_passages(settings: SynthesizeSettings) -> Iterator[dict]:
     Raises:
         InputError: a bad line of the collection, or no passage with text.
     """
-    documents = (d for d in read_collection(settings.corpus, BadLines()) if d.contents.strip())
+    documents = (d for d in read_documents(settings.corpus) if d.contents.strip())
     drawn = heapq.nsmallest(settings.passages, documents, key=lambda d: _number(f"{settings.seed}:{d.doc_id}"))
     if not drawn:
         raise InputError(f"{settings.corpus}: holds no passage with text: there is nothing to write queries for")
@@ -120,7 +119,7 @@ def retrieve(
     The passage has gain 1, the other candidates none. The collection is read twice, once into the index and once for
     the texts of what was found, which memory holds.
     """
-    corpus = ((d.doc_id, d.contents) for d in read_collection(settings.corpus, BadLines()))
+    corpus = ((d.doc_id, d.contents) for d in read_documents(settings.corpus))
     index = BM25Index.build(corpus, k1=settings.k1, b=settings.b)
     kept: list[tuple[WrittenQuery, list[tuple[str, float]]]] = []
     for query, ranking in zip(queries, index.search((q.text for q in queries), settings.depth), strict=True):
@@ -129,7 +128,7 @@ def retrieve(
         else:
             left_out["not_found_by_bm25"] += 1
     needed = {doc_id for _, ranking in kept for doc_id, _ in ranking}
-    documents = fetch(needed, read_collection(settings.corpus, BadLines(), needed))
+    documents = fetch(needed, read_documents(settings.corpus, needed))
     for query, ranking in kept:
         yield CandidateList(
             query=Query(query_id=query.query_id, text=query.text),

@@ -17,8 +17,9 @@ from rerank_ray.execution.jobs import finish, label
 from rerank_ray.label_store import prepare
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.records import CandidateList
-from rerank_ray.runs import RunFolder
+from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import (
+    CANDIDATES,
     PASSAGES,
     WRITTEN_QUERIES,
     inspect_input,
@@ -42,7 +43,8 @@ def synthesize(
     from it and are made anew by a start that finds the run unfinished. `retry_errors` does the failed rows again of
     that one of the two that failed.
     """
-    inputs = preflight(settings.writer) | {settings.corpus: _digest(settings.corpus)}
+    corpus = resolve_input(settings.corpus)
+    inputs = preflight(settings.writer) | {settings.corpus: _digest(corpus)}
     if settings.round_trip is not None:
         preflight(settings.round_trip.ranker)
     if settings.store is not None:
@@ -54,6 +56,7 @@ def synthesize(
             console.print(f"{run_uri}: already done, {before['counts']['rows']} rows")
             return run
         started = time.monotonic()
+        settings = settings.model_copy(update={"corpus": corpus})
         written, counts = _write_queries(settings, run, retry_errors)
         left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
         rows = read_rows(written.data, WRITTEN_QUERIES.names)
@@ -82,11 +85,14 @@ def synthesize(
     return run
 
 
-def _digest(path: str) -> str:
+def _digest(corpus: str) -> str:
+    if storage.is_directory(corpus):
+        return inspect_input(corpus, CANDIDATES).fingerprint
     try:
-        return storage.digest(path)
+        return storage.digest(corpus)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}): give a TSV or JSONL file") from error
+        message = f"{corpus}: can't be read ({str(error).splitlines()[0]}): give a TSV or JSONL file, or candidates"
+        raise InputError(message) from error
 
 
 def _write_queries(settings: SynthesizeSettings, run: RunFolder, retry_errors: bool) -> tuple[RunFolder, Counts]:

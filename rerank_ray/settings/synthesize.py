@@ -38,7 +38,7 @@ class SynthesizeSettings(Settings):
     """`rerank-ray synthesize`: passages of a collection to candidate lists of queries that an LLM wrote for them."""
 
     corpus: str
-    """Collection as TSV or JSONL."""
+    """Collection as TSV or JSONL, or candidates, whose lists' documents are the collection then."""
     writer: QueryWriterSettings
     passages: PositiveInt = 1000
     """Passages drawn from the collection; which ones depends on their ids and the seed alone."""

@@ -21,7 +21,7 @@ from rerank_ray.prompts.parse.words import parse_query
 from rerank_ray.prompts.render import Template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.write_query import QueryWriter, passage_of
-from rerank_ray.records import DefectKind, Usage
+from rerank_ray.records import Candidate, CandidateList, DefectKind, Query, Usage
 from rerank_ray.schema import PASSAGES, WRITTEN_QUERIES, write_candidates
 from rerank_ray.settings.synthesize import QueryWriterSettings, SynthesizeSettings
 from rerank_ray.stages import WriteStage
@@ -76,6 +76,26 @@ def test_the_draw_depends_on_ids_and_seed_alone_and_takes_no_empty_passage(tmp_p
     assert len({tuple(drawn(corpus, seed=seed)) for seed in range(10)}) > 1
     with pytest.raises(InputError, match="holds no passage with text"):
         drawn(write_corpus(tmp_path / "empty", {"d": " "}))
+
+
+def test_documents_of_candidate_lists_are_a_collection_each_once_and_with_one_text(tmp_path):
+    """Drawn and found as those of a file, in whatever order and however often lists have them."""
+    documents = {doc_id: text for doc_id, text in DOCUMENTS.items() if text}
+    file, folder = write_corpus(tmp_path / "corpus.jsonl", documents), str(tmp_path / "lists")
+
+    def listed(query_id: str, texts: dict[str, str]) -> CandidateList:
+        candidates = tuple(Candidate(doc_id=d, text=t, score=2.0, label=1.0) for d, t in texts.items())
+        return CandidateList(query=Query(query_id=query_id, text="query"), candidates=candidates)
+
+    lists = [listed("q1", documents), listed("q2", dict(reversed(documents.items())))]
+    write_candidates(lists, folder)
+    assert list(draw_passages(settings_of(folder))) == list(draw_passages(settings_of(file)))
+    queries = [WrittenQuery(query_id="s", text="cats", doc_id="d1")]
+    of_lists, of_file = (list(retrieve(queries, settings_of(c), Counter())) for c in (folder, file))
+    assert of_lists == of_file
+    write_candidates([*lists, listed("q3", {"d1": "another text"})], folder)
+    with pytest.raises(InputError, match="'q3': document 'd1' has another text than in an earlier list"):
+        drawn(folder)
 
 
 def test_ids_name_the_passage_and_differ_by_number_writer_and_seed(corpus):
