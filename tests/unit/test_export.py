@@ -43,7 +43,7 @@ def test_a_layer_as_an_ordinary_cross_encoder(run: Path, tmp_path: Path):
     assert cli.main(["export", str(run / "student"), "--layer", "1", "--out", str(out)]) == 0
     expected = scores(load(run / "student"))[0]
     theirs = CrossEncoder(str(out), device="cpu").predict(
-        list(zip(QUERIES, DOCUMENTS, strict=True)), activation_fn=torch.nn.Identity(), show_progress_bar=False
+        list(zip(QUERIES, DOCUMENTS, strict=True)), show_progress_bar=False
     )
     torch.testing.assert_close(torch.tensor(theirs), expected, atol=1e-4, rtol=1e-4)
     assert not (out / "heads.safetensors").exists()

@@ -11,7 +11,6 @@ from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import processors
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -59,7 +58,7 @@ def as_theirs(folder: Path, queries: list[str], documents: list[str]) -> list[to
     with torch.no_grad():
         logits = model(**tokenizer(queries, documents, padding=True, return_tensors="pt")).logits[:, 0]
     predicted = TheirCrossEncoder(str(folder), device="cpu").predict(
-        list(zip(queries, documents, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False
+        list(zip(queries, documents, strict=True)), show_progress_bar=False
     )
     return [logits, torch.as_tensor(predicted)]
 
@@ -117,9 +116,7 @@ def test_long_documents_are_cut_alike_elsewhere(request: pytest.FixtureRequest, 
         pairs = [
             (described.query_prefix + q, described.document_prefix + d) for q, d in zip(queries, documents, strict=True)
         ]
-        theirs = TheirCrossEncoder(str(folder), device="cpu").predict(
-            pairs, activation_fn=nn.Identity(), show_progress_bar=False
-        )
+        theirs = TheirCrossEncoder(str(folder), device="cpu").predict(pairs, show_progress_bar=False)
         torch.testing.assert_close(torch.as_tensor(theirs), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -297,6 +294,17 @@ def test_a_linear_student_of_any_encoder_loads_anywhere(encoder: Path, tmp_path:
 
 
 # What can't be
+
+
+def test_large_scores_stay_apart_in_sentence_transformers(tiny_cross_encoder: Path, tmp_path: Path):
+    """Its sigmoid of the 80 that a list of 100 teaches is its sigmoid of 40."""
+    student = load(tiny_cross_encoder, max_length=64)
+    with torch.no_grad():
+        student.model.classifier.weight *= 0
+        student.model.classifier.bias.fill_(80.0)
+    student.save(tmp_path / "s")
+    (found,) = TheirCrossEncoder(str(tmp_path / "s"), device="cpu").predict([("cat", "dog")], show_progress_bar=False)
+    assert found == 80.0
 
 
 def test_heads_that_an_architecture_can_not_carry(tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path):
