@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder
+from fixtures.tiny_models import (
+    tiny_bert_tokenizer,
+    tiny_decoder_folder,
+    tiny_encoder_folder,
+    tiny_llama_folder,
+)
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import processors
@@ -20,8 +25,15 @@ from transformers import (
     DebertaV2Model,
     ElectraConfig,
     ElectraModel,
+    GPTNeoXConfig,
+    MegatronBertConfig,
+    MegatronBertModel,
     ModernBertConfig,
+    ModernBertDecoderConfig,
     ModernBertModel,
+    OPTConfig,
+    XLMRobertaXLConfig,
+    XLMRobertaXLModel,
 )
 
 from rerank_ray.errors import ModelError
@@ -305,6 +317,38 @@ def test_large_scores_stay_apart_in_sentence_transformers(tiny_cross_encoder: Pa
     student.save(tmp_path / "s")
     (found,) = TheirCrossEncoder(str(tmp_path / "s"), device="cpu").predict([("cat", "dog")], show_progress_bar=False)
     assert found == 80.0
+
+
+def test_a_decoder_with_another_head_than_llama_s_is_refused(tmp_path: Path):
+    folder = tiny_decoder_folder(tmp_path / "base", ModernBertDecoderConfig, layers=3)
+    with pytest.raises(ModelError, match="ModernBertDecoderForSequenceClassification: a decoder's scalar head is"):
+        start(folder, "linear")
+
+
+def test_a_layer_wise_gpt_neox(tmp_path: Path):
+    """Pythia's kind: its last norm has a name of its own."""
+    student = stirred(start(tiny_decoder_folder(tmp_path / "base", GPTNeoXConfig, layers=3), "linear", layers=(1, 3)))
+    student.save(tmp_path / "s")
+    torch.testing.assert_close(scores(load(tmp_path / "s")), scores(student))
+    torch.testing.assert_close(scores(student.truncated(1, alone=True))[0], scores(student)[0])
+
+
+def test_a_layer_wise_decoder_without_a_known_last_norm_is_refused_when_it_starts(tmp_path: Path):
+    folder = tiny_decoder_folder(tmp_path / "base", OPTConfig, layers=3, ffn_dim=64, word_embed_proj_dim=32)
+    with pytest.raises(ModelError, match="can't find its last norm"):
+        start(folder, "linear", layers=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "head"),
+    [(MegatronBertModel, MegatronBertConfig, "linear"), (XLMRobertaXLModel, XLMRobertaXLConfig, "similarity")],
+)
+def test_an_encoder_that_norms_its_last_layer_alone_has_no_early_heads(tmp_path: Path, model, config, head: str):
+    """Cut to a layer it would score with that norm, which the layer's head never saw."""
+    folder = tiny_encoder_folder(tmp_path / "base", model, config, layers=3)
+    assert start(folder, head).layers == (3,)
+    with pytest.raises(ModelError, match="ends with more than its layers, so its earlier layers can't have heads"):
+        start(folder, head, layers=(1, 3))
 
 
 def test_heads_that_an_architecture_can_not_carry(tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path):
