@@ -91,8 +91,9 @@ def test_documents_of_candidate_lists_are_a_collection_each_once_and_with_one_te
     write_candidates(lists, folder)
     assert list(draw_passages(settings_of(folder))) == list(draw_passages(settings_of(file)))
     queries = [WrittenQuery(query_id="s", text="cats", doc_id="d1")]
-    of_lists, of_file = (list(retrieve(queries, settings_of(c), Counter())) for c in (folder, file))
-    assert of_lists == of_file
+    parquet = f"{folder}/part-00000.parquet"
+    of_lists, of_part, of_file = (list(retrieve(queries, settings_of(c), Counter())) for c in (folder, parquet, file))
+    assert of_lists == of_part == of_file
     write_candidates([*lists, listed("q3", {"d1": "another text"})], folder)
     with pytest.raises(InputError, match="'q3': document 'd1' has another text than in an earlier list"):
         drawn(folder)
