@@ -25,6 +25,7 @@ from rerank_ray.schema import (
     labels_from_row,
     open_parquet,
     read_rows,
+    record_of,
 )
 
 RUN_FILE, QUERIES_FILE, CORPUS_FILE = "run.trec", "queries.jsonl", "corpus.jsonl"
@@ -187,12 +188,12 @@ def _labels(data: str, taught: bool, conversion: Conversion) -> Iterator[Labels]
     are counted."""
     for row in read_rows(data, (LABELS if taught else CANDIDATES).names):
         if not taught:
-            yield Labels(candidate_list=candidate_list_from_row(row), teacher="", scores=None)
+            yield Labels(candidate_list=record_of(row, candidate_list_from_row, data), teacher="", scores=None)
             continue
         if row["error"] is not None:
             conversion.skipped["with an error instead of labels"] += 1
             continue
-        labels = labels_from_row(row)
+        labels = record_of(row, labels_from_row, data)
         scored = [i for i, score in enumerate(labels.scores) if not math.isnan(score)]
         if not scored:
             conversion.skipped["without a score"] += 1

@@ -11,8 +11,9 @@ import hashlib
 import math
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ import pyarrow.parquet as pq
 from rerank_ray import storage
 from rerank_ray.errors import InputError, RowError
 from rerank_ray.records import Candidate, CandidateList, Defect, Labels, Query, Ranking, Scores, Usage, storable
+
+Record = TypeVar("Record")
 
 VERSION = 1
 ROWS_PER_GROUP = 16
@@ -179,6 +182,14 @@ def ranking_from_row(row: dict) -> Ranking:
         usage=Usage(**(row.get("usage") or {})),
         error=row["error"],
     )
+
+
+def record_of(row: dict, parse: Callable[[dict], Record], uri: str) -> Record:
+    """`parse` of a row that was read from `uri`, which a `RowError` then names."""
+    try:
+        return parse(row)
+    except RowError as error:
+        raise RowError(f"{uri}: {error}") from error
 
 
 def _tuple_or_none(values: Sequence | None) -> tuple | None:
@@ -411,8 +422,8 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
 
 
 def read_candidates(uri: str) -> Iterator[CandidateList]:
-    """Stream candidate lists; a row that breaks the contract raises `RowError`."""
-    return (candidate_list_from_row(row) for row in read_rows(uri, CANDIDATES.names))
+    """Stream candidate lists; a row that breaks the contract raises `RowError`, which names `uri`."""
+    return (record_of(row, candidate_list_from_row, uri) for row in read_rows(uri, CANDIDATES.names))
 
 
 def write_rows(
