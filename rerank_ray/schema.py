@@ -12,6 +12,7 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -314,8 +315,9 @@ def read_scored(uri: str) -> Iterator[dict]:
         with open_parquet(fs, path) as file:
             ids = doc_id_path(file, path)
             columns = ["query_id", "teacher", "scores", "error", ids, ids.removesuffix("doc_id") + "label"]
-            for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
-                yield from batch.to_pylist()
+            with reading(path):
+                for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
+                    yield from batch.to_pylist()
 
 
 def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
@@ -326,6 +328,18 @@ def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
         raise InputError(
             f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}): it is truncated or was not written "
             "completely; delete it and write it again"
+        ) from error
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Inside, rows of a Parquet file are read: data that is damaged behind a whole footer is an `InputError` that names
+    the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: its rows can't be read ({str(error).splitlines()[0]}): it is damaged; write it again"
         ) from error
 
 
@@ -382,13 +396,11 @@ def id_hash(query_id: str) -> int:
 
 def _query_ids(file: pq.ParquetFile, path: str) -> Iterator[tuple[int, str | None]]:
     row = 0
-    try:
+    with reading(path):
         for batch in file.iter_batches(batch_size=8192, columns=["query_id"]):
             for query_id in batch.column(0).to_pylist():
                 yield row, query_id
                 row += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: row {row}: can't be read ({error}); write the file again") from error
 
 
 def _raise_first_duplicate(fs: pa.fs.FileSystem, paths: Iterable[str]) -> None:
@@ -409,7 +421,7 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
     """Stream the rows of a Parquet file or folder, in file order, as dicts of the given columns.
 
     Raises:
-        InputError: a file is truncated or lacks a column.
+        InputError: a file is truncated or damaged, or lacks a column.
     """
     fs, _ = storage.open_filesystem(uri)
     for path in storage.list_files(uri, ".parquet"):
@@ -417,8 +429,9 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
             missing = [c for c in columns if file.schema_arrow.get_field_index(c) < 0]
             if missing:
                 raise InputError(f"{path}: column {missing[0]!r} is missing")
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns)):
-                yield from batch.to_pylist()
+            with reading(path):
+                for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns)):
+                    yield from batch.to_pylist()
 
 
 def read_candidates(uri: str) -> Iterator[CandidateList]:

@@ -23,6 +23,7 @@ from rerank_ray.schema import (
     inspect_input,
     open_parquet,
     read_candidates,
+    reading,
     record_of,
 )
 
@@ -139,5 +140,5 @@ class _Index:
 
     def _read_group(self, number: int) -> list[dict]:
         path, group = self._groups[number]
-        with open_parquet(self._fs, path) as file:
+        with open_parquet(self._fs, path) as file, reading(path):
             return file.read_row_group(group, columns=CANDIDATES.names).to_pylist()
