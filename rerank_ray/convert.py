@@ -30,6 +30,7 @@ from rerank_ray.schema import (
 
 RUN_FILE, QUERIES_FILE, CORPUS_FILE = "run.trec", "queries.jsonl", "corpus.jsonl"
 RANK_DISTILLM = "rank-distillm"
+_WITHOUT_POSITIVE = "without a positive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,9 @@ class Conversion:
         """Raise `InputError` if nothing was written."""
         if not self.lists:
             reasons = ", ".join(f"{count} rows {reason}" for reason, count in self.skipped.items())
-            raise InputError(f"{source}: no list can be written ({reasons or 'no rows'})")
+            fix = ": --min-gain says which gains make a positive (1), or --positives N takes a teacher's first N"
+            fix = fix if _WITHOUT_POSITIVE in self.skipped else ""
+            raise InputError(f"{source}: no list can be written ({reasons or 'no rows'}){fix}")
 
 
 def convert(
@@ -128,7 +131,7 @@ def convert(
                 labels = _without_repeats(found, FORMATS[form].text, conversion)
                 entry = split(labels, min_gain=1.0 if min_gain is None else min_gain, positives=positives)
                 if FORMATS[form].by_role and not (entry.positives and entry.negatives):
-                    conversion.skipped["without a negative" if entry.positives else "without a positive"] += 1
+                    conversion.skipped["without a negative" if entry.positives else _WITHOUT_POSITIVE] += 1
                     continue
                 if not with_scores and all(c.label is None for c in labels.candidate_list.candidates):
                     conversion.skipped["without a known gain"] += 1

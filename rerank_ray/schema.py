@@ -101,6 +101,10 @@ WRITTEN_QUERIES = _versioned(
 )
 
 
+_MAKERS = {"candidates": "ingest", "labels": "label"}
+"""Which command writes a table that users give to others."""
+
+
 # Rows to records
 
 
@@ -354,7 +358,8 @@ def check_columns(actual: pa.Schema, expected: pa.Schema, path: str) -> None:
             faults.append(f"column '{field.name}' is {actual.field(index).type}, not {field.type}")
     if faults:
         name = expected.metadata[b"rerank_ray.schema"].decode()
-        raise InputError(f"{path}: does not follow the '{name}' schema (version {VERSION}): " + "; ".join(faults))
+        fix = f": `rerank-ray {_MAKERS[name]}` writes such files" if name in _MAKERS else ""
+        raise InputError(f"{path}: does not follow the '{name}' schema (version {VERSION}): {'; '.join(faults)}{fix}")
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -252,6 +252,7 @@ def test_every_fault_of_the_columns_at_once(tmp_path: Path):
     assert "column 'query' is int64, not string" in said
     assert "column 'instruction' is missing" in said
     assert "column 'candidates' is list<" in said
+    assert said.endswith(": `rerank-ray ingest` writes such files")
 
 
 def test_further_columns_and_other_item_names_are_allowed(tmp_path: Path):
