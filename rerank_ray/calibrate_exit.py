@@ -57,13 +57,15 @@ def calibrate_exit(
         limit: read so many rows at most.
 
     Raises:
-        ConfigError: not a layer-wise student, or a negative loss.
+        ConfigError: not a layer-wise student, a negative loss, or a limit below two.
         ModelError: a student whose layers can't be computed apart.
         InputError: fewer than two lists have a gain.
     """
     description = description_of(student)
     if max_loss < 0:
         raise ConfigError(f"--max-loss {max_loss}: the nDCG@10 that may be lost is 0 or more")
+    if limit is not None and limit < 2:
+        raise ConfigError(f"--limit {limit}: two lists at least are needed to calibrate on")
     device = engine.pick_device("auto")
     model = load_student(ModelSettings(path=student), dtype=engine.pick_dtype("auto", device))
     if len(model.layers) == 1:

@@ -84,6 +84,9 @@ def _combined(settings: CombineSettings, entries: Sequence[dict], weights: Seque
         position = {doc_id: i for i, doc_id in enumerate(entry["doc_ids"])}
         if set(position) != set(doc_ids):
             return label_columns(teacher, None, error=f"{entry['teacher']} labelled other candidates of this query")
+        if (given := len(entry["scores"] or ())) != len(doc_ids):
+            error = f"{entry['teacher']}: 'scores' has {given} entries for {len(doc_ids)} candidates"
+            return label_columns(teacher, None, error=error)
         scores = [entry["scores"][position[d]] for d in doc_ids]
         aligned.append([math.nan if s is None else s for s in scores])
     return label_columns(teacher, fuse(np.array(aligned), settings.method, weights, doc_ids), Usage())

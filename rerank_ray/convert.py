@@ -25,10 +25,12 @@ from rerank_ray.schema import (
     labels_from_row,
     open_parquet,
     read_rows,
+    record_of,
 )
 
 RUN_FILE, QUERIES_FILE, CORPUS_FILE = "run.trec", "queries.jsonl", "corpus.jsonl"
 RANK_DISTILLM = "rank-distillm"
+_WITHOUT_POSITIVE = "without a positive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,9 @@ class Conversion:
         """Raise `InputError` if nothing was written."""
         if not self.lists:
             reasons = ", ".join(f"{count} rows {reason}" for reason, count in self.skipped.items())
-            raise InputError(f"{source}: no list can be written ({reasons or 'no rows'})")
+            fix = ": --min-gain says which gains make a positive (1), or --positives N takes a teacher's first N"
+            fix = fix if _WITHOUT_POSITIVE in self.skipped else ""
+            raise InputError(f"{source}: no list can be written ({reasons or 'no rows'}){fix}")
 
 
 def convert(
@@ -127,7 +131,7 @@ def convert(
                 labels = _without_repeats(found, FORMATS[form].text, conversion)
                 entry = split(labels, min_gain=1.0 if min_gain is None else min_gain, positives=positives)
                 if FORMATS[form].by_role and not (entry.positives and entry.negatives):
-                    conversion.skipped["without a negative" if entry.positives else "without a positive"] += 1
+                    conversion.skipped["without a negative" if entry.positives else _WITHOUT_POSITIVE] += 1
                     continue
                 if not with_scores and all(c.label is None for c in labels.candidate_list.candidates):
                     conversion.skipped["without a known gain"] += 1
@@ -187,12 +191,12 @@ def _labels(data: str, taught: bool, conversion: Conversion) -> Iterator[Labels]
     are counted."""
     for row in read_rows(data, (LABELS if taught else CANDIDATES).names):
         if not taught:
-            yield Labels(candidate_list=candidate_list_from_row(row), teacher="", scores=None)
+            yield Labels(candidate_list=record_of(row, candidate_list_from_row, data), teacher="", scores=None)
             continue
         if row["error"] is not None:
             conversion.skipped["with an error instead of labels"] += 1
             continue
-        labels = labels_from_row(row)
+        labels = record_of(row, labels_from_row, data)
         scored = [i for i, score in enumerate(labels.scores) if not math.isnan(score)]
         if not scored:
             conversion.skipped["without a score"] += 1

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
@@ -29,7 +28,7 @@ from rerank_ray.metrics.significance import Comparison, compare_systems
 from rerank_ray.records import Candidate, CandidateList, Query, Scores, ranking_of
 from rerank_ray.report.tables import print_table
 from rerank_ray.runs import resolve_ended
-from rerank_ray.schema import doc_id_path, open_parquet
+from rerank_ray.schema import doc_id_path, open_parquet, reading
 
 DEFAULT_METRICS = ("ndcg@10", "mrr@10", "map", "recall@100")
 _ROWS_PER_BATCH = 1024
@@ -272,11 +271,9 @@ def _rows(file: pq.ParquetFile, path: str, kind: SourceKind) -> Iterator[dict]:
         SourceKind.LABELS: ["query_id", *ids, "scores", "error"],
         SourceKind.CANDIDATES: ["query_id", *ids],
     }[kind]
-    try:
+    with reading(path):
         for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
             yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: can't be read ({str(error).splitlines()[0]}); write the file again") from error
 
 
 def _doc_ids(row: dict, kind: SourceKind, path: str) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
             f"{student}: --format onnx writes a graph of single pairs, and the scores of a student with head "
             f"{model.description.head} depend on the whole list: use --format transformers"
         )
-    last = layer or model.layers[-1]
+    last = model.layers[-1] if layer is None else layer
     if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
         model = model.truncated(last, alone=form != "flagembedding-layerwise")
     # Beside OUT until it is whole, so that what stands there is never half an export.

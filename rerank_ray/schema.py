@@ -11,8 +11,10 @@ import hashlib
 import math
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,8 @@ import pyarrow.parquet as pq
 from rerank_ray import storage
 from rerank_ray.errors import InputError, RowError
 from rerank_ray.records import Candidate, CandidateList, Defect, Labels, Query, Ranking, Scores, Usage, storable
+
+Record = TypeVar("Record")
 
 VERSION = 1
 ROWS_PER_GROUP = 16
@@ -95,6 +99,10 @@ WRITTEN_QUERIES = _versioned(
         *(LABELS.field(name) for name in ("teacher", "scores", "defects", "usage", "error")),
     ],
 )
+
+
+_MAKERS = {"candidates": "ingest", "labels": "label"}
+"""Which command writes a table that users give to others."""
 
 
 # Rows to records
@@ -179,6 +187,14 @@ def ranking_from_row(row: dict) -> Ranking:
         usage=Usage(**(row.get("usage") or {})),
         error=row["error"],
     )
+
+
+def record_of(row: dict, parse: Callable[[dict], Record], uri: str) -> Record:
+    """`parse` of a row that was read from `uri`, which a `RowError` then names."""
+    try:
+        return parse(row)
+    except RowError as error:
+        raise RowError(f"{uri}: {error}") from error
 
 
 def _tuple_or_none(values: Sequence | None) -> tuple | None:
@@ -303,8 +319,9 @@ def read_scored(uri: str) -> Iterator[dict]:
         with open_parquet(fs, path) as file:
             ids = doc_id_path(file, path)
             columns = ["query_id", "teacher", "scores", "error", ids, ids.removesuffix("doc_id") + "label"]
-            for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
-                yield from batch.to_pylist()
+            with reading(path):
+                for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
+                    yield from batch.to_pylist()
 
 
 def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
@@ -315,6 +332,18 @@ def open_parquet(fs: pa.fs.FileSystem, path: str) -> pq.ParquetFile:
         raise InputError(
             f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}): it is truncated or was not written "
             "completely; delete it and write it again"
+        ) from error
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Inside, rows of a Parquet file are read: data that is damaged behind a whole footer is an `InputError` that names
+    the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: its rows can't be read ({str(error).splitlines()[0]}): it is damaged; write it again"
         ) from error
 
 
@@ -329,7 +358,8 @@ def check_columns(actual: pa.Schema, expected: pa.Schema, path: str) -> None:
             faults.append(f"column '{field.name}' is {actual.field(index).type}, not {field.type}")
     if faults:
         name = expected.metadata[b"rerank_ray.schema"].decode()
-        raise InputError(f"{path}: does not follow the '{name}' schema (version {VERSION}): " + "; ".join(faults))
+        fix = f": `rerank-ray {_MAKERS[name]}` writes such files" if name in _MAKERS else ""
+        raise InputError(f"{path}: does not follow the '{name}' schema (version {VERSION}): {'; '.join(faults)}{fix}")
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:
@@ -371,13 +401,11 @@ def id_hash(query_id: str) -> int:
 
 def _query_ids(file: pq.ParquetFile, path: str) -> Iterator[tuple[int, str | None]]:
     row = 0
-    try:
+    with reading(path):
         for batch in file.iter_batches(batch_size=8192, columns=["query_id"]):
             for query_id in batch.column(0).to_pylist():
                 yield row, query_id
                 row += 1
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: row {row}: can't be read ({error}); write the file again") from error
 
 
 def _raise_first_duplicate(fs: pa.fs.FileSystem, paths: Iterable[str]) -> None:
@@ -398,7 +426,7 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
     """Stream the rows of a Parquet file or folder, in file order, as dicts of the given columns.
 
     Raises:
-        InputError: a file is truncated or lacks a column.
+        InputError: a file is truncated or damaged, or lacks a column.
     """
     fs, _ = storage.open_filesystem(uri)
     for path in storage.list_files(uri, ".parquet"):
@@ -406,13 +434,14 @@ def read_rows(uri: str, columns: Sequence[str]) -> Iterator[dict]:
             missing = [c for c in columns if file.schema_arrow.get_field_index(c) < 0]
             if missing:
                 raise InputError(f"{path}: column {missing[0]!r} is missing")
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns)):
-                yield from batch.to_pylist()
+            with reading(path):
+                for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=list(columns)):
+                    yield from batch.to_pylist()
 
 
 def read_candidates(uri: str) -> Iterator[CandidateList]:
-    """Stream candidate lists; a row that breaks the contract raises `RowError`."""
-    return (candidate_list_from_row(row) for row in read_rows(uri, CANDIDATES.names))
+    """Stream candidate lists; a row that breaks the contract raises `RowError`, which names `uri`."""
+    return (record_of(row, candidate_list_from_row, uri) for row in read_rows(uri, CANDIDATES.names))
 
 
 def write_rows(

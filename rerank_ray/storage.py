@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 
 _COPIED_BYTES = 16 * 2**20
 
@@ -36,10 +36,20 @@ def writing(uri: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
-    """Split a URI or local path into a pyarrow filesystem and the path inside it."""
+    """Split a URI or local path into a pyarrow filesystem and the path inside it.
+
+    Raises:
+        InputError: pyarrow has no filesystem for such a URI.
+    """
     text = os.fspath(uri)
     if "://" in text:
-        return pafs.FileSystem.from_uri(text)
+        try:
+            return pafs.FileSystem.from_uri(text)
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{text}: no address of a file or folder ({str(error).splitlines()[0]}): give a local path, or a URI "
+                "that pyarrow can open (s3://…, gs://…)"
+            ) from error
     return pafs.LocalFileSystem(), os.path.abspath(text)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.errors import InputError
+from rerank_ray.ranking.write_query import passage_of
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.retrieval.bm25 import BM25Index
 from rerank_ray.retrieval.collection import read_documents
@@ -83,7 +84,10 @@ def usable_queries(
     for row in rows:
         if row["error"] is not None:
             left_out["not_written"] += 1
-        elif max_copied_words is not None and longest_copied_run(row["query"], row["text"]) > max_copied_words:
+            continue
+        # The title with the text: the model has seen both, and BM25 finds both.
+        (passage,) = passage_of(row).candidates
+        if max_copied_words is not None and longest_copied_run(row["query"], passage.contents) > max_copied_words:
             left_out["copied"] += 1
         else:
             found.append(WrittenQuery(query_id=row["query_id"], text=row["query"], doc_id=row["doc_id"]))

@@ -27,6 +27,7 @@ from rerank_ray.schema import (
     doc_id_path,
     inspect_input,
     labels_from_row,
+    reading,
 )
 
 _GROUPS_PER_WINDOW = 16
@@ -222,7 +223,7 @@ class RowReader(Generic[Row]):
     def _read_group(self, number: int) -> list[dict]:
         uri, path, group = self._groups[number]
         fs, _ = storage.open_filesystem(uri)
-        with pq.ParquetFile(path, filesystem=fs) as file:
+        with pq.ParquetFile(path, filesystem=fs) as file, reading(path):
             return file.read_row_group(group, columns=self._columns).to_pylist()
 
 
@@ -318,7 +319,7 @@ def _row_groups(
 ) -> Iterator[tuple[int, list[dict]]]:
     """Number of each row group of a file, and the columns of its rows that are wanted of that file."""
     fs, _ = storage.open_filesystem(uri)
-    with pq.ParquetFile(path, filesystem=fs) as file:
+    with pq.ParquetFile(path, filesystem=fs) as file, reading(path):
         names = columns(file, path)
         for group in range(file.num_row_groups):
             yield group, file.read_row_group(group, columns=names).to_pylist()

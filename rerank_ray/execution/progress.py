@@ -124,7 +124,7 @@ def rates(totals: dict, rows: int, under_way: int, elapsed: float) -> str:
     """Rows, pairs and tokens a second since the start, and the time left.
 
     A batch may take hours: what models have computed of those that are under way counts as rows in proportion, as if
-    these were like the finished ones.
+    these were like the finished ones. Where they are longer, the estimate is used up before they are done.
 
     Args:
         totals: what the counter reads.
@@ -140,7 +140,9 @@ def rates(totals: dict, rows: int, under_way: int, elapsed: float) -> str:
     share = 1.0 + min(max(0.0, begun), under_way / totals["rows"])
     speed = {name: share * totals[name] / elapsed for name in ("rows", "pairs", "tokens")}
     left = max(0.0, rows / speed["rows"] - elapsed)
-    return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {duration(left)} left"
+    is_used_up = round(left) == 0 and totals["rows"] < rows
+    told = "the last batches are under way" if is_used_up else f"{duration(left)} left"
+    return ", ".join(f"{value:,.1f} {name}/s" for name, value in speed.items()) + f", {told}"
 
 
 def nothing_done() -> dict:

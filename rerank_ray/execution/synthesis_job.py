@@ -17,6 +17,7 @@ from rerank_ray.execution.jobs import finish, label
 from rerank_ray.label_store import prepare
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.records import CandidateList
+from rerank_ray.retrieval.collection import holds_candidates
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import (
     CANDIDATES,
@@ -86,7 +87,7 @@ def synthesize(
 
 
 def _digest(corpus: str) -> str:
-    if storage.is_directory(corpus):
+    if holds_candidates(corpus):
         return inspect_input(corpus, CANDIDATES).fingerprint
     try:
         return storage.digest(corpus)

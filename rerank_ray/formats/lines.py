@@ -152,7 +152,7 @@ def json_object(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Fault(f"not JSON ({error})", "write one JSON object a line") from error
     if not isinstance(item, dict):
-        raise Fault(f"JSON {_kind(item)}, not an object", "write one JSON object a line")
+        raise Fault(f"{_kind(item)}, not an object", "write one JSON object a line")
     return item
 
 
@@ -192,7 +192,7 @@ def optional_number(item: dict[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Fault(f"{name!r} is a JSON {_kind(value)}, not a number", "write a number")
+        raise Fault(f"{name!r} is a {_kind(value)}, not a number", "write a number")
     return _finite(name, value)
 
 
@@ -225,7 +225,7 @@ def number_field(item: dict[str, Any], name: str) -> float:
 def _array(item: dict[str, Any], name: str) -> list:
     name, value = _first_field(item, (name,))
     if not isinstance(value, list):
-        raise Fault(f"{name!r} is a JSON {_kind(value)}, not an array", "write it as an array")
+        raise Fault(f"{name!r} is a {_kind(value)}, not an array", "write it as an array")
     return value
 
 
@@ -255,7 +255,7 @@ def _first_field(item: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
 
 def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise Fault(f"{name!r} is a JSON {_kind(value)}, not a string", "write it as a string")
+        raise Fault(f"{name!r} is a {_kind(value)}, not a string", "write it as a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -266,7 +266,8 @@ def _string(name: str, value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
+    """What a value is called: of JSON's kinds, or, out of a Parquet column, by its Python type."""
     if value is None:
-        return "null"
+        return "JSON null"
     kinds = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
-    return kinds[type(value)]
+    return f"JSON {kinds[type(value)]}" if type(value) in kinds else type(value).__name__

@@ -16,7 +16,16 @@ import numpy as np
 from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import CANDIDATES, candidate_list_from_row, id_hash, inspect_input, open_parquet, read_candidates
+from rerank_ray.schema import (
+    CANDIDATES,
+    candidate_list_from_row,
+    id_hash,
+    inspect_input,
+    open_parquet,
+    read_candidates,
+    reading,
+    record_of,
+)
 
 RRF_K = 60
 _ROW_GROUPS_HELD = 16
@@ -100,6 +109,7 @@ class _Index:
     """Finds a source's row by query id."""
 
     def __init__(self, uri: str) -> None:
+        self._uri = uri
         files = inspect_input(uri, CANDIDATES).files
         self._fs, _ = storage.open_filesystem(uri)
         self._groups: list[tuple[str, int]] = []
@@ -123,12 +133,12 @@ class _Index:
     def find(self, query_id: str) -> CandidateList:
         """The candidate list of a query that the source has."""
         group, row = self._positions[self._place(query_id)]
-        return candidate_list_from_row(self._rows(int(group))[int(row)])
+        return record_of(self._rows(int(group))[int(row)], candidate_list_from_row, self._uri)
 
     def _place(self, query_id: str) -> int:
         return int(np.searchsorted(self._hashes, np.uint64(id_hash(query_id))))
 
     def _read_group(self, number: int) -> list[dict]:
         path, group = self._groups[number]
-        with open_parquet(self._fs, path) as file:
+        with open_parquet(self._fs, path) as file, reading(path):
             return file.read_row_group(group, columns=CANDIDATES.names).to_pylist()

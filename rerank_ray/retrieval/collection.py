@@ -13,23 +13,28 @@ from rerank_ray.records import Candidate
 from rerank_ray.schema import read_candidates
 
 
-def read_documents(corpus: str, needed: Collection[str] | None = None) -> Iterator[Candidate]:
-    """Stream the documents of a TSV or JSONL file, or of a folder of candidates, without scores and gains.
+def holds_candidates(corpus: str) -> bool:
+    """Whether a collection is that of candidate lists: a folder, or a Parquet file."""
+    return storage.is_directory(corpus) or storage.open_filesystem(corpus)[1].endswith(".parquet")
 
-    With `needed`, only those doc ids. Memory holds the doc ids, of a folder each with a hash of its text.
+
+def read_documents(corpus: str, needed: Collection[str] | None = None) -> Iterator[Candidate]:
+    """Stream the documents of a TSV or JSONL file, or of candidates, without scores and gains.
+
+    With `needed`, only those doc ids. Memory holds the doc ids, of candidates each with a hash of its text.
 
     Raises:
         InputError: a bad line; a document that has other texts in other lists.
     """
-    if storage.is_directory(corpus):
+    if holds_candidates(corpus):
         return _listed(corpus, needed)
     return read_collection(corpus, BadLines(), needed)
 
 
-def _listed(folder: str, needed: Collection[str] | None) -> Iterator[Candidate]:
+def _listed(uri: str, needed: Collection[str] | None) -> Iterator[Candidate]:
     """The lists' documents, each where it stands first."""
     seen: dict[str, int] = {}
-    for request in read_candidates(folder):
+    for request in read_candidates(uri):
         for candidate in request.candidates:
             if needed is not None and candidate.doc_id not in needed:
                 continue
@@ -39,6 +44,6 @@ def _listed(folder: str, needed: Collection[str] | None) -> Iterator[Candidate]:
                 yield replace(candidate, score=None, label=None)
             elif seen[candidate.doc_id] != text:
                 raise InputError(
-                    f"{folder}: query {request.query.query_id!r}: document {candidate.doc_id!r} has another text than "
+                    f"{uri}: query {request.query.query_id!r}: document {candidate.doc_id!r} has another text than "
                     "in an earlier list: give lists of one collection, whose doc ids stand for one text each"
                 )

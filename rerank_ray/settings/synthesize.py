@@ -55,8 +55,8 @@ class SynthesizeSettings(Settings):
     round_trip: RoundTripSettings | None = None
     """A second way back that has to be found; null leaves it at BM25's."""
     max_copied_words: PositiveInt | None = 8
-    """A query with a longer run of words that stands in its passage word for word is left out: it teaches to match
-    words. null allows any."""
+    """A query with a longer run of words that stands in its passage, title included, word for word is left out: it
+    teaches to match words. null allows any."""
     seed: NonNegativeInt = 0
     """Of the passages drawn and of what is sampled."""
     execution: ExecutionSettings = ExecutionSettings()

@@ -237,6 +237,9 @@ def test_what_cannot_be_calibrated(calibrated: tuple[Path, str], tiny_bert: Path
     folder, labels = calibrated
     with pytest.raises(ConfigError, match=r"--max-loss -1"):
         calibrate_exit(str(folder), labels, -1.0)
+    for limit in (-1, 0, 1):
+        with pytest.raises(ConfigError, match=rf"--limit {limit}: two lists at least"):
+            calibrate_exit(str(folder), labels, 0.1, limit=limit)
     with pytest.raises(ConfigError, match=r"not a student of ours: it has no student.json"):
         calibrate_exit(str(tiny_bert), labels, 0.1)
     start(tiny_bert, "linear").save(tmp_path / "flat")

@@ -201,6 +201,17 @@ def test_other_candidates_are_an_error_of_the_row(tmp_path: Path):
     assert combined(sources, tmp_path / "out")["q1"]["error"] == "B labelled other candidates of this query"
 
 
+@pytest.mark.parametrize("scores", [None, [0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
+def test_scores_that_do_not_align_with_the_candidates_are_an_error_of_the_row(tmp_path: Path, scores):
+    """Of label Parquet that another program wrote."""
+    good = run(tmp_path / "a", [label_row(make_list("q1", 3), [0.0, 1.0, 2.0], teacher="A")])
+    bad = run(tmp_path / "b", [label_row(make_list("q1", 3), scores, teacher="B")])
+    for number, sources in enumerate(([good, bad], [bad, good])):
+        row = combined(sources, tmp_path / f"out{number}")["q1"]
+        assert row["error"] == f"B: 'scores' has {len(scores or ())} entries for 3 candidates"
+        assert row["scores"] is None
+
+
 def test_other_queries_are_refused(tmp_path: Path):
     rows = [label_row(make_list(f"q{i}"), [0.0, 1.0, 2.0]) for i in range(4)]
     sources = [run(tmp_path / "a", rows[:3]), run(tmp_path / "b", rows[1:])]

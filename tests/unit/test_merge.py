@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, RowError
 from rerank_ray.formats.merge import read_merged
 from rerank_ray.ingest import ingest_merge
 from rerank_ray.records import Candidate, CandidateList, Query
@@ -83,6 +83,15 @@ def test_sources_that_disagree(tmp_path: Path):
     text = write(tmp_path / "c", replace(other, query=replace(other.query, text="another text")))
     with pytest.raises(InputError, match=r"c: query 'q' is 'another text' .* merge first stages over the same queries"):
         ingest_merge([first, text], out=str(tmp_path / "out"), overwrite=True)
+
+
+def test_a_row_that_breaks_the_contract_is_named_with_its_source(tmp_path: Path):
+    """Whether it comes in its source's order, or is looked up for an earlier source's query."""
+    broken = replace(a_list("q2", "a"), candidates=(replace(a_list("q2", "a").candidates[0], text=None),))
+    good, bad = write(tmp_path / "a", a_list("q1", "a"), a_list("q2", "b")), write(tmp_path / "b", broken)
+    for inputs in ([good, bad], [bad, good]):
+        with pytest.raises(RowError, match=f"^{bad}: query 'q2': candidate 0 .'a'.: 'text' is null"):
+            list(read_merged(inputs, "rrf"))
 
 
 def test_an_input_is_not_overwritten(tmp_path: Path):

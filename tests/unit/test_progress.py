@@ -28,8 +28,12 @@ def test_a_batch_under_way_counts_in_proportion():
     assert rates(totals(20, 1000, 1500), rows=100, under_way=16, elapsed=10.0) == said
 
 
-def test_a_last_batch_that_is_longer_than_the_others_leaves_no_negative_time():
-    assert rates(totals(20, 1000, 9000), rows=30, under_way=16, elapsed=10.0).endswith(", 0:00:00 left")
+def test_last_batches_that_are_longer_than_the_others_are_under_way_when_the_estimate_is_used_up():
+    """9000 tokens are those of 180 rows like the finished ones, and 30 rows are all there is."""
+    for elapsed in (10.0, 1000.0):
+        said = rates(totals(20, 1000, 9000), rows=30, under_way=16, elapsed=elapsed)
+        assert said.endswith(" tokens/s, the last batches are under way")
+    assert rates(totals(30, 9000, 9000), rows=30, under_way=16, elapsed=10.0).endswith(", 0:00:00 left")
 
 
 def test_no_more_rows_are_under_way_than_replicas_hold():

@@ -29,6 +29,8 @@ from rerank_ray.schema import (
     inspect_input,
     label_columns,
     ranking_row,
+    read_candidates,
+    write_candidates,
     write_rows,
 )
 
@@ -210,16 +212,27 @@ def test_a_truncated_file(tmp_path: Path, kept: int):
 
 
 def test_a_file_that_is_cut_inside_a_page(tmp_path: Path):
-    """The footer is whole, but the ids' page is overwritten: only reading it finds out."""
+    """The footer is whole, but the ids' page, or that of a title, is overwritten: only reading it finds out."""
     path = tmp_path / "a.parquet"
     write_ids(path, [f"q{i}" for i in range(200)])
-    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    overwrite_page(path, 0)
+    with pytest.raises(InputError, match=f"{path}: its rows can't be read"):
+        inspect_input(str(path), CANDIDATES)
+    write_candidates([make_list()], str(tmp_path))
+    path = tmp_path / "part-00000.parquet"
+    overwrite_page(path, 4)
+    inspect_input(str(path), CANDIDATES)
+    with pytest.raises(InputError, match=f"{path}: its rows can't be read .*: it is damaged; write it again"):
+        list(read_candidates(str(path)))
+
+
+def overwrite_page(path: Path, number: int) -> None:
+    """Damage the first page of a file's column."""
+    column = pq.ParquetFile(path).metadata.row_group(0).column(number)
     content = bytearray(path.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match=f"{path}: row 0: can't be read"):
-        inspect_input(str(path), CANDIDATES)
 
 
 def test_every_fault_of_the_columns_at_once(tmp_path: Path):
@@ -239,6 +252,7 @@ def test_every_fault_of_the_columns_at_once(tmp_path: Path):
     assert "column 'query' is int64, not string" in said
     assert "column 'instruction' is missing" in said
     assert "column 'candidates' is list<" in said
+    assert said.endswith(": `rerank-ray ingest` writes such files")
 
 
 def test_further_columns_and_other_item_names_are_allowed(tmp_path: Path):

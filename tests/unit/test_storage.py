@@ -10,7 +10,7 @@ import pytest
 from fixtures.full_disk import full_disk
 
 from rerank_ray import storage
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,12 @@ def test_one_place_has_several_addresses(other: str):
     assert storage.is_within(f"{other}/c.parquet", "/a/b")
     assert not storage.is_within("/a", other)
     assert not storage.is_within("/a/b2", other)
+
+
+@pytest.mark.parametrize("uri", ["https://trec.nist.gov/qrels.txt", "s3:///runs", "s3://two words/runs", "file://runs"])
+def test_a_uri_that_names_no_filesystem_is_told_with_the_fix(uri: str):
+    with pytest.raises(InputError, match=f"^{uri}: no address of a file or folder .*: give a local path, or a URI"):
+        storage.exists(uri)
 
 
 def test_a_digest_is_of_names_and_bytes(tmp_path: Path):

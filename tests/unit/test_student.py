@@ -307,7 +307,7 @@ def test_a_linear_student_loads_anywhere(tiny_bert: Path, tmp_path: Path, layers
         theirs = model(**tokenizer(queries, short, padding=True, return_tensors="pt")).logits[:, 0]
     torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=1e-4)
     predicted = TheirCrossEncoder(str(tmp_path / "s"), device="cpu").predict(
-        list(zip(queries, short, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False
+        list(zip(queries, short, strict=True)), show_progress_bar=False
     )
     torch.testing.assert_close(torch.as_tensor(predicted), expected, atol=1e-4, rtol=1e-4)
 

@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import tiny_t5_folder
+from fixtures.tiny_models import tiny_decoder_folder, tiny_encoder_folder, tiny_t5_folder
 from peft import PeftModel
 from pydantic import ValidationError
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    DiffLlamaConfig,
+    ModernBertConfig,
+    ModernBertModel,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
+from rerank_ray.distill.start import check_student
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Pair
 from rerank_ray.models.scalar_head import ScalarHead
@@ -175,6 +184,31 @@ def test_a_shallower_decoder(tiny_llama: Path, tmp_path: Path):
 def test_layers_that_can_not_be_taken(tiny_bert: Path, layers):
     with pytest.raises(ModelError, match=r"give ascending layers of 1\.\.3, or a number up to 3"):
         start(tiny_bert, "linear", take_layers=layers)
+
+
+def test_layers_without_positions_are_taken_with_their_kind(tmp_path: Path):
+    """SmolLM3 lists which layers know positions, and every fourth does not."""
+    base = tiny_decoder_folder(tmp_path / "base", SmolLM3Config, layers=8, num_key_value_heads=2)
+    student = stirred(start(base, "linear", take_layers=2))
+    assert student.pretrained.config.no_rope_layers == [1, 0, 1, 0]
+    student.save(tmp_path / "s")
+    torch.testing.assert_close(scores(load(tmp_path / "s")), scores(student))
+
+
+def test_layers_that_are_what_they_are_by_their_number(tmp_path: Path):
+    """ModernBERT's first layer has no norm before its attention: another in its place would lose its own when read."""
+    more = {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "local_attention": 8}
+    base = tiny_encoder_folder(tmp_path / "m", ModernBertModel, ModernBertConfig, layers=4, **more)
+    student = stirred(start(base, "linear", take_layers=(1, 3)))
+    student.save(tmp_path / "s")
+    torch.testing.assert_close(scores(load(tmp_path / "s")), scores(student))
+    diff = tiny_decoder_folder(tmp_path / "d", DiffLlamaConfig, layers=4, num_key_value_heads=2)
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+    mixed = tiny_decoder_folder(tmp_path / "q", Qwen3MoeConfig, layers=4, num_key_value_heads=2, **moe)
+    for folder, reason in ((base, r"0\.attn_norm"), (diff, r"0\.self_attn\.lambda_init"), (mixed, r"0\.mlp")):
+        settings = StudentSettings(base=str(folder), take_layers=2, max_length=64, max_query_length=16)
+        with pytest.raises(ModelError, match=rf"take_layers: \[2, 4\]: .* by their number \({reason}"):
+            check_student(settings)
 
 
 # Gradient checkpointing

@@ -7,22 +7,36 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start, stirred
-from fixtures.tiny_models import tiny_bert_tokenizer, tiny_encoder_folder, tiny_llama_folder
+from fixtures.tiny_models import (
+    tiny_bert_tokenizer,
+    tiny_decoder_folder,
+    tiny_encoder_folder,
+    tiny_llama_folder,
+)
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import processors
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ByT5Tokenizer,
     DebertaV2Config,
     DebertaV2Model,
     ElectraConfig,
     ElectraModel,
+    GPTNeoXConfig,
+    MegatronBertConfig,
+    MegatronBertModel,
     ModernBertConfig,
+    ModernBertDecoderConfig,
     ModernBertModel,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLMRobertaXLConfig,
+    XLMRobertaXLModel,
 )
 
 from rerank_ray.errors import ModelError
@@ -32,11 +46,12 @@ from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.hf_seq2seq import HFSeq2Seq
 from rerank_ray.models.protocol import NextToken, Pair
 from rerank_ray.models.scalar_head import ScalarHead
-from rerank_ray.models.student import StudentPrompt
+from rerank_ray.models.student import StudentPrompt, load_student
 from rerank_ray.settings.models import (
     CrossEncoderSettings,
     HFCausalSettings,
     HFSeq2SeqSettings,
+    ModelSettings,
     ScalarHeadSettings,
 )
 
@@ -59,7 +74,7 @@ def as_theirs(folder: Path, queries: list[str], documents: list[str]) -> list[to
     with torch.no_grad():
         logits = model(**tokenizer(queries, documents, padding=True, return_tensors="pt")).logits[:, 0]
     predicted = TheirCrossEncoder(str(folder), device="cpu").predict(
-        list(zip(queries, documents, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False
+        list(zip(queries, documents, strict=True)), show_progress_bar=False
     )
     return [logits, torch.as_tensor(predicted)]
 
@@ -117,9 +132,7 @@ def test_long_documents_are_cut_alike_elsewhere(request: pytest.FixtureRequest, 
         pairs = [
             (described.query_prefix + q, described.document_prefix + d) for q, d in zip(queries, documents, strict=True)
         ]
-        theirs = TheirCrossEncoder(str(folder), device="cpu").predict(
-            pairs, activation_fn=nn.Identity(), show_progress_bar=False
-        )
+        theirs = TheirCrossEncoder(str(folder), device="cpu").predict(pairs, show_progress_bar=False)
         torch.testing.assert_close(torch.as_tensor(theirs), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -297,6 +310,63 @@ def test_a_linear_student_of_any_encoder_loads_anywhere(encoder: Path, tmp_path:
 
 
 # What can't be
+
+
+def test_large_scores_stay_apart_in_sentence_transformers(tiny_cross_encoder: Path, tmp_path: Path):
+    """Its sigmoid of the 80 that a list of 100 teaches is its sigmoid of 40."""
+    student = load(tiny_cross_encoder, max_length=64)
+    with torch.no_grad():
+        student.model.classifier.weight *= 0
+        student.model.classifier.bias.fill_(80.0)
+    student.save(tmp_path / "s")
+    (found,) = TheirCrossEncoder(str(tmp_path / "s"), device="cpu").predict([("cat", "dog")], show_progress_bar=False)
+    assert found == 80.0
+
+
+@pytest.mark.parametrize("head", ["linear", "mvp", "yes_no"])
+def test_a_tokenizer_in_python_is_refused(tmp_path: Path, head: str):
+    """ByT5's: it does not tell which token is of which text."""
+    base = tmp_path / "base"
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=400, **sizes)).save_pretrained(base)
+    ByT5Tokenizer().save_pretrained(base)
+    with pytest.raises(ModelError, match=f"head {head} needs a tokenizer .* ByT5Tokenizer is written in Python"):
+        start(base, head, prompt=MONOT5)
+    if head == "mvp":
+        with pytest.raises(ModelError, match="ByT5Tokenizer is written in Python"):
+            load_student(ModelSettings(path=str(base)), views=2)
+
+
+def test_a_decoder_with_another_head_than_llama_s_is_refused(tmp_path: Path):
+    folder = tiny_decoder_folder(tmp_path / "base", ModernBertDecoderConfig, layers=3)
+    with pytest.raises(ModelError, match="ModernBertDecoderForSequenceClassification: a decoder's scalar head is"):
+        start(folder, "linear")
+
+
+def test_a_layer_wise_gpt_neox(tmp_path: Path):
+    """Pythia's kind: its last norm has a name of its own."""
+    student = stirred(start(tiny_decoder_folder(tmp_path / "base", GPTNeoXConfig, layers=3), "linear", layers=(1, 3)))
+    student.save(tmp_path / "s")
+    torch.testing.assert_close(scores(load(tmp_path / "s")), scores(student))
+    torch.testing.assert_close(scores(student.truncated(1, alone=True))[0], scores(student)[0])
+
+
+def test_a_layer_wise_decoder_without_a_known_last_norm_is_refused_when_it_starts(tmp_path: Path):
+    folder = tiny_decoder_folder(tmp_path / "base", OPTConfig, layers=3, ffn_dim=64, word_embed_proj_dim=32)
+    with pytest.raises(ModelError, match="can't find its last norm"):
+        start(folder, "linear", layers=(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "head"),
+    [(MegatronBertModel, MegatronBertConfig, "linear"), (XLMRobertaXLModel, XLMRobertaXLConfig, "similarity")],
+)
+def test_an_encoder_that_norms_its_last_layer_alone_has_no_early_heads(tmp_path: Path, model, config, head: str):
+    """Cut to a layer it would score with that norm, which the layer's head never saw."""
+    folder = tiny_encoder_folder(tmp_path / "base", model, config, layers=3)
+    assert start(folder, head).layers == (3,)
+    with pytest.raises(ModelError, match="ends with more than its layers, so its earlier layers can't have heads"):
+        start(folder, head, layers=(1, 3))
 
 
 def test_heads_that_an_architecture_can_not_carry(tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path):

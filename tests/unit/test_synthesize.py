@@ -91,8 +91,9 @@ def test_documents_of_candidate_lists_are_a_collection_each_once_and_with_one_te
     write_candidates(lists, folder)
     assert list(draw_passages(settings_of(folder))) == list(draw_passages(settings_of(file)))
     queries = [WrittenQuery(query_id="s", text="cats", doc_id="d1")]
-    of_lists, of_file = (list(retrieve(queries, settings_of(c), Counter())) for c in (folder, file))
-    assert of_lists == of_file
+    parquet = f"{folder}/part-00000.parquet"
+    of_lists, of_part, of_file = (list(retrieve(queries, settings_of(c), Counter())) for c in (folder, parquet, file))
+    assert of_lists == of_part == of_file
     write_candidates([*lists, listed("q3", {"d1": "another text"})], folder)
     with pytest.raises(InputError, match="'q3': document 'd1' has another text than in an earlier list"):
         drawn(folder)
@@ -278,8 +279,11 @@ def test_the_longest_copied_run_equals_all_runs_tried(query, passage):
     assert longest_copied_run(" ".join(query), " ".join(passage)) == expected
 
 
-def written(query_id: str, query: str | None, text: str = "x", error: str | None = None) -> dict:
-    return {"query_id": query_id, "query": query, "doc_id": f"d-{query_id}", "text": text, "error": error}
+def written(
+    query_id: str, query: str | None, text: str = "x", title: str | None = None, error: str | None = None
+) -> dict:
+    passage = {"doc_id": f"d-{query_id}", "title": title, "text": text}
+    return {"query_id": query_id, "query": query, **passage, "error": error}
 
 
 def test_of_equal_queries_the_first_by_id_stays_and_the_rest_is_counted():
@@ -288,6 +292,7 @@ def test_of_equal_queries_the_first_by_id_stays_and_the_rest_is_counted():
         written("2", "why  CATS"),
         written("4", None, error="boom"),
         written("5", "one two three four", "zero one two three"),
+        written("6", "Of titles too", "zero", title="of titles, too"),
         written("1", "one two three", "zero one two four"),
     ]
     for order in (rows, rows[::-1]):
@@ -297,8 +302,8 @@ def test_of_equal_queries_the_first_by_id_stays_and_the_rest_is_counted():
             ("1", "one two three", "d-1"),
             ("2", "why  CATS", "d-2"),
         ]
-        assert left_out == {"duplicate": 1, "not_written": 1, "copied": 1}
-    assert len(list(usable_queries(rows, None, Counter()))) == 3
+        assert left_out == {"duplicate": 1, "not_written": 1, "copied": 2}
+    assert len(list(usable_queries(rows, None, Counter()))) == 4
 
 
 def test_a_query_keeps_bm25s_candidates_if_its_passage_is_among_the_first(corpus):

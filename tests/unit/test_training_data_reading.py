@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -135,6 +136,22 @@ def test_parquet_columns_are_read_like_lines_and_a_bad_row_is_named(tmp_path):
     (labels,) = read("sentence-transformers", path, bad=skipping)
     assert [x[1:] for x in shown(labels)] == [("a", None, 0.5), ("b", None, 1.0)]
     assert [str(b) for b in skipping.listed] == [f"{path}: row 1: 'scores[0]' is null"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "fault"),
+    [
+        ({"scores": [[Decimal("1.5")]]}, "'scores[0]' is a Decimal, not a number: write a number"),
+        ({"query": [b"q"]}, "'query' is a bytes, not a string: write it as a string"),
+        ({"docs": ["a"]}, "'docs' is a JSON string, not an array: write it as an array"),
+    ],
+)
+def test_a_parquet_columns_type_that_json_has_not_is_told(tmp_path, columns, fault):
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.table({"query": ["q"], "docs": [["a"]], "scores": [[0.5]]} | columns), path)
+    with pytest.raises(InputError) as caught:
+        read("sentence-transformers", str(path))
+    assert str(caught.value) == f"{path}: row 0: {fault}"
 
 
 def test_margins_become_one_list_for_each_query_and_first_passage(tmp_path):

@@ -24,7 +24,14 @@ class DecoderStudent(LinearStudent):
     """
 
     def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise ModelError(
+                f"{type(model).__name__}: a decoder's scalar head is a linear layer on its last token, called 'score', "
+                "as Llama's kind has it, and this one's is another: use head: yes_no, or another model"
+            )
         super().__init__(description, tokenizer, model)
+        if len(self.layers) > 1 and final_norm(model) is None:
+            raise ModelError(f"{type(model).__name__}: can't find its last norm: earlier layers can't have heads")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._pad_with_another_than_the_last()
@@ -72,14 +79,8 @@ class DecoderStudent(LinearStudent):
         rows = torch.arange(len(last), device=last.device)
         scores = [self.model.score(output.last_hidden_state[rows, last])[:, 0]]
         if early:
-            norm = self._final_norm()
+            norm = final_norm(self.model)
             # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
             hidden = {n: norm(output.hidden_states[n][rows, last]) for n in self.layers[:-1]}
             scores = [self.early_heads[str(n)](h)[:, 0] for n, h in hidden.items()] + scores
         return torch.stack(scores)
-
-    def _final_norm(self) -> nn.Module:
-        norm = final_norm(self.model)
-        if norm is None:
-            raise ModelError(f"{type(self.model).__name__}: can't find its last norm: earlier layers can't have heads")
-        return norm

@@ -16,6 +16,8 @@ from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
 from rerank_ray.models.student.source import keep_layers
 
+_IDENTITY = "torch.nn.modules.linear.Identity"
+
 
 class LinearStudent(Student):
     """The architecture's own classification head, one copy for each layer.
@@ -37,6 +39,8 @@ class LinearStudent(Student):
     def save(self, folder: Path) -> None:
         # Where sentence-transformers' CrossEncoder cuts pairs.
         self.tokenizer.model_max_length = self.description.max_length
+        # It puts a sigmoid on one output unless told otherwise, and float32 has no numbers between 1 and that of 17.
+        self.model.config.sentence_transformers = {"activation_fn": _IDENTITY}
         super().save(folder)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:

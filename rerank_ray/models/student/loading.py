@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from safetensors.torch import load_file
@@ -52,6 +52,7 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32, views: int | N
     """
     source = Source.open(settings)
     description = saved_description(source.resolved)
+    _check_tokenizer(source, description.head if description is not None else "mvp" if views else "linear")
     if description is not None:
         if views is not None:
             raise ModelError(f"{settings.path}: views: a student of ours tells how many it has, if any: leave it out")
@@ -93,7 +94,18 @@ def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None, 
     Raises:
         ModelError: a head that the architecture can't carry, or a layer that it does not have.
     """
-    return _START[settings.head](Source.open(settings.model_settings(), weights=weights), settings, prompt)
+    source = Source.open(settings.model_settings(), weights=weights)
+    _check_tokenizer(source, settings.head)
+    return _START[settings.head](source, settings, prompt)
+
+
+def _check_tokenizer(source: Source, head: StudentHead) -> None:
+    """Texts that are read together are joined and cut here, by what the tokenizer tells of each token."""
+    if not source.tokenizer.is_fast and head not in ("bi_encoder", "colbert"):
+        raise ModelError(
+            f"{source.settings.path}: head {head} needs a tokenizer that transformers runs with the tokenizers library; "
+            f"{type(source.tokenizer).__name__} is written in Python: take another model, or head: bi_encoder"
+        )
 
 
 def _linear_class(source: Source) -> type[LinearStudent]:
@@ -130,7 +142,30 @@ def _start_linear(source: Source, settings: StudentSettings, _: None) -> Student
         if settings.layers is not None:
             raise ModelError("layers: a T5 encoder has a head on its last layer only: leave it out")
         return T5EncoderStudent(description, source.tokenizer, model)
-    return _linear_class(source)(description, source.tokenizer, model)
+    student = _linear_class(source)(description, source.tokenizer, model)
+    # A decoder's early heads read what its last norm gives, and it may be too large for a copy beside it.
+    if source.weights and not source.is_decoder:
+        _check_exits(student, settings.base, LinearStudent.forward)
+    return student
+
+
+@torch.no_grad()
+def _check_exits(student: Student, path: str, read: Callable[..., Sequence[torch.Tensor]]) -> None:
+    """Refuse an architecture that does more to its last layer's states than its earlier layers' heads are shown: the
+    student that ends at one of them would have other scores than its head learnt to give.
+
+    Args:
+        read: of a student and a batch, what there is at each of its layers.
+    """
+    if len(student.layers) == 1:
+        return
+    inputs = student.collate(student.encode(["query"], ["document"]))
+    expected = read(student.truncated(student.layers[0], alone=True), **inputs)
+    if not torch.allclose(read(student, **inputs)[0], expected[0], rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"{path}: layers: {type(student.pretrained).__name__} ends with more than its layers, so its earlier "
+            "layers can't have heads: leave layers out"
+        )
 
 
 def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
@@ -164,6 +199,8 @@ def _start_similarity(source: Source, settings: StudentSettings, _: None) -> Stu
             f"{settings.base}: {type(model).__name__} does not use transformers' attention interface, so its attention "
             "can't be gated (BERT, RoBERTa, ELECTRA and ModernBERT kinds can); use head: linear"
         )
+    if source.weights:
+        _check_exits(student, settings.base, SimilarityStudent.states)
     return student
 
 

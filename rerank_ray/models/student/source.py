@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -21,6 +22,9 @@ from rerank_ray.models.positions import check_positions
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.models.student.base import saved_description
 from rerank_ray.settings.models import ModelSettings
+
+_OF_EACH_LAYER = ("layer_types", "no_rope_layers", "attention_window")
+"""What configs list by layer: attention's kind, SmolLM3's layers without positions, Longformer's windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,9 @@ class Source:
             del model.config.quantization_config
         model.new_names = frozenset(info["missing_keys"])
         if layers is not None:
-            take_layers(model, _chosen(layers, len(layers_of(model))))
+            chosen = _chosen(layers, len(layers_of(model)))
+            take_layers(model, chosen)
+            _check_made_again(model, chosen)
         return model
 
     def _skeleton(self, auto_class, *, num_labels: int | None = None, config=None, **arguments) -> PreTrainedModel:
@@ -110,6 +116,39 @@ def _chosen(layers: int | Sequence[int], depth: int) -> Sequence[int]:
     if not chosen or list(chosen) != sorted(set(chosen)) or chosen[-1] > depth:
         raise ModelError(f"take_layers: {layers}: give ascending layers of 1..{depth}, or a number up to {depth}")
     return chosen
+
+
+def _check_made_again(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Refuse layers that transformers would make otherwise when it reads the model that was saved: some are what they
+    are by their number."""
+    try:
+        with torch.device("meta"):
+            again = type(model)(type(model.config).from_dict(model.config.to_dict()))
+        reason = _first_difference(layers_of(model), layers_of(again))
+    except (ValueError, AssertionError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+    if reason is not None:
+        raise ModelError(
+            f"take_layers: {list(layers)}: {type(model).__name__} would compute otherwise once it is saved and loaded, "
+            f"since it makes some layers by their number ({reason}): take others, such as the first ones"
+        )
+
+
+def _first_difference(ours: nn.ModuleList, theirs: nn.ModuleList) -> str | None:
+    """What distinguishes two lists of layers beside their weights' values; None when nothing does."""
+    one, other = _made_of(ours), _made_of(theirs)
+    names = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
+    return names[0] if names else None
+
+
+def _made_of(layers: nn.ModuleList) -> dict[str, object]:
+    """The shapes of the layers' parameters, and the plain values that their modules keep, by name."""
+    values = {name: tuple(parameter.shape) for name, parameter in layers.named_parameters()}
+    for name, module in layers.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and key != "training" and not key.startswith("_"):
+                values[f"{name}.{key}"] = value
+    return values
 
 
 def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -135,7 +174,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm that the states after the last layer have passed, and those after earlier layers have not; None in
     encoders of BERT's kind, whose layers end with one of their own."""
     base = model.base_model
-    names = ("norm", "final_norm", "final_layernorm", "ln_f")
+    names = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
     return next((getattr(base, n) for n in names if isinstance(getattr(base, n, None), nn.Module)), None)
 
 
@@ -147,14 +186,17 @@ def keep_layers(model: PreTrainedModel, count: int) -> None:
 def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Leave only these layers, counted from 1 and ascending, in a transformers model and its config."""
     owner, name = _stack(model)
-    taken = nn.ModuleList(getattr(owner, name)[n - 1] for n in layers)
+    whole = getattr(owner, name)
+    taken = nn.ModuleList(whole[n - 1] for n in layers)
     renumber(taken, first=0)
     setattr(owner, name, taken)
     for config in {id(c): c for c in (model.config, model.base_model.config)}.values():
-        types = getattr(config, "layer_types", None)
         config.num_hidden_layers = len(taken)
-        if types is not None:
-            config.layer_types = [types[n - 1] for n in layers]
+        for option in _OF_EACH_LAYER:
+            # Not what an architecture works out from others, as Jamba its kinds of layers.
+            values = vars(config).get(option)
+            if isinstance(values, list | tuple) and len(values) == len(whole):
+                setattr(config, option, [values[n - 1] for n in layers])
 
 
 def renumber(layers: nn.ModuleList, first: int) -> None:
