@@ -343,7 +343,8 @@ def reading(path: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: its rows can't be read ({str(error).splitlines()[0]}): it is damaged; write it again"
+            f"{path}: its rows can't be read ({str(error).splitlines()[0]}): unless its place is out of reach, it is "
+            "damaged; write it again"
         ) from error
 
 

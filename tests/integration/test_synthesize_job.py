@@ -99,8 +99,9 @@ def test_a_second_start_is_a_no_op_another_config_is_refused_and_so_is_a_run_wit
     corpus.write_text(corpus.read_text() + '{"_id": "new", "text": "another"}\n')
     with pytest.raises(RunError, match="content of input"):
         synthesize(settings_of(tmp_path, passages=8), str(run), console)
-    gone = settings_of(tmp_path).model_copy(update={"corpus": str(tmp_path)})
-    with pytest.raises(InputError, match="no Parquet"):
+    (tmp_path / "empty").mkdir()
+    gone = settings_of(tmp_path).model_copy(update={"corpus": str(tmp_path / "empty")})
+    with pytest.raises(InputError, match=r"empty: the input holds no \.parquet file"):
         synthesize(gone, str(tmp_path / "gone"), console)
     failing = settings_of(tmp_path, passages=8, model={"fail_on": "number"}, limits={"max_error_rate": 1.0})
     with pytest.raises(RunError, match="no query is left"):

@@ -222,7 +222,7 @@ def test_a_file_that_is_cut_inside_a_page(tmp_path: Path):
     path = tmp_path / "part-00000.parquet"
     overwrite_page(path, 4)
     inspect_input(str(path), CANDIDATES)
-    with pytest.raises(InputError, match=f"{path}: its rows can't be read .*: it is damaged; write it again"):
+    with pytest.raises(InputError, match=f"{path}: its rows can't be read .*, it is damaged; write it again"):
         list(read_candidates(str(path)))
 
 
