@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ByT5Tokenizer,
     DebertaV2Config,
     DebertaV2Model,
     ElectraConfig,
@@ -32,6 +33,8 @@ from transformers import (
     ModernBertDecoderConfig,
     ModernBertModel,
     OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
     XLMRobertaXLConfig,
     XLMRobertaXLModel,
 )
@@ -43,11 +46,12 @@ from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.hf_seq2seq import HFSeq2Seq
 from rerank_ray.models.protocol import NextToken, Pair
 from rerank_ray.models.scalar_head import ScalarHead
-from rerank_ray.models.student import StudentPrompt
+from rerank_ray.models.student import StudentPrompt, load_student
 from rerank_ray.settings.models import (
     CrossEncoderSettings,
     HFCausalSettings,
     HFSeq2SeqSettings,
+    ModelSettings,
     ScalarHeadSettings,
 )
 
@@ -317,6 +321,20 @@ def test_large_scores_stay_apart_in_sentence_transformers(tiny_cross_encoder: Pa
     student.save(tmp_path / "s")
     (found,) = TheirCrossEncoder(str(tmp_path / "s"), device="cpu").predict([("cat", "dog")], show_progress_bar=False)
     assert found == 80.0
+
+
+@pytest.mark.parametrize("head", ["linear", "mvp", "yes_no"])
+def test_a_tokenizer_in_python_is_refused(tmp_path: Path, head: str):
+    """ByT5's: it does not tell which token is of which text."""
+    base = tmp_path / "base"
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=400, **sizes)).save_pretrained(base)
+    ByT5Tokenizer().save_pretrained(base)
+    with pytest.raises(ModelError, match=f"head {head} needs a tokenizer .* ByT5Tokenizer is written in Python"):
+        start(base, head, prompt=MONOT5)
+    if head == "mvp":
+        with pytest.raises(ModelError, match="ByT5Tokenizer is written in Python"):
+            load_student(ModelSettings(path=str(base)), views=2)
 
 
 def test_a_decoder_with_another_head_than_llama_s_is_refused(tmp_path: Path):

@@ -52,6 +52,7 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32, views: int | N
     """
     source = Source.open(settings)
     description = saved_description(source.resolved)
+    _check_tokenizer(source, description.head if description is not None else "mvp" if views else "linear")
     if description is not None:
         if views is not None:
             raise ModelError(f"{settings.path}: views: a student of ours tells how many it has, if any: leave it out")
@@ -93,7 +94,19 @@ def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None, 
     Raises:
         ModelError: a head that the architecture can't carry, or a layer that it does not have.
     """
-    return _START[settings.head](Source.open(settings.model_settings(), weights=weights), settings, prompt)
+    source = Source.open(settings.model_settings(), weights=weights)
+    _check_tokenizer(source, settings.head)
+    return _START[settings.head](source, settings, prompt)
+
+
+def _check_tokenizer(source: Source, head: StudentHead) -> None:
+    """Texts that are read together are joined and cut here, by what the tokenizer tells of each token."""
+    if not source.tokenizer.is_fast and head not in ("bi_encoder", "colbert"):
+        raise ModelError(
+            f"{source.settings.path}: head {head} needs a tokenizer that transformers runs with the tokenizers "
+            f"library, and {type(source.tokenizer).__name__} is written in Python: take another model, or head: "
+            "bi_encoder"
+        )
 
 
 def _linear_class(source: Source) -> type[LinearStudent]:
