@@ -26,6 +26,7 @@ from transformers import (
     DebertaV2Model,
     ElectraConfig,
     ElectraModel,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     MegatronBertConfig,
     MegatronBertModel,
@@ -341,6 +342,15 @@ def test_a_decoder_with_another_head_than_llama_s_is_refused(tmp_path: Path):
     folder = tiny_decoder_folder(tmp_path / "base", ModernBertDecoderConfig, layers=3)
     with pytest.raises(ModelError, match="ModernBertDecoderForSequenceClassification: a decoder's scalar head is"):
         start(folder, "linear")
+
+
+def test_a_decoder_that_looks_both_ways_is_refused(tmp_path: Path):
+    """EmbeddingGemma's: without a mask its tokens would see the padding, and scores would hang on the batch."""
+    more = {"num_key_value_heads": 2, "head_dim": 8, "use_bidirectional_attention": True}
+    folder = tiny_decoder_folder(tmp_path / "base", Gemma3TextConfig, layers=3, **more)
+    with pytest.raises(ModelError, match="use_bidirectional_attention its tokens see those on their right"):
+        start(folder, "linear")
+    assert start(folder, "bi_encoder").layers == (3,)
 
 
 def test_a_layer_wise_gpt_neox(tmp_path: Path):

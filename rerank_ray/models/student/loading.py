@@ -104,7 +104,8 @@ def _check_tokenizer(source: Source, head: StudentHead) -> None:
     if not source.tokenizer.is_fast and head not in ("bi_encoder", "colbert"):
         raise ModelError(
             f"{source.settings.path}: head {head} needs a tokenizer that transformers runs with the tokenizers "
-            f"library; {type(source.tokenizer).__name__} is written in Python: take another model, or head: bi_encoder"
+            f"library, and {type(source.tokenizer).__name__} is written in Python: take another model, or head: "
+            "bi_encoder"
         )
 
 
