@@ -103,7 +103,9 @@ class HFCausal:
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
         self.share_prefix = settings.share_prefix
-        if not set(getattr(self.model.config.get_text_config(), "layer_types", None) or ()) <= _CACHED_LAYERS:
+        kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())
+        # RWKV's config names no layers, and it leaves a cache of keys and values empty.
+        if self.model._is_stateful or not kinds <= _CACHED_LAYERS:
             # States of recurrent layers can't be cut into rows and columns as keys and values can.
             self.answers, self.share_prefix = self.answers - {Generate}, False
         if settings.compile and not compiles_in_parts(self.model):

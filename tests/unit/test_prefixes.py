@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from rerank_ray.models import engine
@@ -164,6 +166,26 @@ def test_shared_scores_equal_a_plain_loop(folder: Path, tokens_per_batch: int):
             logs = plain(reference, [*ids, *behind[:-1]], len(behind))
             assert result.value == pytest.approx(logs[range(len(behind)), behind].tolist(), abs=1e-4)
     assert sum(r.usage.cached_tokens for r in results) > sum(r.usage.prompt_tokens for r in results) / 4
+
+
+def test_a_recurrent_model_whose_config_names_no_layers_shares_nothing(tmp_path: Path):
+    """RWKV ignores a cache of keys and values: what stood behind a shared prefix was scored without it."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        made = RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=2))
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=SPREAD)
+    made.save_pretrained(tmp_path)
+    model, reference = backend(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    calls = [NextToken(prompt=p, labels=("Yes", "No")) for p in prompts()]
+    labels = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    for call, result in zip(calls, model.run(calls), strict=True):
+        (ids,) = model.encoder.encode([call.prompt], [0])
+        logs = plain(reference, ids, 1)[0, labels]
+        assert result.value[0] - result.value[1] == pytest.approx((logs[0] - logs[1]).item(), abs=1e-4)
+    assert Generate not in model.answers
 
 
 def test_cached_tokens_are_those_not_computed_again(tiny_llama: Path):
