@@ -25,8 +25,9 @@ from harness import publish
 
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.train import Trainer
+from rerank_ray.parquet import write_rows
 from rerank_ray.records import Candidate, CandidateList, Query, Scores
-from rerank_ray.schema import LABELS, candidate_row, label_columns, write_rows
+from rerank_ray.schema import LABELS, candidate_row, label_columns
 from rerank_ray.settings.distill import DistillSettings
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}

@@ -4,8 +4,9 @@
 
 LABELS is the data of a label run; after the TREC-DL pipeline: `runs/trec-dl/labels/data --texts runs/trec-dl/dl21/data
 runs/trec-dl/dl22/data`. A MiniLM student with the similarity head learns to score at an early layer, whose last two
-layers are its own, as its untrained last layer does. It is judged on the held-out queries' lists: KL to the last
-layer's scores at temperature 0.2, Pearson's correlation with them, and nDCG@10 against the labels' order.
+layers are its own, as its untrained last layer does. It is judged on the held-out queries' lists: KL to the scores of
+the student's last layer at the warm-up's temperature, Pearson's correlation with them, and nDCG@10 against the labels'
+order.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from harness import publish, scored
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.distill.train import Trainer
+from rerank_ray.losses.divergence import kl
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import CrossEncoderSettings
+from rerank_ray.settings.student import ExitWarmUpSettings
 
-LAST, TEMPERATURE, MAX_LENGTH = 6, 0.2, 256
+LAST, MAX_LENGTH = 6, 256
+TEMPERATURE = ExitWarmUpSettings().temperature
 VARIANTS = {
     "20 spans": {"spans": 20, "variants": 0},
     "20 spans and 10 variants of the query": {"spans": 20, "variants": 10},
@@ -111,7 +115,7 @@ def judged(
     values = [validation_ndcg(labels, scores, "teacher") for labels, scores in zip(held_out, early, strict=True)]
     return {
         # As text: the table would set the largest in bold.
-        "KL": f"{statistics.mean(divergence(target, scores) for target, scores in pairs):.4f}",
+        "KL": f"{statistics.mean(divergence(*pair) for pair in pairs):.4f}",
         "correlation": statistics.mean(np.corrcoef(target, scores)[0, 1] for target, scores in pairs),
         "nDCG@10": statistics.mean(v for v in values if v is not None),
         "CPU s": f"{seconds:.0f}",
@@ -119,9 +123,9 @@ def judged(
 
 
 def divergence(target: torch.Tensor, scores: torch.Tensor) -> float:
-    """KL(target ‖ scores) of both softmax distributions at the warm-up's temperature."""
-    target, scores = (torch.log_softmax(x / TEMPERATURE, 0) for x in (target, scores))
-    return float((target.exp() * (target - scores)).sum())
+    """KL(target ‖ scores) of both softmax distributions at the warm-up's temperature, without the loss's factor T²."""
+    every = torch.ones(1, len(target), dtype=torch.bool)
+    return kl(scores[None], target[None], every, TEMPERATURE).item() / TEMPERATURE**2
 
 
 if __name__ == "__main__":

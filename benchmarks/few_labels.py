@@ -7,10 +7,9 @@ LABELS and CANDIDATES are the data of a label run and of an ingest run, which th
 a file below RERANK_RAY_DATA. After the TREC-DL pipeline: `runs/trec-dl/labels/data runs/trec-dl/dl19/data
 trec-dl/qrels.dl19-passage.txt --name few_labels_trec_dl`. Labels of synthetic queries are those of `rerank-ray
 synthesize configs/synthesize/smollm2.yaml`, labelled and combined as the Cranfield pipeline does, or of the pipeline
-configs/pipelines/trec-dl-synthetic.yaml. Every variant is a
-MiniLM student with the similarity head that sees the same number of pairs; the step is chosen on held-out training
-queries by agreement with the teacher (`held-out`), as a job does. The variant to use is the one that is best there: the
-last column is looked at afterwards.
+configs/pipelines/trec-dl-synthetic.yaml. Every variant is a MiniLM student with the similarity head that sees the same
+number of pairs; the step is chosen on held-out training queries by agreement with the teacher (`held-out`), as a job
+does. The variant to use is the one that is best there: the last column is looked at afterwards.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.protocol import Pair
+from rerank_ray.parquet import read_candidates
 from rerank_ray.records import CandidateList
 from rerank_ray.report.tables import markdown_table
-from rerank_ray.schema import read_candidates
 
 DOCS = Path(__file__).parents[1] / "docs"
 DL19_QRELS = "trec-dl/qrels.dl19-passage.txt"

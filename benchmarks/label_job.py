@@ -31,8 +31,9 @@ from rich.console import Console
 from rerank_ray.execution import jobs
 from rerank_ray.execution.cluster import session
 from rerank_ray.ingest import ingest_beir
+from rerank_ray.parquet import read_rows, write_rows
 from rerank_ray.quickstart.collection import build_collection
-from rerank_ray.schema import CANDIDATES, read_rows, write_rows
+from rerank_ray.schema import CANDIDATES
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.stages import RankStage
 

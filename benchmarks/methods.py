@@ -31,12 +31,12 @@ from rerank_ray.formats.trec import read_topics
 from rerank_ray.ingest import ingest_beir
 from rerank_ray.metrics.evaluation import evaluate_rankings
 from rerank_ray.models.protocol import Backend
+from rerank_ray.parquet import read_candidates
 from rerank_ray.ranking.head_detection import detect_heads
 from rerank_ray.ranking.heads_file import save_heads
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Usage, ranking_of
 from rerank_ray.retrieval.bm25 import BM25Index
-from rerank_ray.schema import read_candidates
 from rerank_ray.settings.jobs import DetectHeadsSettings
 from rerank_ray.settings.rankers import RankerSettings
 

@@ -22,7 +22,8 @@ from harness import publish
 from label_job import prepare, ray_job
 
 from rerank_ray.execution.cluster import session
-from rerank_ray.schema import CANDIDATES, read_rows, write_rows
+from rerank_ray.parquet import read_rows, write_rows
+from rerank_ray.schema import CANDIDATES
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings
 
 TEACHER = {

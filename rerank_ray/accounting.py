@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import RunError
+from rerank_ray.parquet import ROWS_PER_GROUP, id_hash
 from rerank_ray.records import PARSE_FAILURES, Usage, kind_and_count
-from rerank_ray.schema import ROWS_PER_GROUP, id_hash
 from rerank_ray.settings.jobs import LimitSettings
 
 _EXAMPLES = 20

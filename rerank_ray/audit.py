@@ -20,9 +20,10 @@ from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import auc, kendall, ndcg, ranks, rbo
+from rerank_ray.parquet import id_hash, inspect_input, read_scored
 from rerank_ray.report.tables import format_value, print_table
 from rerank_ray.runs import resolve_ended
-from rerank_ray.schema import LABELS, id_hash, inspect_input, read_scored
+from rerank_ray.schema import LABELS
 
 _QUERIES_PER_PARTITION = 100_000
 _SAMPLE = 1_000_000

@@ -21,9 +21,10 @@ from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.exit_margins import ExitCalibration, calibrate
 from rerank_ray.models.student import Student, load_student
 from rerank_ray.models.student.base import description_of
+from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.records import Labels
 from rerank_ray.runs import CONFIG, resolve_input
-from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
+from rerank_ray.schema import LABELS, labels_from_row
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import ModelSettings
 

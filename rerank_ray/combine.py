@@ -12,18 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rerank_ray.errors import InputError
+from rerank_ray.parquet import InputSummary, id_hash, read_rows, read_scored, write_rows
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import Usage
-from rerank_ray.schema import (
-    CANDIDATES,
-    LABELS,
-    InputSummary,
-    id_hash,
-    label_columns,
-    read_rows,
-    read_scored,
-    write_rows,
-)
+from rerank_ray.schema import CANDIDATES, LABELS, label_columns
 from rerank_ray.settings.jobs import CombineSettings
 
 _QUERIES_PER_PARTITION = 100_000

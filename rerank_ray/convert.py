@@ -15,18 +15,10 @@ from rerank_ray.formats.tevatron import tevatron_line
 from rerank_ray.formats.training_data import TrainingList, json_line, repeats_gains, split, text_id
 from rerank_ray.formats.trec import write_run
 from rerank_ray.formats.triples import one_line, triples_lines
+from rerank_ray.parquet import check_columns, open_parquet, read_rows, record_of
 from rerank_ray.records import Labels, Ranking, Scores, ranking_of
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import (
-    CANDIDATES,
-    LABELS,
-    candidate_list_from_row,
-    check_columns,
-    labels_from_row,
-    open_parquet,
-    read_rows,
-    record_of,
-)
+from rerank_ray.schema import CANDIDATES, LABELS, candidate_list_from_row, labels_from_row
 
 RUN_FILE, QUERIES_FILE, CORPUS_FILE = "run.trec", "queries.jsonl", "corpus.jsonl"
 RANK_DISTILLM = "rank-distillm"

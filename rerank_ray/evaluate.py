@@ -25,10 +25,10 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.formats.trec import read_run
 from rerank_ray.metrics.evaluation import Metric, SystemResult, evaluate_rankings, parse_metric
 from rerank_ray.metrics.significance import Comparison, compare_systems
+from rerank_ray.parquet import doc_id_path, open_parquet
 from rerank_ray.records import Candidate, CandidateList, Query, Scores, ranking_of
 from rerank_ray.report.tables import print_table
 from rerank_ray.runs import resolve_ended
-from rerank_ray.schema import doc_id_path, open_parquet, reading
 
 DEFAULT_METRICS = ("ndcg@10", "mrr@10", "map", "recall@100")
 _ROWS_PER_BATCH = 1024
@@ -271,9 +271,8 @@ def _rows(file: pq.ParquetFile, path: str, kind: SourceKind) -> Iterator[dict]:
         SourceKind.LABELS: ["query_id", *ids, "scores", "error"],
         SourceKind.CANDIDATES: ["query_id", *ids],
     }[kind]
-    with reading(path):
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
-            yield from batch.to_pylist()
+    for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+        yield from batch.to_pylist()
 
 
 def _doc_ids(row: dict, kind: SourceKind, path: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rerank_ray import __version__, schema, storage
+from rerank_ray import __version__, parquet, schema, storage
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats import beir, hits, merge, trec
 from rerank_ray.formats.lines import BadLines
@@ -414,9 +414,9 @@ def _write_parts(rows: Iterable[dict], table: pa.Schema, out: str) -> int:
     _delete_new(out)
     if not (storage.list_files(out, ".parquet") and ingest_ended(out)):
         _clear_out(out)
-        return schema.write_rows(rows, out, table)
+        return parquet.write_rows(rows, out, table)
     try:
-        written = schema.write_rows(rows, out, table, suffix=_NEW)
+        written = parquet.write_rows(rows, out, table, suffix=_NEW)
         if written:
             _clear_out(out)
             fs, parts = _new_parts(out)

@@ -28,12 +28,13 @@ from rerank_ray.accounting import committed
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
+from rerank_ray.parquet import InputSummary, id_hash, inspect_input, open_parquet
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Usage
 from rerank_ray.report.tables import duration
 from rerank_ray.runs import RunFolder, resolve_input
-from rerank_ray.schema import CANDIDATES, InputSummary, candidate_list_from_row, id_hash, inspect_input, open_parquet
+from rerank_ray.schema import CANDIDATES, candidate_list_from_row
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.models import ModelSettings
 

@@ -31,11 +31,12 @@ from rerank_ray.models.protocol import (
 )
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
+from rerank_ray.parquet import read_rows
 from rerank_ray.prompts.render import find_template
 from rerank_ray.ranking.rankers import METHODS, method_class
 from rerank_ray.records import CandidateList, Usage
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import CANDIDATES, candidate_list_from_row, read_rows
+from rerank_ray.schema import CANDIDATES, candidate_list_from_row
 from rerank_ray.settings.models import FakeSettings, ModelSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings

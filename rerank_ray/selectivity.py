@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.parquet import inspect_input, read_scored
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import LABELS, inspect_input, read_scored
+from rerank_ray.schema import LABELS
 from rerank_ray.uncertainty import UncertaintyCriterion, uncertainty_of
 
 

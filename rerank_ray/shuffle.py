@@ -9,8 +9,9 @@ import numpy as np
 from rerank_ray.errors import ConfigError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.ingest import check_apart, check_out, write_ingest
+from rerank_ray.parquet import id_hash, inspect_input, read_rows
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import CANDIDATES, id_hash, inspect_input, read_rows
+from rerank_ray.schema import CANDIDATES
 
 
 def shuffle(source: str, out: str, seed: int = 0, *, overwrite: bool = False) -> int:

@@ -19,16 +19,9 @@ import pyarrow.parquet as pq
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError
+from rerank_ray.parquet import doc_id_path, inspect_input, open_parquet
 from rerank_ray.records import CandidateList, Labels
-from rerank_ray.schema import (
-    CANDIDATES,
-    LABELS,
-    candidate_list_from_row,
-    doc_id_path,
-    inspect_input,
-    labels_from_row,
-    reading,
-)
+from rerank_ray.schema import CANDIDATES, LABELS, candidate_list_from_row, labels_from_row
 
 _GROUPS_PER_WINDOW = 16
 _MAX_TEACHERS = 20
@@ -223,7 +216,7 @@ class RowReader(Generic[Row]):
     def _read_group(self, number: int) -> list[dict]:
         uri, path, group = self._groups[number]
         fs, _ = storage.open_filesystem(uri)
-        with pq.ParquetFile(path, filesystem=fs) as file, reading(path):
+        with open_parquet(fs, path) as file:
             return file.read_row_group(group, columns=self._columns).to_pylist()
 
 
@@ -319,7 +312,7 @@ def _row_groups(
 ) -> Iterator[tuple[int, list[dict]]]:
     """Number of each row group of a file, and the columns of its rows that are wanted of that file."""
     fs, _ = storage.open_filesystem(uri)
-    with pq.ParquetFile(path, filesystem=fs) as file, reading(path):
+    with open_parquet(fs, path) as file:
         names = columns(file, path)
         for group in range(file.num_row_groups):
             yield group, file.read_row_group(group, columns=names).to_pylist()

@@ -25,10 +25,11 @@ from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
 from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.label_store import LabelStore, tidy
+from rerank_ray.parquet import InputSummary
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.records import Computed
 from rerank_ray.runs import RunFolder
-from rerank_ray.schema import CANDIDATES, PASSAGES, InputSummary
+from rerank_ray.schema import CANDIDATES, PASSAGES
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings

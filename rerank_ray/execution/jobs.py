@@ -17,17 +17,11 @@ from rerank_ray.combine import combine
 from rerank_ray.errors import RunError
 from rerank_ray.formats.trec import check_ids, write_run
 from rerank_ray.label_store import prepare
+from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.planning import compare
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.runs import RunFolder, resolve_input
-from rerank_ray.schema import (
-    CANDIDATES,
-    LABELS,
-    RANKINGS,
-    inspect_input,
-    ranking_from_row,
-    read_rows,
-)
+from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, ranking_from_row
 from rerank_ray.settings.jobs import CombineSettings, LabelSettings, LimitSettings, RerankSettings
 
 _TREC_RUN = "run.trec"

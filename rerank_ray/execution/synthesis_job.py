@@ -15,21 +15,12 @@ from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution.data import RowJob, rank_rows
 from rerank_ray.execution.jobs import finish, label
 from rerank_ray.label_store import prepare
+from rerank_ray.parquet import inspect_input, read_candidates, read_rows, read_scored, write_candidates, write_rows
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.records import CandidateList
 from rerank_ray.retrieval.collection import holds_candidates
 from rerank_ray.runs import RunFolder, resolve_input
-from rerank_ray.schema import (
-    CANDIDATES,
-    PASSAGES,
-    WRITTEN_QUERIES,
-    inspect_input,
-    read_candidates,
-    read_rows,
-    read_scored,
-    write_candidates,
-    write_rows,
-)
+from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.synthesize import LEFT_OUT, draw_passages, finds_back, retrieve, usable_queries

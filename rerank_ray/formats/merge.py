@@ -15,17 +15,9 @@ import numpy as np
 
 from rerank_ray import storage
 from rerank_ray.errors import InputError
+from rerank_ray.parquet import id_hash, inspect_input, open_parquet, read_candidates, record_of
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import (
-    CANDIDATES,
-    candidate_list_from_row,
-    id_hash,
-    inspect_input,
-    open_parquet,
-    read_candidates,
-    reading,
-    record_of,
-)
+from rerank_ray.schema import CANDIDATES, candidate_list_from_row
 
 RRF_K = 60
 _ROW_GROUPS_HELD = 16
@@ -140,5 +132,5 @@ class _Index:
 
     def _read_group(self, number: int) -> list[dict]:
         path, group = self._groups[number]
-        with open_parquet(self._fs, path) as file, reading(path):
+        with open_parquet(self._fs, path) as file:
             return file.read_row_group(group, columns=CANDIDATES.names).to_pylist()

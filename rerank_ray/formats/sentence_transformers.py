@@ -31,8 +31,8 @@ from rerank_ray.formats.training_data import (
     share_of,
     text_id,
 )
+from rerank_ray.parquet import open_parquet
 from rerank_ray.records import Candidate, Labels, Query
-from rerank_ray.schema import open_parquet, reading
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 _ROWS_PER_BATCH = 256
@@ -110,7 +110,7 @@ def _rows(path: str, bad: BadLines, parse: Callable[[int | str, dict[str, Any]],
         yield from parsed(path, bad, lambda number, line: parse(number, json_object(line)))
         return
     fs, inner = storage.open_filesystem(path)
-    with open_parquet(fs, inner) as file, reading(inner):
+    with open_parquet(fs, inner) as file:
         row = 0
         for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH):
             for item in batch.to_pylist():

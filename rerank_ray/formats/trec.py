@@ -28,8 +28,8 @@ from rerank_ray.formats.lines import (
     query_text,
     text_field,
 )
+from rerank_ray.parquet import doc_id_path, open_parquet
 from rerank_ray.records import Candidate, Query, Ranking
-from rerank_ray.schema import doc_id_path, open_parquet, reading
 
 # trec_eval separates columns by C's isspace; Python's `split` would also cut ids at no-break and other wide spaces.
 _SPACES = re.compile(r"[ \t\v\f\r]+")
@@ -117,7 +117,7 @@ def check_ids(uri: str) -> None:
     """
     fs, _ = storage.open_filesystem(uri)
     for path in storage.list_files(uri, ".parquet"):
-        with open_parquet(fs, path) as file, reading(path):
+        with open_parquet(fs, path) as file:
             row = 0
             for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=["query_id", doc_id_path(file, path)]):
                 lists = batch["candidates"]

@@ -12,11 +12,12 @@ import numpy as np
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Answer, Attention, Backend, Result
+from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.heads_file import HeadScore, HeadsFile
 from rerank_ray.records import Query
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import CANDIDATES, candidate_list_from_row, inspect_input, read_rows
+from rerank_ray.schema import CANDIDATES, candidate_list_from_row
 from rerank_ray.settings.jobs import DetectHeadsSettings
 
 

@@ -9,8 +9,8 @@ from rerank_ray import storage
 from rerank_ray.errors import InputError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.trec import read_collection
+from rerank_ray.parquet import read_candidates
 from rerank_ray.records import Candidate
-from rerank_ray.schema import read_candidates
 
 
 def holds_candidates(corpus: str) -> bool:

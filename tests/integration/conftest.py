@@ -16,8 +16,8 @@ import pytest
 import ray
 from rich.console import Console
 
+from rerank_ray.parquet import write_candidates
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import write_candidates
 
 
 @pytest.fixture(scope="session")

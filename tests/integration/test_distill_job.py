@@ -20,7 +20,7 @@ from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import training_jobs
 from rerank_ray.models.student import load_student
-from rerank_ray.schema import write_candidates
+from rerank_ray.parquet import write_candidates
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import ModelSettings
 

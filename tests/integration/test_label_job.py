@@ -21,8 +21,9 @@ from rerank_ray import config
 from rerank_ray.audit import audit
 from rerank_ray.errors import RunError
 from rerank_ray.execution import jobs
+from rerank_ray.parquet import read_rows, write_rows
 from rerank_ray.planning import plan
-from rerank_ray.schema import CANDIDATES, LABELS, read_rows, write_rows
+from rerank_ray.schema import CANDIDATES, LABELS
 from rerank_ray.settings.jobs import LabelSettings, RerankSettings
 from rerank_ray.stages import RankStage
 

@@ -8,7 +8,7 @@ from fixtures.rows import make_list
 
 from rerank_ray.cli import main
 from rerank_ray.execution.pipeline import ingest
-from rerank_ray.schema import read_candidates, write_candidates
+from rerank_ray.parquet import read_candidates, write_candidates
 from rerank_ray.settings.pipeline import BeirIngestSettings, MergeIngestSettings
 
 

@@ -20,7 +20,8 @@ from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution.pipeline import run_pipeline
 from rerank_ray.execution.synthesis_job import synthesize
-from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES, inspect_input, read_candidates, read_rows
+from rerank_ray.parquet import inspect_input, read_candidates, read_rows
+from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES
 from rerank_ray.settings.pipeline import PipelineSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
 from rerank_ray.stages import RankStage, WriteStage

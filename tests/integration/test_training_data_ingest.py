@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rerank_ray.cli import main
 from rerank_ray.execution.pipeline import INGESTS, ingest
-from rerank_ray.schema import LABELS, read_rows
+from rerank_ray.parquet import read_rows
+from rerank_ray.schema import LABELS
 from rerank_ray.settings.pipeline import IngestSettings, TevatronIngestSettings
 
 

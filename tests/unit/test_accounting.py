@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures.rows import label_row, make_list, write_labels
 
-from rerank_ray import schema, storage
+from rerank_ray import parquet, schema, storage
 from rerank_ray.accounting import count_output, delete_uncommitted, drop_errors, passed_bounds
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, RunError
@@ -28,7 +28,7 @@ def bad(query_id: str, error: str = "boom") -> dict:
 
 
 def ids_in(folder: Path) -> list[str]:
-    return [row["query_id"] for row in schema.read_rows(str(folder), ["query_id"])]
+    return [row["query_id"] for row in parquet.read_rows(str(folder), ["query_id"])]
 
 
 # Counting
@@ -117,7 +117,7 @@ def test_counts_of_rankings(tmp_path: Path):
         Ranking(query_id="q1", doc_ids=("a", "b"), scores=(2.0, 1.0), model="m", defects=("missing: b",), usage=paid),
         Ranking(query_id="q2", doc_ids=(), scores=None, model="m", defects=("refusal: no",), usage=paid, error="boom"),
     ]
-    schema.write_rows(map(schema.ranking_row, rankings), str(tmp_path), RANKINGS)
+    parquet.write_rows(map(schema.ranking_row, rankings), str(tmp_path), RANKINGS)
     counts = count_output(str(tmp_path), 2)
     assert (counts.ok, counts.errors, counts.pairs, counts.examples) == (1, 1, 2, ["q2: boom"])
     assert counts.usage == asdict(paid + paid)
@@ -129,7 +129,7 @@ def test_failures_per_call_are_unknown_where_a_store_answered(tmp_path: Path):
     """Its answers are not counted as calls, but the unreadable ones among them are as defects."""
     paid = Ranking(query_id="q1", doc_ids=("a",), scores=(1.0,), model="m", usage=Usage(calls=1))
     stored = replace(paid, query_id="q2", defects=("unparsed: x", "unparsed: y"), usage=Usage())
-    schema.write_rows(map(schema.ranking_row, [paid, stored]), str(tmp_path), RANKINGS)
+    parquet.write_rows(map(schema.ranking_row, [paid, stored]), str(tmp_path), RANKINGS)
     counts = count_output(str(tmp_path), 2)
     assert counts.rows_without_calls == 1
     assert counts.rates()["parse_failure"] == {"per_call": None, "rows_affected": 0.5}
@@ -188,7 +188,7 @@ def test_only_good_rows_stay_in_data_and_checkpoint(run: tuple[Path, Path]):
     assert sorted(ids_in(data)) == ["q1", "q3", "q6"]
     assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
     assert sorted(p.name for p in data.iterdir()) == ["a_000.parquet", "c_000.parquet"]
-    assert next(schema.read_rows(str(data), LABELS.names))["scores"] == [1.0, 2.0, 3.0]
+    assert next(parquet.read_rows(str(data), LABELS.names))["scores"] == [1.0, 2.0, 3.0]
 
 
 def test_a_second_call_changes_nothing(run: tuple[Path, Path]):

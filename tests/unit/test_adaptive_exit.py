@@ -26,10 +26,11 @@ from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.engine import BatchRunner, group_in_order
 from rerank_ray.models.exit_margins import segments_of, settle
 from rerank_ray.models.student import Student
+from rerank_ray.parquet import read_rows
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import LABELS, read_rows
+from rerank_ray.schema import LABELS
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.models import CrossEncoderSettings
 from rerank_ray.settings.rankers import CrossEncoderRankerSettings

@@ -20,10 +20,11 @@ from rerank_ray.audit import audit
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.metrics.evaluation import evaluate_rankings
+from rerank_ray.parquet import read_candidates, read_rows, write_rows
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores, Usage, with_gains
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import CANDIDATES, LABELS, candidate_row, label_columns, read_candidates, read_rows, write_rows
+from rerank_ray.schema import CANDIDATES, LABELS, candidate_row, label_columns
 from rerank_ray.selectivity import threshold_for
 from rerank_ray.settings.models import FakeSettings
 from rerank_ray.settings.rankers import CrossEncoderRankerSettings, SelectiveSettings

@@ -17,9 +17,10 @@ from rerank_ray.combine import combine
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.execution.jobs import combine_runs
+from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import CandidateList
-from rerank_ray.schema import LABELS, inspect_input, labels_from_row, read_rows
+from rerank_ray.schema import LABELS, labels_from_row
 from rerank_ray.settings.jobs import CombineSettings
 
 NAN = math.nan

@@ -21,8 +21,9 @@ from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.distill.tasks import gains_of
 from rerank_ray.errors import InputError
 from rerank_ray.formats.training_data import TrainingLists
+from rerank_ray.parquet import write_candidates
 from rerank_ray.records import Candidate, Query
-from rerank_ray.schema import LABELS, write_candidates
+from rerank_ray.schema import LABELS
 from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
 
 # Rows

@@ -13,7 +13,7 @@ import pytest
 from fixtures.full_disk import full_disk
 from rich.console import Console
 
-from rerank_ray import cli, schema
+from rerank_ray import cli, parquet, schema
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.evaluate import SourceKind, evaluate_sources, load_rankings, print_report
 from rerank_ray.execution import pipeline
@@ -47,7 +47,7 @@ def qrels(tmp_path: Path) -> str:
 
 
 def write_run(folder: Path, rows: list[dict], layout: object) -> str:
-    schema.write_rows(rows, str(folder / "data"), layout, rows_per_file=2)
+    parquet.write_rows(rows, str(folder / "data"), layout, rows_per_file=2)
     (folder / "run.json").write_text('{"kind": "label", "state": "done"}')
     return str(folder)
 
@@ -60,7 +60,7 @@ def test_every_kind_of_source(tmp_path: Path, qrels: str) -> None:
     The TREC run's rank column says c a for q1 although a stands first -> 1/3.
     """
     candidates = tmp_path / "candidates"
-    schema.write_rows(
+    parquet.write_rows(
         [candidate_row("q1"), candidate_row("q2"), candidate_row("q8")], str(candidates), schema.CANDIDATES
     )
     labels = write_run(
@@ -110,14 +110,14 @@ def test_beir_qrels(tmp_path: Path) -> None:
     path = tmp_path / "test.tsv"
     path.write_text("query-id\tcorpus-id\tscore\nq1\tb\t1\n")
     folder = tmp_path / "first"
-    schema.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
+    parquet.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
     report = evaluate_sources([str(folder)], qrels=str(path), metrics=["mrr"])
     assert report.systems["first"].result.means == {"mrr": 0.5}
 
 
 def test_lists_named_item_and_texts_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Older writers name the list's group 'item'; in both layouts just the ids are decoded."""
-    schema.write_rows([candidate_row("q1")], str(tmp_path / "new"), schema.CANDIDATES)
+    parquet.write_rows([candidate_row("q1")], str(tmp_path / "new"), schema.CANDIDATES)
     table = pq.read_table(tmp_path / "new" / "part-00000.parquet")
     item_type = schema.CANDIDATES.field("candidates").type.value_field.with_name("item")
     index = table.schema.get_field_index("candidates")
@@ -192,7 +192,7 @@ def test_systems_that_differ_are_compared_on_a_single_query(tmp_path: Path) -> N
 def test_names(tmp_path: Path) -> None:
     """An existing path with '=' in it is a path, not a name."""
     folder = tmp_path / "date=2020"
-    schema.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
+    parquet.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
     assert load_rankings(str(folder)).name == "date=2020"
     assert load_rankings(f"{folder}/part-00000.parquet").name == "part-00000"
 
@@ -200,7 +200,7 @@ def test_names(tmp_path: Path) -> None:
 def test_names_of_sources(tmp_path: Path, qrels: str) -> None:
     """`NAME=PATH` of a command, and any name at all of a config; a URI has its own `:` and `/`."""
     folder = tmp_path / "date=2020"
-    schema.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
+    parquet.write_rows([candidate_row("q1")], str(folder), schema.CANDIDATES)
     given = [str(folder), f"bm25={folder}", f"remote={folder.as_uri()}"]
     assert list(evaluate_sources(given, qrels=qrels).systems) == ["date=2020", "bm25", "remote"]
     named = {"BM25: tuned": str(folder), "student (k=10)": folder.as_uri()}

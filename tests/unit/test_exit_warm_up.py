@@ -19,8 +19,8 @@ from rerank_ray.distill.metrics_log import summary_line
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.train import Trainer, train
 from rerank_ray.models.student import Student, adapt, new_student
+from rerank_ray.parquet import write_candidates
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import write_candidates
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.optimizer import OptimizerSettings
 from rerank_ray.settings.student import ExitWarmUpSettings, StudentSettings

@@ -15,7 +15,7 @@ from fixtures.rows import make_list
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rerank_ray import schema
+from rerank_ray import parquet, schema
 from rerank_ray.errors import InputError
 from rerank_ray.formats import beir, hits, trec
 from rerank_ray.formats.lines import LISTED_BAD_LINES, BadLines, text_lines
@@ -403,8 +403,8 @@ def test_only_commands_with_the_option_recommend_it(tmp_path: Path):
 def test_ids_that_a_run_cannot_hold_are_found_before_ranking(tmp_path: Path, query_id: str, doc_id: str, said: str):
     odd = CandidateList(query=Query(query_id=query_id, text="q"), candidates=(Candidate(doc_id=doc_id, text="t"),))
     rows = [schema.candidate_row(make_list("q0", 3)), schema.candidate_row(odd)]
-    schema.write_rows(rows[:1], str(tmp_path / "good"), schema.CANDIDATES)
+    parquet.write_rows(rows[:1], str(tmp_path / "good"), schema.CANDIDATES)
     trec.check_ids(str(tmp_path / "good"))
-    schema.write_rows(rows, str(tmp_path / "bad"), schema.CANDIDATES)
+    parquet.write_rows(rows, str(tmp_path / "bad"), schema.CANDIDATES)
     with pytest.raises(InputError, match=said):
         trec.check_ids(str(tmp_path / "bad"))

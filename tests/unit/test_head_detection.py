@@ -14,13 +14,14 @@ from fixtures.tiny_models import tiny_llama_folder
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.fake import Fake
+from rerank_ray.parquet import write_candidates, write_rows
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.head_detection import Detection, contrast, detect_heads, score_heads
 from rerank_ray.ranking.heads_file import load_heads
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.runs import INGEST_UNFINISHED
-from rerank_ray.schema import CANDIDATES, candidate_row, write_candidates, write_rows
+from rerank_ray.schema import CANDIDATES, candidate_row
 from rerank_ray.settings.jobs import DetectHeadsSettings
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import CoReHeadsSettings, ICRSettings

@@ -20,6 +20,7 @@ BRACKETS = [
     ["errors", "records", "uncertainty"],
     ["storage"],
     ["schema", "config"],
+    ["parquet"],
     ["settings", "runs"],
     ["formats", "prompts", "models", "losses", "metrics", "report"],
     ["retrieval", "label_store"],

@@ -12,7 +12,7 @@ import pytest
 from fixtures.full_disk import full_disk
 
 from rerank_ray import ingest as ingest_module
-from rerank_ray import schema
+from rerank_ray import parquet, schema
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.formats import hits
 from rerank_ray.formats.lines import BadLines
@@ -52,7 +52,7 @@ def hits_entry(query_id: str, *doc_ids: str) -> dict:
 
 def rows(out: Path) -> dict[str, list[tuple]]:
     return {
-        c.query.query_id: [(x.doc_id, x.text, x.label) for x in c.candidates] for c in schema.read_candidates(str(out))
+        c.query.query_id: [(x.doc_id, x.text, x.label) for x in c.candidates] for c in parquet.read_candidates(str(out))
     }
 
 
@@ -61,7 +61,7 @@ def test_beir_takes_the_splits_queries_and_lists_the_one_for_which_nothing_is_fo
     out = tmp_path / "out"
     summary = ingest_beir(str(beir_folder), "test", 10, str(out), instruction="Find animals")
     assert rows(out) == {"q1": [("d2", "a dog and a cat", 2.0), ("d1", "a cat sat", None)]}
-    (row,) = schema.read_candidates(str(out))
+    (row,) = parquet.read_candidates(str(out))
     assert row.query.instruction == "Find animals"
     assert [c.title for c in row.candidates] == ["Dogs", None]
     assert row.candidates[0].score > row.candidates[1].score > 0
@@ -244,7 +244,7 @@ def test_parts_of_an_overwrite_that_was_killed_are_neither_read_nor_kept(tmp_pat
     out = tmp_path / "out"
     ingest_hits([write_lines(tmp_path / "old.jsonl", hits_entry("q1", "d1"))], out=str(out))
     (out / "part-00003.parquet.new").write_bytes((out / "part-00000.parquet").read_bytes())
-    assert schema.inspect_input(resolve_input(str(out)), schema.CANDIDATES).rows == 1
+    assert parquet.inspect_input(resolve_input(str(out)), schema.CANDIDATES).rows == 1
     ingest_hits([write_lines(tmp_path / "new.jsonl", hits_entry("q2", "d1"))], out=str(out), overwrite=True)
     assert [p.name for p in sorted(out.iterdir())] == ["ingest.json", "lock", "part-00000.parquet"]
     assert list(rows(out)) == ["q2"]
@@ -327,7 +327,7 @@ def ndcg_at_10(out: Path, qrels_path: Path) -> float:
         return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:10], start=1))
 
     qrels = read_qrels(str(qrels_path), BadLines())
-    found = {c.query.query_id: [x.doc_id for x in c.candidates] for c in schema.read_candidates(str(out))}
+    found = {c.query.query_id: [x.doc_id for x in c.candidates] for c in parquet.read_candidates(str(out))}
     values = []
     for query_id, gains in qrels.items():
         actual = dcg([gains.get(doc_id, 0.0) for doc_id in found.get(query_id, [])])

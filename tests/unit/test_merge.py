@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rerank_ray.errors import InputError, RowError
 from rerank_ray.formats.merge import read_merged
 from rerank_ray.ingest import ingest_merge
+from rerank_ray.parquet import read_candidates, write_candidates
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import read_candidates, write_candidates
 
 
 def a_list(query_id: str, *doc_ids: str, gains: dict[str, float] | None = None) -> CandidateList:

@@ -24,10 +24,11 @@ from rerank_ray.models.engine import padded_length
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.prepacked import PrepackedLinear
+from rerank_ray.parquet import inspect_input, write_candidates, write_rows
 from rerank_ray.planning import Forecast, compare, load_job, plan, print_forecast
 from rerank_ray.ranking.rankers import Ranker, preflight
 from rerank_ray.runs import RunFolder
-from rerank_ray.schema import CANDIDATES, candidate_row, inspect_input, write_candidates, write_rows
+from rerank_ray.schema import CANDIDATES, candidate_row
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings, StoreSettings
 from rerank_ray.settings.models import HFCausalSettings
 

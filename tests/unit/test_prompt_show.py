@@ -19,10 +19,11 @@ from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
+from rerank_ray.parquet import write_candidates
 from rerank_ray.prompt import show
 from rerank_ray.prompts.render import builtin_templates, load_template
 from rerank_ray.records import Candidate, CandidateList, Query
-from rerank_ray.schema import CANDIDATES, candidate_row, labels_from_row, write_candidates
+from rerank_ray.schema import CANDIDATES, candidate_row, labels_from_row
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.stages import RankStage
 

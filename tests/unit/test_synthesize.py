@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from rerank_ray import config
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.models.protocol import Answer, Failure
+from rerank_ray.parquet import write_candidates
 from rerank_ray.prompt import show
 from rerank_ray.prompts.parse.words import parse_query
 from rerank_ray.prompts.render import Template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.write_query import QueryWriter, passage_of
 from rerank_ray.records import Candidate, CandidateList, DefectKind, Query, Usage
-from rerank_ray.schema import PASSAGES, WRITTEN_QUERIES, write_candidates
+from rerank_ray.schema import PASSAGES, WRITTEN_QUERIES
 from rerank_ray.settings.synthesize import QueryWriterSettings, SynthesizeSettings
 from rerank_ray.stages import WriteStage
 from rerank_ray.synthesize import (

@@ -18,8 +18,8 @@ from rerank_ray import cli
 from rerank_ray.convert import convert
 from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.ingest_labels import ingest_lists, ingest_rank_distillm, ingest_triples
+from rerank_ray.parquet import write_candidates
 from rerank_ray.records import Candidate, CandidateList, Labels, Query
-from rerank_ray.schema import write_candidates
 
 
 def candidate(doc_id: str, text: str, label: float | None = None, title: str | None = None) -> Candidate:
