@@ -89,6 +89,62 @@ WRITTEN_QUERIES = _versioned(
 # Rows to records
 
 
+def with_readable_texts(table: pa.Table) -> tuple[pa.Table, dict[int, RowError]]:
+    """The table, and a fault for each row that holds a string which is not UTF-8.
+
+    Parquet files of other writers can, and Arrow reads them without looking. Such a row comes back with U+FFFD in the
+    place of what is none.
+    """
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid:
+        raw = table.cast(pa.schema([field.with_type(_as_bytes(field.type)) for field in table.schema])).to_pylist()
+        faults = {row: fault for row, columns in enumerate(raw) if (fault := _unreadable(columns))}
+        table = pa.Table.from_pylist([_decoded(columns) for columns in raw], schema=table.schema)
+        return table, faults
+    return table, {}
+
+
+def _as_bytes(of: pa.DataType) -> pa.DataType:
+    """The same type with bytes in the place of strings."""
+    if pa.types.is_string(of):
+        return pa.binary()
+    if pa.types.is_list(of):
+        return pa.list_(of.value_field.with_type(_as_bytes(of.value_type)))
+    if pa.types.is_struct(of):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in of])
+    return of
+
+
+def _decoded(value: object) -> object:
+    """A row, or what one holds, with text in the place of bytes."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _decoded(item) for name, item in value.items()}
+    return value
+
+
+def _unreadable(row: dict) -> RowError | None:
+    """What is wrong with the first string of a row of bytes that is not UTF-8."""
+    places = {f"'{name}'": value for name, value in row.items()}
+    for number, candidate in enumerate(row.get("candidates") or ()):
+        places |= {f"candidate {number}: '{name}'": value for name, value in (candidate or {}).items()}
+    for place, value in places.items():
+        if isinstance(value, bytes):
+            try:
+                value.decode()
+            except UnicodeDecodeError as error:
+                query_id = _decoded(row["query_id"])
+                return RowError(
+                    f"query {query_id!r}: {place} is not UTF-8 ({error.reason} at byte {error.start}): write the "
+                    "input again in UTF-8"
+                )
+    return None
+
+
 def candidate_list_from_row(row: dict) -> CandidateList:
     """Build a candidate list from a row of the `candidates` columns, checking everything the contract promises.
 

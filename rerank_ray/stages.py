@@ -24,6 +24,7 @@ from rerank_ray.schema import (
     candidate_list_from_row,
     label_columns,
     ranking_row,
+    with_readable_texts,
 )
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings
@@ -55,8 +56,8 @@ class RankStage(_Stage):
         self._to_table = {"labels": self._labels, "rankings": self._rankings}[output]
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        table = table.select(CANDIDATES.names)
-        parsed = [_parse(row) for row in table.to_pylist()]
+        table, unreadable = with_readable_texts(table.select(CANDIDATES.names))
+        parsed = [unreadable.get(number) or _parse(row) for number, row in enumerate(table.to_pylist())]
         good = [p for p in parsed if isinstance(p, CandidateList)]
         outcomes = iter(self._rank(good))
         results = [next(outcomes) if isinstance(p, CandidateList) else str(p) for p in parsed]
@@ -64,7 +65,8 @@ class RankStage(_Stage):
 
     def failed(self, table: pa.Table, error: str) -> pa.Table:
         """Output rows that say why none of these rows was tried."""
-        return self._to_table(table.select(CANDIDATES.names), [error] * table.num_rows)
+        table, _ = with_readable_texts(table.select(CANDIDATES.names))
+        return self._to_table(table, [error] * table.num_rows)
 
     def _labels(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
         rows = [

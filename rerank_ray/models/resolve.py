@@ -19,6 +19,8 @@ from rerank_ray.settings.models import ModelSettings
 
 PACKAGE_SCHEME = "package://"
 _DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 256, 16 << 10
+_MODULE_CONFIGS = "[0-9]*_*/config.json"
+"""What sentence-transformers keeps beside a model: how its states are pooled."""
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
@@ -188,10 +190,12 @@ def _digest(path: Path) -> str:
     take longer than loading it.
     """
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    root, files = path.parent, [path]
+    if path.is_dir():
+        root, files = path, sorted(f for f in (*path.iterdir(), *path.glob(_MODULE_CONFIGS)) if f.is_file())
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
+        digest.update(f"{file.relative_to(root).as_posix()}:{size}:".encode())
         with file.open("rb") as stream:
             for start in range(0, size, max(_DIGEST_BLOCK_BYTES, size // _DIGEST_BLOCKS)):
                 stream.seek(start)

@@ -265,6 +265,21 @@ def test_the_identity_is_that_of_the_files(tiny_llama: Path, tmp_path: Path):
     assert resolve(ModelSettings(path=str(tmp_path / "m"))).identity.split("@")[1] != digest
 
 
+def test_how_an_embedding_model_pools_is_part_of_its_identity(tiny_llama: Path, tmp_path: Path):
+    """sentence-transformers keeps that in a folder beside the model; what training leaves there is no part of it."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_llama, folder)
+
+    def identity(file: str, content: str) -> str:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(content)
+        return resolve(ModelSettings(path=str(folder))).identity
+
+    mean = identity("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true}')
+    assert identity("checkpoint-500/config.json", "{}") == mean
+    assert identity("1_Pooling/config.json", '{"pooling_mode_cls_token": true}') != mean
+
+
 def test_a_tensor_in_the_middle_of_a_large_file_changes_the_identity(tmp_path: Path):
     """LoRA merged into some layers leaves embeddings and the last layers as they were."""
     file = tmp_path / "model.gguf"

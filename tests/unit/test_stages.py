@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 from fixtures.rows import make_list
@@ -27,7 +29,50 @@ def stage_input() -> pa.Table:
     return table.append_column("mine", pa.array(range(len(rows))))
 
 
+ITEM = CANDIDATES.field("candidates").type.value_type
 FAILING = CrossEncoderRankerSettings(model=FakeSettings(fail_on="unanswerable"))
+
+
+def in_latin_1(value):
+    """What `candidate_row` gives, with bytes in the place of text."""
+    if isinstance(value, str):
+        return value.encode("latin-1")
+    if isinstance(value, list):
+        return [in_latin_1(item) for item in value]
+    return {name: in_latin_1(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def latin_1_table() -> pa.Table:
+    """Candidate rows, of which two aren't UTF-8, as Arrow takes them from a Parquet file: without looking."""
+    text = make_list("text")
+    text = replace(text, candidates=(*text.candidates[:2], replace(text.candidates[2], text="café")))
+    query = make_list("query")
+    query = replace(query, query=replace(query.query, text="¿qué?"))
+    item = pa.struct([(f.name, pa.binary() if pa.types.is_string(f.type) else f.type) for f in ITEM])
+    binary = [(name, pa.list_(item) if name == "candidates" else pa.binary()) for name in CANDIDATES.names]
+    rows = [in_latin_1(candidate_row(c)) for c in (make_list("good"), text, query)]
+    return pa.Table.from_pylist(rows, schema=pa.schema(binary)).cast(CANDIDATES, safe=False)
+
+
+@pytest.mark.parametrize("output", ["labels", "rankings"])
+def test_a_row_that_is_not_utf8_becomes_a_row_with_an_error(output):
+    """It, and not the job, fails; what is written can be read."""
+    table = latin_1_table()
+    stage = RankStage(CrossEncoderRankerSettings(model=FakeSettings()), output)
+    for result in (stage(table), stage.failed(table, "not tried")):
+        result.validate(full=True)
+        assert result["query_id"].to_pylist() == ["good", "text", "query"]
+    good, text, query = stage(table)["error"].to_pylist()
+    assert good is None
+    assert text == (
+        "query 'text': candidate 2: 'text' is not UTF-8 (unexpected end of data at byte 3): write the input again in "
+        "UTF-8"
+    )
+    assert query.startswith("query 'query': 'query' is not UTF-8 (invalid start byte at byte 0)")
+    if output == "labels":
+        written = stage(table).to_pylist()
+        assert written[1]["candidates"][2]["text"] == "caf\N{REPLACEMENT CHARACTER}"
+        assert labels_from_row(written[0]).candidate_list == make_list("good")
 
 
 def test_a_label_stage_gives_one_row_for_each():
