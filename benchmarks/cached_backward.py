@@ -97,7 +97,7 @@ def measure(student: str, backward: str, count: int, file: str) -> dict[str, flo
     started = time.process_time()
     trainer.forward_backward(data)
     measured = {"seconds": time.process_time() - started, "mib": largest_resident_mib() - before}
-    torch.save(torch.cat([p.grad.flatten() for p in trainer.trained if p.grad is not None]), file)
+    torch.save(torch.cat([p.grad.to_dense().flatten() for p in trainer.trained if p.grad is not None]), file)
     return measured
 
 

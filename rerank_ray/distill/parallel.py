@@ -70,6 +70,10 @@ class Replicas:
         self._world = world
         if world.size > 1:
             self.model = nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
+        elif next(scorer.parameters()).device.type == "cpu":
+            # Or each micro-batch's gradient would be as large as the vocabulary, and mostly zeros. On a GPU the CPU
+            # would wait for the number of rows.
+            self._student.pretrained.get_input_embeddings().sparse = True
 
     def forwards(self, *counts: int) -> tuple[int, ...]:
         """How many forward passes to make, where this worker has so many of its own."""
@@ -90,6 +94,9 @@ class Replicas:
 
     def step(self) -> torch.Tensor | float:
         """Clip the gradient, take the optimizer's step and drop the gradient; returns its norm before clipping."""
+        for parameter in self._student.parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -36,6 +36,7 @@ from rerank_ray.distill.targets import Targets, Term, objective, term_names, val
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.models import engine
 from rerank_ray.models.student import Encoded, Student, trained_parameters
+from rerank_ray.models.training_attention import attention_for_training
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
 
@@ -254,7 +255,7 @@ class Trainer:
             chunk = chunks[number if own else 0]
             # Around the backward pass too: with checkpoints it computes layers again.
             with (
-                engine.attention_for_training(self.device, chunk.pairs.longest),
+                attention_for_training(self.device, chunk.pairs.longest),
                 self.parallel.accumulate(last=number == count - 1),
             ):
                 terms = self._objective(chunk, is_cached)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rerank_ray.models.packing import register_packed
+from rerank_ray.models.training_attention import attention
 
 GATED = "rerank_ray_gated"
 
@@ -56,9 +57,7 @@ def gated_attention(
     unused = -(head_dim + 1) % width_multiple(query.device)
     query, key = (nn.functional.pad(states, (0, unused)) for states in (query, key))
     value = nn.functional.pad(value, (0, 1 + unused))
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale
-    )
+    output = attention(query, key, value, attention_mask, scale=scale, dropout=dropout)
     return output[..., :head_dim].transpose(1, 2), None
 
 

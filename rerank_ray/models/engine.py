@@ -9,11 +9,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Answer, Generate, LogLikelihood, NextToken
@@ -31,7 +30,6 @@ _CPU_TOKENS_PER_BATCH = 4096
 GPU_TOKENS_PER_BATCH = 65536
 LLM_TOKENS_IN_CACHE = 1024
 """Of an LLM's activations a core's cache holds those of about so many tokens."""
-_LONGEST_UNFUSED = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
@@ -75,23 +73,6 @@ def use_threads(cpus: float, gpus: float) -> None:
     """Give torch a thread for each CPU that a worker has, at least one; with a GPU torch's own choice stays."""
     if not gpus:
         torch.set_num_threads(max(1, int(cpus)))
-
-
-@contextmanager
-def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
-    """On the CPU, attention as plain matrix products within: the fused kernel's backward pass takes longer there than
-    the rest of a training step together. Sequences longer than 512 tokens keep it: their products take much memory."""
-    if device.type != "cpu" or length > _LONGEST_UNFUSED:
-        yield
-        return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    # In bfloat16, as the fused kernel has it; otherwise the products are in float32. The setting is the CPU's too.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

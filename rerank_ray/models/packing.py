@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rerank_ray.models.training_attention import attention, is_taken_apart
+
 PACKED = "rerank_ray_packed"
 PACKABLE = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 """Model types whose layers attend to the whole sequence and take a token's position from `position_ids` alone."""
@@ -111,4 +113,24 @@ def register_packed(name: str, attention: Callable) -> None:
     _PACKED_ATTENTION.add(name)
 
 
-register_packed(PACKED, sdpa_attention_forward)
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options,
+) -> tuple[torch.Tensor, None]:
+    """transformers' call of PyTorch's attention, and of its plain form where that is in force."""
+    if getattr(module, "is_causal", False) or not is_taken_apart(query.device):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+        )
+    output = attention(query, key, value, attention_mask, scale=scaling, dropout=dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+register_packed(PACKED, _attention)

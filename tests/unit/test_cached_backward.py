@@ -18,7 +18,7 @@ def gradients(trainer: Trainer) -> list[torch.Tensor]:
     trainer.student.train()
     torch.manual_seed(7)
     trainer.forward_backward(trainer.step_data(0))
-    return [p.grad for p in trainer.student.parameters() if p.grad is not None]
+    return [p.grad.to_dense() for p in trainer.student.parameters() if p.grad is not None]
 
 
 CACHED = {

@@ -193,42 +193,6 @@ def test_right_pad():
     assert lengths.tolist() == [1, 3]
 
 
-def test_attention_for_training_is_the_fused_one_taken_apart():
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(3))
-    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool)
-    mask[1, :, :, 13:] = False
-
-    def gradients() -> list[torch.Tensor]:
-        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return [output, *torch.autograd.grad(output.sin().sum(), (query, key, value))]
-
-    expected = gradients()
-    with engine.attention_for_training(CPU, 20):
-        assert not torch.backends.cuda.flash_sdp_enabled()
-        found = gradients()
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_attention_for_training_leaves_no_setting_behind():
-    def in_force() -> tuple[bool, bool]:
-        return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-
-    def failing_step() -> None:
-        with engine.attention_for_training(CPU, 20):
-            assert in_force() == (False, True)
-            raise RuntimeError("a step that fails")
-
-    before = in_force()
-    with pytest.raises(RuntimeError, match="a step that fails"):
-        failing_step()
-    assert in_force() == before
-    for device, length in ((torch.device("meta"), 20), (CPU, 4096)):
-        with engine.attention_for_training(device, length):
-            assert in_force() == before
-
-
 def test_the_next_item_is_prepared_while_the_caller_works():
     """The thread is at the second item before the first one's result is used, and no further ahead than that."""
     started = [threading.Event() for _ in range(4)]

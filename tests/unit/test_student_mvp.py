@@ -288,7 +288,7 @@ def test_a_list_is_never_divided(labels: str, tiny_t5: Path):
     for tokens in (16, 8192):
         of_run = trainer(labels, tiny_t5, tokens_per_micro_batch=tokens, tokens_per_backward=tokens, backward="plain")
         losses = of_run.forward_backward(of_run.step_data(0))
-        gradients = [p.grad for p in of_run.student.parameters() if p.grad is not None]
+        gradients = [p.grad.to_dense() for p in of_run.student.parameters() if p.grad is not None]
         results.append((losses["total"], gradients))
     (small, small_gradients), (large, large_gradients) = results
     torch.testing.assert_close(small, large)

@@ -316,12 +316,35 @@ def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
         trainer = Trainer(chosen, World(), None)
         trainer.student.train()
         trainer.forward_backward(trainer.step_data(0))
-        return [p.grad for p in trainer.student.parameters() if p.grad is not None]
+        return [p.grad.to_dense() for p in trainer.student.parameters() if p.grad is not None]
 
     one, many = gradients(100_000), gradients(32)
     assert len(one) > 40
     for a, b in zip(one, many, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_the_words_gradient_is_of_the_steps_words_alone(labels: str, tiny_bert: Path):
+    """On a CPU it is kept as their rows until the optimizer's step, which is the one that a whole matrix would give."""
+
+    def one_step(sparse: bool) -> tuple[Trainer, torch.Tensor]:
+        trainer = Trainer(settings(labels, tiny_bert, student={"dropout": 0.0}), World(), None)
+        words = trainer.student.pretrained.get_input_embeddings()
+        assert words.sparse
+        words.sparse = sparse
+        trainer.student.train()
+        trainer.forward_backward(trainer.step_data(0))
+        assert words.weight.grad.is_sparse == sparse
+        gradient = words.weight.grad.to_dense().clone()
+        trainer.parallel.step()
+        return trainer, gradient
+
+    (rows, of_rows), (whole, of_whole) = one_step(True), one_step(False)
+    torch.testing.assert_close(of_rows, of_whole, atol=1e-7, rtol=1e-5)
+    untouched = (of_rows == 0).all(1)
+    assert 0 < untouched.sum() < len(untouched)
+    for a, b in zip(rows.student.parameters(), whole.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

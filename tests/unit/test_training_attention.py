@@ -1,0 +1,87 @@
+"""Attention as training computes it on a CPU: the fused kernel's, taken apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from rerank_ray.models.training_attention import attention, attention_for_training
+
+CPU = torch.device("cpu")
+FUSED = "ScaledDotProductFlashAttentionForCpuBackward0"
+ALLOWED = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+ALLOWED[1, :, :, 13:] = False
+BIAS = torch.linspace(-3, 3, 400).view(20, 20)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Query, key and value [2, 4, 20, 8]."""
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, 4, 20, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+
+
+@pytest.mark.parametrize("attend", [attention, scaled_dot_product_attention])
+@pytest.mark.parametrize("mask", [None, ALLOWED, BIAS], ids=["all", "padded", "biased"])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_it_is_the_fused_one_taken_apart(attend, mask: torch.Tensor | None, scale: float | None):
+    """Output and gradients are the same, of what calls PyTorch's attention itself too."""
+    leaves = inputs()
+
+    def output_and_gradients(attend) -> list[torch.Tensor]:
+        output = attend(*leaves, mask, scale=scale)
+        return [output, *torch.autograd.grad(output.sin().sum(), leaves)]
+
+    expected = output_and_gradients(scaled_dot_product_attention)
+    with attention_for_training(CPU, 20):
+        found = output_and_gradients(attend)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_leaves_weights_out_and_scales_the_rest():
+    """With values of 1 each output is its kept weights' sum over 1 − p: 1 on average, and not always."""
+    query, key, value = inputs()
+    with attention_for_training(CPU, 20), torch.no_grad():
+        output = attention(query, key, torch.ones_like(value), None, dropout=0.5)
+    assert output.mean().item() == pytest.approx(1.0, abs=0.15)
+    assert output.std().item() > 0.1
+
+
+def test_what_a_row_may_not_attend_to_has_no_part_in_bfloat16():
+    """Nor has a row that may attend to nothing, as padding in front of a causal model's texts, any NaN."""
+    query, key, value = inputs(torch.bfloat16)
+    mask = ALLOWED.clone()
+    mask[1, :, 4] = False
+    with attention_for_training(CPU, 20):
+        output = attention(query, key, value, mask)
+        gradient = torch.autograd.grad(output.sum(), key, retain_graph=True)[0]
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+    assert gradient.isfinite().all()
+    seen = torch.autograd.grad(output[1, :, :4].sum(), value)[0]
+    assert not seen[1, :, 13:].any()
+    assert seen[1, :, :13].all()
+
+
+def test_it_ends_with_its_context():
+    """Also when a step fails; other devices and long sequences keep the fused kernel."""
+
+    def in_force() -> tuple[bool, bool]:
+        fused = [a(*inputs(), None).grad_fn.name() == FUSED for a in (attention, scaled_dot_product_attention)]
+        assert fused[0] == fused[1]
+        return fused[0], torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+    def failing_step() -> None:
+        with attention_for_training(CPU, 20):
+            assert in_force() == (False, True)
+            raise RuntimeError("a step that fails")
+
+    before = in_force()
+    assert before[0]
+    with pytest.raises(RuntimeError, match="a step that fails"):
+        failing_step()
+    assert in_force() == before
+    for device, length in ((torch.device("meta"), 20), (CPU, 4096)):
+        with attention_for_training(device, length):
+            assert in_force() == before
