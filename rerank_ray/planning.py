@@ -176,7 +176,10 @@ def compare(
     """
     if not storage.exists(run.path(FILE)):
         return None
-    forecast = Forecast(**json.loads(storage.read_text(run.path(FILE))))
+    try:
+        forecast = Forecast(**json.loads(storage.read_text(run.path(FILE))))
+    except TypeError:  # one of another version
+        return None
     if forecast.job != _job_digest(settings, fingerprint):
         return None
     predicted = {name: round(value, 2) for name, value in forecast.work(rows).items()}

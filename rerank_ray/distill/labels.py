@@ -164,11 +164,11 @@ class LabelSet:
         random = np.random.default_rng([seed, epoch])
         numbers = self.train[:, 0]
         shuffled_groups = random.permutation(np.unique(numbers))
-        windows = []
-        for start in range(0, len(shuffled_groups), _GROUPS_PER_WINDOW):
-            window = shuffled_groups[start : start + _GROUPS_PER_WINDOW]
-            windows.append(random.permutation(self.train[np.isin(numbers, window)]))
-        return np.concatenate(windows)
+        window_of_group = np.empty(len(self.groups), dtype=np.int64)
+        window_of_group[shuffled_groups] = np.arange(len(shuffled_groups)) // _GROUPS_PER_WINDOW
+        window = window_of_group[numbers]
+        windows = np.split(self.train[np.argsort(window, kind="stable")], np.cumsum(np.bincount(window))[:-1])
+        return np.concatenate([random.permutation(rows) for rows in windows])
 
     def reader(self) -> RowReader[Labels]:
         return RowReader(self.groups, LABELS, labels_from_row)

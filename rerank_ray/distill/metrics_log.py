@@ -9,16 +9,21 @@ from tensorboardX import SummaryWriter
 from rerank_ray import storage
 from rerank_ray.report.tables import duration
 
+FILE = "metrics.jsonl"
+
 
 class MetricsLog:
     """Appends lines of metrics to the run folder; a resumed run drops what came after its checkpoint.
 
+    A local file is appended to. On an object store, where that can't be, the file is written whole at each validation.
     TensorBoard events are written when the run folder is local (its writer needs a file to append to).
     """
 
     def __init__(self, run_uri: str) -> None:
-        self._path = storage.join(run_uri, "metrics.jsonl")
-        self._lines = storage.read_text(self._path).splitlines() if storage.exists(self._path) else []
+        self._path = storage.join(run_uri, FILE)
+        self._lines = written_lines(self._path)
+        self._file = storage.local_path(self._path)
+        self._is_whole = False
         folder = storage.local_path(storage.join(run_uri, "tensorboard"))
         self._board = SummaryWriter(str(folder)) if folder else None
 
@@ -26,12 +31,24 @@ class MetricsLog:
         step = metrics["step"]
         while self._lines and json.loads(self._lines[-1])["step"] >= step:
             del self._lines[-1]
+            self._is_whole = False
         self._lines.append(json.dumps(metrics))
-        storage.write_text(self._path, "\n".join(self._lines) + "\n")
+        if self._file and self._is_whole:
+            with storage.writing(self._path), self._file.open("a") as file:
+                file.write(self._lines[-1] + "\n")
+        elif self._file or step < 0 or any(name.startswith("validation_") for name in metrics):
+            storage.write_text(self._path, "\n".join(self._lines) + "\n")
+            self._is_whole = True
         if self._board:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
+
+
+def written_lines(path: str) -> list[str]:
+    """The file's lines so far. The last one may be half there: it is being written, or its process was killed."""
+    text = storage.read_text(path) if storage.exists(path) else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def policy_summary_line(metrics: dict) -> str:

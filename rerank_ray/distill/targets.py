@@ -183,6 +183,8 @@ def _teaches(prepared: _Prepared, term: LossSettings) -> torch.Tensor:
     mask, positives, needs = prepared.mask, prepared.positives, NEEDS[term.loss]
     if needs == "ordered negatives":
         return differ(prepared.order, mask & ~positives)
+    if needs == "differing gains":
+        return differ(prepared.values.clamp(min=0.0), mask)
     if term.target != "gains" or needs == "differing targets":
         # Without a preference of the teacher, which candidates come first is chance.
         return differ(prepared.values, mask)
@@ -196,6 +198,9 @@ NEEDS = dict.fromkeys(_LOSSES, "differing targets") | {
     "lce": "positive and negative",
     "bce": "candidates",
     "cprd": "ordered negatives",
+    "lambdarank": "differing gains",
+    "ndcg_loss2": "differing gains",
+    "ndcg_loss2pp": "differing gains",
 }
 """What a list must hold for a loss to learn from it."""
 
@@ -246,7 +251,9 @@ def _lacking_gains(data: LabelSet, needs: str) -> str | None:
         return "all candidates of all queries have a known gain above 0"
     if needs == "ordered negatives" and data.negatives_tied == count:
         return "no query has two candidates without a known gain above 0 whose teacher scores differ"
-    if needs == "differing targets" and data.gains_alike == count:
+    if needs == "differing gains" and data.without_positive == count:
+        return "no query has a candidate with a known gain above 0"
+    if needs.startswith("differing") and data.gains_alike == count:
         return "no query has candidates with different known gains"
     return None
 

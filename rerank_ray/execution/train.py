@@ -24,7 +24,7 @@ from rich.console import Console
 from rerank_ray import storage
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.labels import LabelSet
-from rerank_ray.distill.metrics_log import MetricsLog, summary_line
+from rerank_ray.distill.metrics_log import FILE, MetricsLog, summary_line, written_lines
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.start import with_inputs
 from rerank_ray.distill.train import train
@@ -129,20 +129,17 @@ def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
 
     A resumed training drops the lines behind its checkpoint and writes them again.
     """
-    path, console, ended = run.path("metrics.jsonl"), Console(stderr=True, soft_wrap=True), threading.Event()
-
-    def lines() -> list[str]:
-        return storage.read_text(path).splitlines() if storage.exists(path) else []
+    path, console, ended = run.path(FILE), Console(stderr=True, soft_wrap=True), threading.Event()
 
     def print_new(seen: list[str]) -> list[str]:
-        now = lines()
+        now = written_lines(path)
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(seen, now, strict=False)))
         for line in now[known:]:
             console.print(summary(json.loads(line)), highlight=False)
         return now
 
     def follow() -> None:
-        seen = lines()
+        seen = written_lines(path)
         while not ended.wait(_ECHO_EVERY_S):
             seen = print_new(seen)
         print_new(seen)

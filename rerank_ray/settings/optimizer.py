@@ -15,7 +15,7 @@ class OptimizerSettings(Settings):
     learning_rate: PositiveFloat = 2e-5
     """Peak rate of the backbone."""
     head_learning_rate: PositiveFloat = 1e-3
-    """Peak rate of what is new: heads and gates."""
+    """Peak rate of heads and gates, those of a student that is trained on too."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The last layer of the backbone has its peak rate, and each below it that of the one above times this, down to the
     embeddings (Howard & Ruder 2018): what lies deeper is more general, and few labels should move it less."""

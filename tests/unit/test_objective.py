@@ -173,6 +173,17 @@ def test_equal_targets_are_skipped(name: str):
         assert leaf.grad.abs().sum() == 0
 
 
+@pytest.mark.parametrize("name", ["lambdarank", "ndcg_loss2", "ndcg_loss2pp"])
+def test_gains_of_nothing_but_junk_are_alike(name: str):
+    """TREC's judges call pages -2 that are no page at all: for nDCG it is a gain of 0."""
+    term = of(LossSettings(loss=name, target="gains"))
+    skipped = [
+        objective(torch.zeros(1, 1, 2), groups([2.0, 1.0], gains), term)[name].skipped.item()
+        for gains in ([0.0, -2.0], [1.0, -2.0])
+    ]
+    assert skipped == [True, False]
+
+
 @pytest.mark.parametrize("name", ["ce", "lce"])
 def test_a_positive_needs_a_negative(name: str):
     """All positive, none positive, and one of each."""

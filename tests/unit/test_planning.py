@@ -15,7 +15,7 @@ from fixtures.rows import make_list
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from rerank_ray import config, planning
+from rerank_ray import config, planning, storage
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.label_store import LabelStore, StoredBackend
@@ -321,6 +321,9 @@ def test_the_finished_job_stands_beside_its_forecast(source, tmp_path, clock):
     assert compared["actual"] == actual
     assert compare(run, job(source, model={"seed": 1}), fingerprint, 10, actual) is None
     assert compare(run, job(source), "another input's", 10, actual) is None
+    forecast = json.loads(storage.read_text(run.path(planning.FILE)))
+    storage.write_text(run.path(planning.FILE), json.dumps(forecast | {"of_another_version": 1}))
+    assert compare(run, job(source), fingerprint, 10, actual) is None
 
 
 def test_the_command(source, tmp_path, capsys):

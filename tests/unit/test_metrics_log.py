@@ -1,0 +1,70 @@
+"""The lines of a training's metrics: appended, dropped behind a checkpoint, and whole whatever is killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rerank_ray import storage
+from rerank_ray.distill.metrics_log import FILE, MetricsLog, written_lines
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in written_lines(str(run / FILE))]
+
+
+def test_a_line_is_there_when_it_is_written_and_nothing_before_it_is_written_again(tmp_path: Path):
+    log = MetricsLog(str(tmp_path))
+    log.write({"step": 0, "validation_ndcg@10": 0.5})
+    start = (tmp_path / FILE).stat().st_ino
+    for step in (10, 20):
+        log.write({"step": step, "loss/total": 1.0})
+        assert steps(tmp_path)[-1] == step
+    assert (tmp_path / FILE).stat().st_ino == start
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_half_a_line(tmp_path: Path):
+    """What is being written is no line yet for a reader either."""
+    log = MetricsLog(str(tmp_path))
+    for step in (0, 10, 20, 30):
+        log.write({"step": step})
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"step": 4')
+    assert steps(tmp_path) == [0, 10, 20, 30]
+    again = MetricsLog(str(tmp_path))
+    for step in (20, 25):
+        again.write({"step": step, "resumed": True})
+    assert steps(tmp_path) == [0, 10, 20, 25]
+    assert [json.loads(line).get("resumed") for line in (tmp_path / FILE).read_text().splitlines()][1:] == [
+        None,
+        True,
+        True,
+    ]
+
+
+def test_where_nothing_can_be_appended_the_file_is_written_at_validations(tmp_path: Path, monkeypatch):
+    """As on an object store; the lines between two validations come with the second one."""
+    written = []
+    monkeypatch.setattr(storage, "local_path", lambda uri: None)
+    monkeypatch.setattr(storage, "write_text", lambda uri, text: written.append(text.count("\n")))
+    log = MetricsLog(str(tmp_path))
+    for metrics in (
+        {"step": -1, "exit_warm_up/layer_1": 0.1},
+        {"step": 0, "validation_ndcg@10": 0.5},
+        {"step": 10, "loss/total": 1.0},
+        {"step": 20, "loss/total": 1.0},
+        {"step": 30, "validation_ndcg@10": 0.6},
+    ):
+        log.write(metrics)
+    assert written == [1, 2, 5]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path):
+    log = MetricsLog(str(tmp_path))
+    log.write({"step": 0})
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(Exception, match=f"{tmp_path}/{FILE}: can't be written"):
+        log.write({"step": 10})
