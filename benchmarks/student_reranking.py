@@ -9,7 +9,8 @@ are those of the process, which other programs on the machine don't prolong; on 
 
 Floating-point work: a layer multiplies each token's H-vector with 4·H·H weights in attention and 2·H·F in the
 feed-forward block, and attention itself takes 2·L·H for the products with the keys and as much for the values, a
-multiply and an add each: 2·(4·H² + 2·H·F) + 4·L·H for each of a pair's L tokens and each layer. The machine's own speed
+multiply and an add each: 2·(4·H² + 2·H·F) + 4·L·H for each of a pair's L tokens and each layer. Of the last layer the
+head reads the first token alone, and of the others it takes keys and values, 2·2·H². The machine's own speed
 is that of the product of two 2048 × 2048 matrices, measured in the same rounds; what the work takes at that speed is
 the floor. The product is in bfloat16 where the processor has it, and in float32 elsewhere, where no row is in bfloat16.
 """
@@ -115,7 +116,8 @@ def operations(length: int, config) -> int:
     """Floating-point operations of a pair of so many tokens in the encoder's layers."""
     hidden, inner = config.hidden_size, config.intermediate_size
     token = 2 * (4 * hidden**2 + 2 * hidden * inner) + 4 * length * hidden
-    return config.num_hidden_layers * length * token
+    key_and_value = 2 * 2 * hidden**2
+    return (config.num_hidden_layers - 1) * length * token + (length - 1) * key_and_value + token
 
 
 if __name__ == "__main__":

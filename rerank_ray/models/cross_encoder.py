@@ -43,6 +43,7 @@ class CrossEncoder:
             self.name += ":layer=adaptive"
             self.adaptive.to(self.device, settings)
         else:
+            self.student.leave_out_what_is_not_read()
             for stack in self.student.stacks:
                 accelerate(stack, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)

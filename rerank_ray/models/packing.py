@@ -44,6 +44,11 @@ class Packing:
         """[1, T', ...] to [B, L, ...] with zeros where padding was."""
         return _Move.apply(packed[0], self.places, self.mask.numel(), False).unflatten(0, self.mask.shape)
 
+    def first(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, T', ...] to each sequence's first token [B, 1, ...]."""
+        lengths = self.mask.sum(1)
+        return packed[0].index_select(0, lengths.cumsum(0) - lengths)[:, None]
+
     def inputs(self, tokens: dict[str, torch.Tensor]) -> dict[str, object]:
         """A model's arguments for packed tokens, from padded [B, L] ones."""
         return {name: self.pack(tensor) for name, tensor in tokens.items()} | {"packing": self}

@@ -14,7 +14,8 @@ from rerank_ray.settings.student import FreezeSettings, StudentSettings
 
 
 def adapt(student: Student, settings: StudentSettings) -> None:
-    """Set dropout, freeze what is not trained, add adapters, and switch packing and gradient checkpointing on.
+    """Set dropout, freeze what is not trained, add adapters, leave out what no head reads, and switch packing and
+    gradient checkpointing on.
 
     Raises:
         ModelError: more layers to freeze than there are, adapters that fit no layer, or nothing left to train.
@@ -22,6 +23,7 @@ def adapt(student: Student, settings: StudentSettings) -> None:
     if settings.dropout is not None:
         set_dropout(student, settings.dropout)
     make_packable(student.pretrained)
+    student.leave_out_what_is_not_read()
     _freeze(student.pretrained, settings.freeze)
     if settings.lora is not None:
         new = student.new_parameters()

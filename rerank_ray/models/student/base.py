@@ -148,6 +148,10 @@ class Student(nn.Module):
             batch["places"] = batch["attention_mask"].flatten().nonzero()[:, 0]
         return {name: engine.moved(tensor, device) for name, tensor in batch.items()}
 
+    def leave_out_what_is_not_read(self) -> None:
+        """Compute of the last layer no more than the head reads, where that is less: scores stay as they are, and the
+        model's states are no longer all of them."""
+
     def truncated(self, layer: int, *, alone: bool = False) -> Student:
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.
 

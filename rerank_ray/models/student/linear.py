@@ -14,6 +14,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.packing import Packing, is_packable
 from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
+from rerank_ray.models.student.first_token import compute_first_token_alone, computes_first_token_alone
 from rerank_ray.models.student.source import keep_layers
 
 _IDENTITY = "torch.nn.modules.linear.Identity"
@@ -68,8 +69,13 @@ class LinearStudent(Student):
         tokens["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
         output = self.model.base_model(**packing.inputs(tokens), output_hidden_states=len(self.early_heads) > 0)
         heads = [*self.early_heads.values(), classification_head(self.model)]
-        states = [*(output.hidden_states[n] for n in self.layers[:-1]), output.last_hidden_state]
-        return torch.stack([head(packing.unpack(h))[:, 0] for head, h in zip(heads, states, strict=True)])
+        states = [packing.unpack(output.hidden_states[n]) for n in self.layers[:-1]]
+        last = output.last_hidden_state
+        states.append(last if computes_first_token_alone(self.model) else packing.unpack(last))
+        return torch.stack([head(h)[:, 0] for head, h in zip(heads, states, strict=True)])
+
+    def leave_out_what_is_not_read(self) -> None:
+        compute_first_token_alone(self.model)
 
     def truncated(self, layer: int, *, alone: bool = False) -> LinearStudent:
         check_layer(layer, self.layers)
