@@ -248,13 +248,13 @@ class GRPOTrainer(PolicyTrainer):
 
     def validate(self) -> dict[str, float]:
         """Mean reward and share of well-formed greedy answers to held-out queries, each query counting alike."""
-        positions = self.data.validation[: self.settings.validation.queries]
-        rows = list(self.validation_reader.read(positions[self.world.rank :: self.world.size]))
-        skipped = self._sums["skipped_queries"]
+        positions = self.data.validation[: self.settings.validation.queries][self.world.rank :: self.world.size]
+        skipped, size = self._sums["skipped_queries"], self.settings.queries_per_step
         totals = torch.zeros(3, dtype=torch.float64)
-        # The same groups at every validation: those of the first epoch.
-        for start in range(0, len(rows), self.settings.queries_per_step):
-            for query in self._ask(rows[start : start + self.settings.queries_per_step], 0, 1, 0.0):
+        for start in range(0, len(positions), size):
+            rows = list(self.validation_reader.read(positions[start : start + size]))
+            # The same groups at every validation: those of the first epoch.
+            for query in self._ask(rows, 0, 1, 0.0):
                 given = [r for of_prompt in query.rewards for r in of_prompt]
                 mean = sum(r.value for r in given) / len(given)
                 well_formed = sum(r.well_formed for r in given) / len(given)
@@ -293,7 +293,7 @@ class GRPOTrainer(PolicyTrainer):
         sums = dict(zip(_SUMS, self.over_workers(torch.tensor(list(self._sums.values()))).tolist(), strict=True))
         self._sums = dict.fromkeys(_SUMS, 0.0)
         if not sums["answers"]:
-            return {}
+            return {"skipped_queries": sums["skipped_queries"]} if sums["skipped_queries"] else {}
         learnt = max(1.0, sums["learnt_tokens"])
         means = {name: sums[name] / sums["answers"] for name in ("reward", "well_formed", "tokens")}
         return {
@@ -333,8 +333,12 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
         InputError: no training query, or no held-out one, has candidates with different known gains, or the first-stage
             scores that the prompt shows; or scores that are to be references of ERank's integers lie outside their
             scale.
-        ConfigError: the template is not there, or is written for another method.
+        ConfigError: the template is not there, is written for another method, or has fewer labels than a group has
+            passages.
     """
+    template = make_task(settings.reward).template
+    if template.passage is not None:
+        template.identifiers(settings.sampling.group_size)
     data = LabelSet.open(settings.input, settings.validation.fraction, settings.seed)
     lowest, highest = data.score_range
     if settings.reward.kind == "erank" and not 0 <= lowest <= highest <= HIGHEST_GRADE:
@@ -348,7 +352,6 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
             "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
         )
     data.require_held_out_gains(settings.input, "raise validation.fraction")
-    template = make_task(settings.reward).template
     return _with_shown_scores(data, template, settings) if template.shows_scores else data
 
 

@@ -68,10 +68,14 @@ class PermutationTerm:
         _check_prefill(self.template, settings.reasoning)
 
     def teaches(self, labels: Labels) -> bool:
+        """Raises `ConfigError` where the template has fewer labels than a list that it would show has passages."""
         texts = () if labels.teacher.startswith(_OF_SHUFFLES) else labels.rationales or ()
         told = len(texts) == 1 and bool(texts[0].strip())
         learnable = not any(map(math.isnan, labels.scores)) and (told or not self.settings.reasoning)
-        return learnable and has_what_is_shown(self.template, labels.candidate_list)
+        if not (learnable and has_what_is_shown(self.template, labels.candidate_list)):
+            return False
+        self.template.identifiers(len(labels.candidate_list))
+        return True
 
     def prompt(self, labels: Labels) -> Prompt:
         request = labels.candidate_list
@@ -208,7 +212,7 @@ def open_terms(settings: RationaleSettings) -> list[LabelSet]:
 
     Raises:
         InputError: a term has none left to train on or to validate with.
-        ConfigError: a term's template is not there, or is written for another method.
+        ConfigError: a term's template is not there, is written for another method, or has too few labels for a list.
     """
     sets = []
     for number, (term, made) in enumerate(zip(settings.terms, make_terms(settings), strict=True)):
@@ -263,6 +267,9 @@ class RationaleTrainer(PolicyTrainer):
         self.steps = [Steps(d, settings.seed, settings.queries_per_step) for d in self.data]
         longest = max(steps.per_epoch for steps in self.steps)
         super().__init__(settings, world, resume, min(settings.max_steps or math.inf, settings.epochs * longest))
+        for term in self.terms:
+            if isinstance(term, ScoreTerm):
+                self.policy.backend.check_labels(term.template.labels, term.template.example())
         self._since = torch.zeros(len(self.terms), 2, dtype=torch.float64)
         self._skipped = 0
 

@@ -7,6 +7,7 @@ is one token and needs no end: a ranker reads that token's logits. Gains are 0 o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _TURN = re.compile(
     r"\s*+(?:<think>(?P<reasoning>(?:(?!</?think>).)*+)</think>\s*+)?<answer>((?:(?!</?answer>).)*+)</answer>\s*+",
     re.DOTALL,
 )
+_PERMUTATION = re.compile(r"\[\w++\](?:\s*+>\s*+\[\w++\])*+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +75,8 @@ def permutation_reward(
     reasoning: bool = True,
     cut_off: bool = False,
 ) -> Reward:
-    """nDCG@10 + 0.2 · recall@10 + 0.1 · RBO with the teacher's order; 0 where the answer is no whole permutation, and
-    −1 where the text has no answer (ReasonRank, Liu et al. 2025).
+    """nDCG@10 + 0.2 · recall@10 + 0.1 · RBO with the teacher's order; 0 where the answer is not a whole permutation and
+    nothing else, and −1 where the text has no answer (ReasonRank, Liu et al. 2025).
 
     RBO is taken as ReasonRank's published code takes it, at persistence 1, where it is the average overlap.
 
@@ -83,11 +85,11 @@ def permutation_reward(
         reference: the teacher's order of the passages, best first.
         reasoning: the form is `<think>…</think> <answer>[2] > [1]</answer>`, or else `[2] > [1]` alone.
     """
-    answer = _answer(text, reasoning=True) if reasoning else text
-    if cut_off or answer is None or not answer.strip():
+    answer = _answer(text, reasoning=True) if reasoning else split_reasoning(text)[1]
+    if cut_off or not answer:
         return Reward(value=-1.0, well_formed=False)
     parsed = parse_permutation(answer, identifiers)
-    if parsed.order is None or parsed.defects:
+    if parsed.order is None or parsed.defects or not _PERMUTATION.fullmatch(answer):
         return Reward(value=0.0, well_formed=False)
     value = ndcg(parsed.order, gains) + 0.2 * recall(parsed.order, gains) + 0.1 * overlap(parsed.order, reference)
     return Reward(value=value, well_formed=True)
@@ -107,7 +109,7 @@ def grades_reward(text: str, identifiers: Sequence[str], gains: Sequence[float],
     if cut_off or not answer:
         return Reward(value=-0.5, well_formed=False)
     parsed = parse_scores(answer, identifiers, low=0.0, high=HIGHEST_GRADE)
-    if parsed.defects:
+    if parsed.defects or not _holds_json(answer):
         return Reward(value=-0.1, well_formed=False)
     order = sorted(range(len(gains)), key=lambda i: -parsed.scores[i])
     agreement = 1 - js_divergence(parsed.scores, gains)
@@ -144,6 +146,15 @@ def integer_rewards(
 def _answer(text: str, reasoning: bool) -> str | None:
     turn = _TURN.fullmatch(text)
     return turn[2].strip() if turn and (turn["reasoning"] is not None) is reasoning else None
+
+
+def _holds_json(answer: str) -> bool:
+    """Whether its last braces are a JSON object; rankers read grades in other forms too."""
+    try:
+        json.loads(answer[answer.rfind("{") : answer.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def ndcg(order: Sequence[int], gains: Sequence[float]) -> float:

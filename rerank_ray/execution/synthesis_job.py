@@ -38,7 +38,7 @@ def synthesize(
     corpus = resolve_input(settings.corpus)
     inputs = preflight(settings.writer) | {settings.corpus: _digest(corpus)}
     if settings.round_trip is not None:
-        preflight(settings.round_trip.ranker)
+        inputs |= preflight(settings.round_trip.ranker)
     if settings.store is not None:
         prepare(settings.store)
     run = RunFolder(uri=run_uri)

@@ -127,8 +127,11 @@ class Template(Settings):
             if "{query}" not in self.continuation:
                 raise ValueError(f"a {self.method} template needs a continuation with the slot {{query}}")
         if self.passage is not None:
+            if "passages" not in needs.slots:
+                raise ValueError(f"passage is an entry of {{passages}}, which {self.method} has not: leave it out")
             entry = _SLOT.findall(self.passage)
-            _refuse_unknown("passage", entry, ["passage", "identifier", "score"])
+            # icr reads what the query attends to, and never looks at scores.
+            _refuse_unknown("passage", entry, ["passage", "identifier", *(["score"] if self.method != "icr" else [])])
             if entry.count("passage") != 1 or "identifier" not in entry:
                 raise ValueError("passage must hold the slot {passage} once, and {identifier}")
         return self

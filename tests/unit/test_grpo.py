@@ -166,6 +166,18 @@ def test_tasks_show_first_stage_scores(tmp_path: Path, tiny_llama: Path):
     open_labels(settings(without, tiny_llama))
 
 
+def test_a_template_with_fewer_labels_than_passages_is_refused(labels: str, tiny_llama: Path, tmp_path: Path):
+    """Before anything starts, and not at the first list that is long enough."""
+    few = tmp_path / "few.yaml"
+    few.write_text(
+        "{method: rank_r1, about: test, text: '{query} {passages}', passage: '{identifier} {passage}', labels: [A, B]}"
+    )
+    reward = {"kind": "rank_r1", "prompt": str(few), "max_tokens": 4}
+    open_labels(settings(labels, tiny_llama, reward=reward))
+    with pytest.raises(ConfigError, match="3 passages at once need as many labels, but the rank_r1 template has 2"):
+        open_labels(settings(labels, tiny_llama, reward=reward, sampling={"group_size": 3}))
+
+
 def test_a_template_of_another_method_is_refused():
     with pytest.raises(ConfigError, match="template 'setwise' is written for setwise, not rank_r1"):
         task({"kind": "rank_r1", "prompt": "setwise"})
@@ -361,6 +373,26 @@ def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):
     asked = trainer._ask([labels_from_row(rows[0]), labels_from_row(rows[1])], 0, 2, 1.0)
     assert len(asked) == 1
     assert trainer._sums["skipped_queries"] == 1
+
+
+def test_steps_that_skip_every_query_say_so(labels: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = GRPOTrainer(settings(labels, tiny_llama), World(), None)
+    assert trainer._since_last() == {}
+    monkeypatch.setattr(trainer, "_shown", lambda labels, epoch: [1, 3])
+    trainer.train_step()
+    assert trainer._since_last() == {"skipped_queries": 2.0}
+
+
+def test_a_validation_holds_the_texts_of_few_lists(labels: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are read as they are asked, not all before the first is."""
+    trainer = GRPOTrainer(settings(labels, tiny_llama, queries_per_step=1), World(), None)
+    read, ask = [], trainer._ask
+    reader = trainer.validation_reader.read
+    monkeypatch.setattr(trainer.validation_reader, "read", lambda where: (read.append(r) or r for r in reader(where)))
+    seen = []
+    monkeypatch.setattr(trainer, "_ask", lambda *given: seen.append(len(read)) or ask(*given))
+    trainer.validate()
+    assert seen == list(range(1, len(trainer.data.validation) + 1))
 
 
 @pytest.mark.parametrize(

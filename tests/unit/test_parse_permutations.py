@@ -341,6 +341,7 @@ def test_a_cut_off_answer_that_is_whole():
         "Best:" + "\n" * 40000,
         "[1] = " * 8000 + "[2] > [3]",
         " " * 40000,
+        "[1], " * 15000 + "[",
     ],
 )
 def test_long_loops_are_read_quickly(text: str):

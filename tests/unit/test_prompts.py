@@ -16,6 +16,7 @@ from rerank_ray.records import Candidate, Query
 
 YES_NO = {"method": "yes_no", "about": "a", "text": "{instruction}: {query} / {passage}?", "labels": ["Yes", "No"]}
 LIKELIHOOD = {"method": "query_likelihood", "about": "a", "text": "{passage}", "continuation": "{query}"}
+ICR = {"method": "icr", "about": "a", "text": "{passages} {query}"}
 texts = st.text(max_size=30) | st.sampled_from(["{passage}", "{query}", "{", "}}", "{0}", "%s", "\\1", "{instruction}"])
 
 
@@ -65,6 +66,8 @@ def test_the_title_stands_before_the_passage():
         (LIKELIHOOD | {"continuation": None}, "needs continuation with the slot {query}"),
         (LIKELIHOOD | {"continuation": "x"}, "needs a continuation with the slot {query}"),
         (LIKELIHOOD | {"continuation": "{query} of {passage}"}, "continuation has the unknown slot {passage}"),
+        (YES_NO | {"passage": "[{identifier}] {passage}"}, "passage is an entry of {passages}, which yes_no has not"),
+        (ICR | {"passage": "[{identifier}] {passage} ({score})"}, "passage has the unknown slot {score}; known"),
         (YES_NO | {"method": "other"}, "method"),
         (YES_NO | {"txt": "x"}, "txt: unknown key; did you mean 'text'?"),
     ],

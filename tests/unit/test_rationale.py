@@ -28,7 +28,7 @@ from rerank_ray.distill.rationale import (
     open_terms,
 )
 from rerank_ray.distill.start import student_prompt
-from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.errors import ConfigError, InputError, ModelError, RunError
 from rerank_ray.losses.pairwise import ranknet
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Generate, NextToken
@@ -253,6 +253,28 @@ def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tm
     for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
         with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
             open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))
+
+
+def test_a_template_with_fewer_labels_than_a_list_has_passages_is_refused(
+    tiny_llama: Path, listwise: str, tmp_path: Path
+):
+    """Before anything starts, and not at that list's step."""
+    few = tmp_path / "few.yaml"
+    few.write_text(
+        "{method: rank_gpt, about: test, text: '{query} {passages}', passage: '[{identifier}] {passage}', "
+        "labels: [A, B]}"
+    )
+    with pytest.raises(ConfigError, match="3 passages at once need as many labels, but the rank_gpt template has 2"):
+        open_terms(settings(tiny_llama, {"kind": "permutation", "input": [listwise], "prompt": str(few)}))
+
+
+def test_a_label_of_several_tokens_is_refused(tiny_llama: Path, pointwise: str, tmp_path: Path):
+    """By its name; no score could be read, and a longer max_length would not help."""
+    wordy = tmp_path / "wordy.yaml"
+    wordy.write_text("{method: yes_no, about: test, text: '{query} {passage}', labels: [quite so, 'No']}")
+    chosen = settings(tiny_llama, {"kind": "score", "input": [pointwise], "prompt": str(wordy)})
+    with pytest.raises(ModelError, match=r"label 'quite so' is \d+ tokens"):
+        RationaleTrainer(chosen, World(), None)
 
 
 def test_first_stage_scores_are_shown_as_a_ranker_shows_them(tiny_llama: Path, tmp_path: Path):

@@ -95,6 +95,8 @@ def test_reason_rank_by_hand():
         ("<think>hm</think><answer>[1] > [2]</answer>", 0.0),
         ("<think>hm</think><answer>[1] > [2] > [2] > [3]</answer>", 0.0),
         ("<think>hm</think><answer>none</answer>", 0.0),
+        ("<think>hm</think><answer>2, 3, 1</answer>", 0.0),
+        ("<think>hm</think><answer>The order is [2] > [3] > [1].</answer>", 0.0),
         ("<think>hm</think><answer></answer>", -1.0),
         ("[1] > [2] > [3]", -1.0),
         ("<think>hm", -1.0),
@@ -103,6 +105,15 @@ def test_reason_rank_by_hand():
 def test_reason_rank_tells_a_bad_answer_from_a_bad_form(text: str, value: float):
     reward = permutation_reward(text, NAMES, [0.0, 1.0, 1.0], [1, 2, 0])
     assert (reward.value, reward.well_formed) == (value, False)
+
+
+def test_reason_rank_without_reasoning_pays_for_a_permutation_alone():
+    """Rankers read more than that, but it is the form that is learnt. A chat template may have begun a think block."""
+    for text in ("[2]>[3] > [1]\n", "<think>\n\n</think>\n\n[2] > [3] > [1]"):
+        assert permutation_reward(text, NAMES, [0.0, 1.0, 1.0], [1, 2, 0], reasoning=False).value == pytest.approx(1.3)
+    for text, value in (("Sure! [2] > [3] > [1]", 0.0), ("2\n3\n1", 0.0), ("<think>[2] > [3] > [1]", -1.0)):
+        reward = permutation_reward(text, NAMES, [0.0, 1.0, 1.0], [1, 2, 0], reasoning=False)
+        assert (reward.value, reward.well_formed) == (value, False)
 
 
 def test_recall_counts_the_first_ten():
@@ -126,7 +137,15 @@ def test_group_rank_by_hand():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [('{"1": 0, "2": 9}', -0.1), ('{"1": 0, "2": 9, "3": 11}', -0.1), ("the second", -0.1), ("<think>hm", -0.5)],
+    [
+        ('{"1": 0, "2": 9}', -0.1),
+        ('{"1": 0, "2": 9, "3": 11}', -0.1),
+        ("the second", -0.1),
+        ("[1]: 0\n[2]: 9\n[3]: 1", -0.1),
+        ("{1: 0, 2: 9, 3: 1}", -0.1),
+        ('{"1": 0, "2": 9, "3": 1} {"4": ' + "[" * 100_000 + "}", -0.1),
+        ("<think>hm", -0.5),
+    ],
 )
 def test_group_rank_tells_bad_grades_from_no_answer(text: str, value: float):
     reward = grades_reward(text, NAMES, [0.0, 2.0, 0.0])

@@ -12,9 +12,11 @@ import pytest
 from fixtures.rows import make_list
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from rerank_ray import config
-from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.execution import synthesis_job
 from rerank_ray.models.protocol import Answer, Failure
 from rerank_ray.parquet import write_candidates
 from rerank_ray.prompt import show
@@ -341,3 +343,19 @@ def test_the_passage_is_found_back_from_its_place_on(scores, place):
     """The passage is the second candidate; `place` is its rank, None if it has no score."""
     for top in (1, 2, 3):
         assert finds_back(scores, [None, 1.0, None], top) == (place is not None and place <= top)
+
+
+def test_a_run_is_refused_with_another_content_of_what_its_round_trip_reads(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*_) -> None:
+        raise RunError("stopped")
+
+    monkeypatch.setattr(synthesis_job, "_write_queries", stop)
+    template = tmp_path / "mine.yaml"
+    ranker = {"method": "yes_no", "model": {"kind": "fake"}, "prompt": str(template)}
+    settings = settings_of(corpus, round_trip={"ranker": ranker})
+    for text, message in (("{query} {passage}", "stopped"), ("{passage} {query}", "content of input prompt .*mine")):
+        template.write_text(f"{{method: yes_no, about: test, text: '{text}', labels: ['Yes', 'No']}}")
+        with pytest.raises(RunError, match=message):
+            synthesis_job.synthesize(settings, str(tmp_path / "run"), Console())

@@ -111,7 +111,7 @@ class _Forms:
     def __init__(self, item: str, bracketed: str) -> None:
         run = rf"{item}(?:(?:[ \t,;]|{_THEN})*+{item})*+"
         self.run = re.compile(rf"[ \t]*+(?:[-–—•+][ \t]++)?+({run})[ \t.!,;]*+")
-        self.sentence = re.compile(rf"({bracketed}(?:(?:[ \t,;]|{_THEN})*+{bracketed})++)[ \t.!]*+\Z")
+        self.several = re.compile(rf"({bracketed}(?:(?:[ \t,;]|{_THEN})*+{bracketed})++)([ \t.!]*+\Z)?+")
         self.opener = re.compile(rf"[ \t|]*+({_NUMBERED}|[-–—•+]?+)[ \t]*+({bracketed})")
         self.numbered_inside = re.compile(rf"(?<![^\s,;])([0-9]{{1,4}})[.)][ \t]*+({bracketed})")
         self.array = re.compile(rf"\[\s*+({item}(?:[\s,;]++{item})++)\s*+\]")
@@ -129,7 +129,8 @@ def _listed(text: str, forms: _Forms, known: dict[str, int], cut_off: bool) -> I
     for line in text.splitlines(keepends=True):
         bare = re.sub(_REASON, "", line).rstrip()
         label, colon, behind = bare.rpartition(":")
-        opener, run, said = forms.opener.match(line), forms.run.fullmatch(bare), forms.sentence.search(bare)
+        opener, run = forms.opener.match(line), forms.run.fullmatch(bare)
+        said = next((m for m in forms.several.finditer(bare) if m[2] is not None), None)
         after = forms.run.fullmatch(behind) if colon and not set(label) & set("[]") else None
         if opener and (opener[1][:1].isalnum() or opener[1][:1] == "("):
             numbered.append((start, _names(opener[2])))
