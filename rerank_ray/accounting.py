@@ -17,6 +17,8 @@ from rerank_ray.records import PARSE_FAILURES, Usage, kind_and_count
 from rerank_ray.settings.jobs import LimitSettings
 
 _EXAMPLES = 20
+_REBUILT = "rebuilt-"
+"""How the names of checkpoints begin that stand for all finished rows, after failed ones were taken out."""
 _PENDING = ".pending.parquet"
 """How the names of Ray Data's checkpoints end whose output files may be half written."""
 
@@ -159,9 +161,11 @@ def drop_errors(data_uri: str, checkpoint_uri: str) -> int:
             fs.delete_file(path)
     old = storage.list_files(checkpoint_uri, ".parquet")
     fs.create_dir(folder, recursive=True)
-    generation = max([int(p.rsplit("rebuilt-", 1)[1][:6]) for p in old if "rebuilt-" in p], default=0) + 1
+    # The folders above may be called so, too.
+    names = [path.rsplit("/", 1)[-1] for path in old]
+    rebuilt_before = [int(name.removeprefix(_REBUILT)[:6]) for name in names if name.startswith(_REBUILT)]
     if kept_ids:
-        rebuilt = f"{folder}/rebuilt-{generation:06d}.parquet"
+        rebuilt = f"{folder}/{_REBUILT}{max(rebuilt_before, default=0) + 1:06d}.parquet"
         pq.write_table(pa.concat_tables(kept_ids), rebuilt, filesystem=fs)
     for path in old:
         fs.delete_file(path)

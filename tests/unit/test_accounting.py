@@ -199,6 +199,13 @@ def test_a_second_call_changes_nothing(run: tuple[Path, Path]):
     assert len(list(checkpoint.iterdir())) == 1
 
 
+def test_a_folder_may_be_called_as_the_files_are(run: tuple[Path, Path]):
+    data, checkpoint = run
+    checkpoint = checkpoint.rename(checkpoint.with_name("rebuilt-index"))
+    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
+
+
 def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
     """A pending checkpoint names the file that a crash may have left half written: both go, its rows are redone."""
     data, checkpoint = run
