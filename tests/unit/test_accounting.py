@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -163,6 +164,21 @@ def test_a_row_that_is_twice_in_different_files(tmp_path: Path):
     write_labels(tmp_path / "b", [good("q2")])
     with pytest.raises(RunError, match="3 rows of 2 queries"):
         count_output(str(tmp_path), 2)
+
+
+def test_files_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each of two waits until both are opened, as for a slow store's answers; the totals are those of one by one."""
+    parquet.write_rows([good("q1"), bad("q2"), bad("q3"), good("q4")], str(tmp_path), LABELS, rows_per_file=2)
+    both, real = threading.Barrier(2), pq.ParquetFile
+
+    def waiting(path, **arguments):
+        both.wait(timeout=10)
+        return real(path, **arguments)
+
+    monkeypatch.setattr(pq, "ParquetFile", waiting)
+    counts = count_output(str(tmp_path), 4)
+    assert (counts.rows, counts.ok, counts.errors) == (4, 2, 2)
+    assert counts.examples == ["q2: boom", "q3: boom"]
 
 
 # Dropping errors
