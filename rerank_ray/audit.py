@@ -1,15 +1,16 @@
 """What a label run is worth before a student learns from it: `rerank-ray audit`.
 
 Scores, defects, position bias, self-consistency, agreement with other runs and with known gains, and calibration. Rows
-are read without their texts, and other runs are matched by query id, partition by partition of the ids' hash, so that
-memory holds one partition's ids and scores (and the qrels), whatever the size of the runs.
+are read without their texts, and other runs are matched by query id, so many queries at a time, so that memory holds
+these queries' ids and scores (and the qrels), whatever the size of the runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import auc, kendall, ndcg, ranks, rbo
-from rerank_ray.parquet import id_hash, inspect_input, read_scored
+from rerank_ray.parquet import inspect_input, read_scored
 from rerank_ray.report.tables import format_value, print_table
 from rerank_ray.runs import resolve_ended
 from rerank_ray.schema import LABELS
 
-_QUERIES_PER_PARTITION = 100_000
+_QUERIES_AT_A_TIME = 100_000
 _SAMPLE = 1_000_000
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _RELEVANT = 1.0
@@ -90,10 +91,10 @@ def audit(
     counts = count_output(data, summary.rows)
     scores, gains = _ScoreStatistics(), _GainStatistics()
     compared = {name: _Comparison() for name in sources}
-    partitions = max(1, math.ceil(summary.rows / _QUERIES_PER_PARTITION))
-    for partition in range(partitions):
-        entries = {name: dict(_entries(uri, partition, partitions)) for name, uri in sources.items()}
-        for query_id, entry in _entries(data, partition, partitions):
+    every_entry = _entries(data)
+    while here := dict(islice(every_entry, _QUERIES_AT_A_TIME)):
+        entries = {name: dict(_entries(uri, here)) for name, uri in sources.items()}
+        for query_id, entry in here.items():
             scores.add(entry)
             gains.add(entry, judgments.get(query_id) if judgments is not None else _own_gains(entry))
             for name, comparison in compared.items():
@@ -130,9 +131,10 @@ def _teacher(data: str) -> str:
     return next(read_scored(data))["teacher"]
 
 
-def _entries(data: str, partition: int, partitions: int) -> Iterator[tuple[str, _Entry]]:
-    for row in read_scored(data):
-        if row["error"] is not None or id_hash(row["query_id"]) % partitions != partition:
+def _entries(data: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, _Entry]]:
+    """The labelled queries of a run, or those of them that are wanted."""
+    for row in read_scored(data, wanted):
+        if row["error"] is not None:
             continue
         candidates = row["candidates"]
         if row["scores"] is None or len(row["scores"]) != len(candidates):

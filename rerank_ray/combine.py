@@ -1,24 +1,25 @@
 """An ensemble of teachers: several label runs over the same candidates become one, with their disagreement.
 
-Rows are matched by query id, partition by partition of the ids' hash, so memory holds the scores of one partition and
-one row group of texts, whatever the size of the runs.
+Rows are matched by query id, so many of the first run at a time, whose texts are read once: memory holds the other
+runs' scores of these queries and one row group of texts, whatever the size of the runs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from rerank_ray.errors import InputError
-from rerank_ray.parquet import InputSummary, id_hash, read_rows, read_scored, write_rows
+from rerank_ray.parquet import InputSummary, read_rows, read_scored, write_rows
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import Usage
 from rerank_ray.schema import CANDIDATES, LABELS, label_columns
 from rerank_ray.settings.jobs import CombineSettings
 
-_QUERIES_PER_PARTITION = 100_000
+_QUERIES_AT_A_TIME = 100_000
 
 
 def combine(settings: CombineSettings, sources: Sequence[str], summaries: Sequence[InputSummary], out: str) -> int:
@@ -36,29 +37,22 @@ def combine(settings: CombineSettings, sources: Sequence[str], summaries: Sequen
                 f"{uri}: has {summary.rows} queries, {sources[0]} has {summaries[0].rows}, and they share {shared}: "
                 "teachers are combined over the same candidates"
             )
-    partitions = max(1, math.ceil(summaries[0].rows / _QUERIES_PER_PARTITION))
     weights = settings.weights or [1.0] * len(sources)
-    return write_rows(_rows(settings, sources, weights, partitions), out, LABELS)
+    return write_rows(_rows(settings, sources, weights), out, LABELS)
 
 
-def _rows(
-    settings: CombineSettings, sources: Sequence[str], weights: Sequence[float], partitions: int
-) -> Iterator[dict]:
-    for partition in range(partitions):
-        others = [_scores(uri, partition, partitions) for uri in sources[1:]]
-        for row in read_rows(sources[0], LABELS.names):
-            if id_hash(row["query_id"]) % partitions == partition:
-                entries = [_entry(row), *(o[row["query_id"]] for o in others)]
-                yield {name: row[name] for name in CANDIDATES.names} | _combined(settings, entries, weights)
-
-
-def _scores(uri: str, partition: int, partitions: int) -> dict[str, dict]:
-    """Query id -> teacher, doc ids, scores and error of one partition, without texts."""
-    rows = (row for row in read_scored(uri) if id_hash(row["query_id"]) % partitions == partition)
-    return {row["query_id"]: _entry(row) for row in rows}
+def _rows(settings: CombineSettings, sources: Sequence[str], weights: Sequence[float]) -> Iterator[dict]:
+    ids = (row["query_id"] for row in read_rows(sources[0], ["query_id"]))
+    rows = read_rows(sources[0], LABELS.names)
+    while queries := frozenset(islice(ids, _QUERIES_AT_A_TIME)):
+        others = [{row["query_id"]: _entry(row) for row in read_scored(uri, queries)} for uri in sources[1:]]
+        for row in islice(rows, len(queries)):
+            entries = [_entry(row), *(other[row["query_id"]] for other in others)]
+            yield {name: row[name] for name in CANDIDATES.names} | _combined(settings, entries, weights)
 
 
 def _entry(row: dict) -> dict:
+    """Teacher, doc ids, scores and error, without texts."""
     doc_ids = [c["doc_id"] for c in row["candidates"] or []]
     return {"teacher": row["teacher"], "doc_ids": doc_ids, "scores": row["scores"], "error": row["error"]}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -91,17 +91,22 @@ def doc_id_path(file: pq.ParquetFile, path: str) -> str:
     return ids[0]
 
 
-def read_scored(uri: str) -> Iterator[dict]:
+def read_scored(uri: str, wanted: Container[str] | None = None) -> Iterator[dict]:
     """Stream label rows with `query_id`, `teacher`, `scores`, `error`, and of `candidates` just `doc_id` and `label`.
 
-    Texts are most of a label file, and are not decoded.
+    Texts are most of a label file, and are not decoded. Of rows of other queries than `wanted` no Python objects are
+    made, and files that hold no others are not decoded.
     """
     fs, _ = storage.open_filesystem(uri)
     for path in storage.list_files(uri, ".parquet"):
         with open_parquet(fs, path) as file:
+            if wanted is not None and not any(query_id in wanted for _, query_id in _query_ids(file)):
+                continue
             ids = doc_id_path(file, path)
             columns = ["query_id", "teacher", "scores", "error", ids, ids.removesuffix("doc_id") + "label"]
             for batch in file.iter_batches(batch_size=_SCORED_ROWS, columns=columns):
+                if wanted is not None:
+                    batch = batch.filter(pa.array([i in wanted for i in batch["query_id"].to_pylist()], pa.bool_()))
                 yield from batch.to_pylist()
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank_ray import config, storage
-from rerank_ray.accounting import committed
+from rerank_ray.accounting import committed, of_each_file
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
@@ -263,9 +264,13 @@ def _memory(forecast: Forecast) -> str:
 def _finished(run: RunFolder) -> np.ndarray:
     """Hashes of the query ids that a run's checkpoint holds."""
     fs, _ = storage.open_filesystem(run.checkpoint)
-    tables = [pq.read_table(path, filesystem=fs, columns=["query_id"]) for path in committed(run.checkpoint)]
-    hashes = (id_hash(query_id) for table in tables for query_id in table["query_id"].to_pylist())
-    return np.unique(np.fromiter(hashes, dtype=np.uint64))
+
+    def hashes(path: str) -> list[int]:
+        ids = pq.read_table(path, filesystem=fs, columns=["query_id"])["query_id"]
+        return [id_hash(query_id) for query_id in ids.to_pylist()]
+
+    every_hash = chain.from_iterable(of_each_file(hashes, committed(run.checkpoint)))
+    return np.unique(np.fromiter(every_hash, dtype=np.uint64))
 
 
 def _sample(uri: str, source: InputSummary, finished: np.ndarray, count: int) -> list[CandidateList]:

@@ -19,7 +19,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors
+from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors, of_each_file
 from rerank_ray.errors import RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
@@ -226,7 +226,7 @@ def _checkpointed(run: RunFolder) -> int:
     import pyarrow.parquet as pq
 
     fs, _ = storage.open_filesystem(run.checkpoint)
-    return sum(pq.read_metadata(path, filesystem=fs).num_rows for path in committed(run.checkpoint))
+    return sum(of_each_file(lambda path: pq.read_metadata(path, filesystem=fs).num_rows, committed(run.checkpoint)))
 
 
 def _finish_retry(run: RunFolder, retry_errors: bool) -> None:

@@ -127,12 +127,16 @@ def absolute_template(name: str) -> str:
 def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
     """Print each line of metrics as the workers log it; they may run on other machines, and share the run folder.
 
-    A resumed training drops the lines behind its checkpoint and writes them again.
+    A resumed training drops the lines behind its checkpoint and writes them again. What can't be read now, from a
+    store that is out of reach for a moment, is read the next time.
     """
     path, console, ended = run.path(FILE), Console(stderr=True, soft_wrap=True), threading.Event()
 
     def print_new(seen: list[str]) -> list[str]:
-        now = written_lines(path)
+        try:
+            now = written_lines(path)
+        except OSError:
+            return seen
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(seen, now, strict=False)))
         for line in now[known:]:
             console.print(summary(json.loads(line)), highlight=False)

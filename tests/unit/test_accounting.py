@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -165,6 +166,21 @@ def test_a_row_that_is_twice_in_different_files(tmp_path: Path):
         count_output(str(tmp_path), 2)
 
 
+def test_files_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each of two waits until both are opened, as for a slow store's answers; the totals are those of one by one."""
+    parquet.write_rows([good("q1"), bad("q2"), bad("q3"), good("q4")], str(tmp_path), LABELS, rows_per_file=2)
+    both, real = threading.Barrier(2), pq.ParquetFile
+
+    def waiting(path, **arguments):
+        both.wait(timeout=10)
+        return real(path, **arguments)
+
+    monkeypatch.setattr(pq, "ParquetFile", waiting)
+    counts = count_output(str(tmp_path), 4)
+    assert (counts.rows, counts.ok, counts.errors) == (4, 2, 2)
+    assert counts.examples == ["q2: boom", "q3: boom"]
+
+
 # Dropping errors
 
 
@@ -197,6 +213,13 @@ def test_a_second_call_changes_nothing(run: tuple[Path, Path]):
     assert drop_errors(str(data), str(checkpoint)) == 0
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
     assert len(list(checkpoint.iterdir())) == 1
+
+
+def test_a_folder_may_be_called_as_the_files_are(run: tuple[Path, Path]):
+    data, checkpoint = run
+    checkpoint = checkpoint.rename(checkpoint.with_name("rebuilt-index"))
+    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
 
 
 def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):

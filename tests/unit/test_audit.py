@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from rerank_ray.audit import audit
 from rerank_ray.cli import main
 from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.metrics.evaluation import evaluate_rankings
-from rerank_ray.parquet import read_candidates, read_rows, write_rows
+from rerank_ray.parquet import read_candidates, read_rows, read_scored, write_rows
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import CandidateList, Defect, DefectKind, Scores, Usage, with_gains
 from rerank_ray.runs import resolve_input
@@ -196,17 +196,28 @@ def flat(value: object, path: str = "") -> dict[str, float]:
     return {path: value} if isinstance(value, int | float) else {}
 
 
-def test_partitions_give_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_few_queries_at_a_time_give_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And Python's objects are made of each row once, however often that is."""
     rng = np.random.default_rng(0)
     one, other = (
         labelled(tmp_path / name, {f"q{i}": rng.normal(size=5).tolist() for i in range(30)}, gains={"d1": 1.0})
         for name in ("one", "other")
     )
     whole = audit(one, repeat=other)
-    monkeypatch.setattr(audit_module, "_QUERIES_PER_PARTITION", 7)
+    read = []
+
+    def counted(*arguments) -> Iterator[dict]:
+        for row in read_scored(*arguments):
+            read.append(row["query_id"])
+            yield row
+
+    monkeypatch.setattr(audit_module, "_teacher", lambda data: "t")
+    monkeypatch.setattr(audit_module, "read_scored", counted)
+    monkeypatch.setattr(audit_module, "_QUERIES_AT_A_TIME", 7)
     parts = audit(one, repeat=other)
     assert flat(parts) == pytest.approx(flat(whole))
     assert parts["others"]["repeat"]["queries_in_common"] == 30
+    assert len(read) == 60
 
 
 def test_quantiles_of_more_scores_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -220,14 +221,24 @@ def test_other_queries_are_refused(tmp_path: Path):
         combined(sources, tmp_path / "out")
 
 
-def test_partitions_hold_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Forty queries, at most seven in memory at a time: six partitions."""
-    monkeypatch.setattr("rerank_ray.combine._QUERIES_PER_PARTITION", 7)
+def test_few_queries_at_a_time_hold_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Forty queries, at most seven in memory at a time. The texts are read once, however often that is."""
+    with_texts = []
+
+    def counted(uri: str, columns: Sequence[str]) -> Iterator[dict]:
+        for row in read_rows(uri, columns):
+            if "candidates" in columns:
+                with_texts.append(row["query_id"])
+            yield row
+
+    monkeypatch.setattr("rerank_ray.combine.read_rows", counted)
+    monkeypatch.setattr("rerank_ray.combine._QUERIES_AT_A_TIME", 7)
     rows = [label_row(make_list(f"q{i}"), [0.0, float(i), 50.0]) for i in range(40)]
     sources = [run(tmp_path / "a", rows), run(tmp_path / "b", rows[::-1])]
     result = combined(sources, tmp_path / "out", method="minmax")
     assert len(result) == 40
     assert result["q25"]["scores"] == pytest.approx([0.0, 0.5, 1.0])
+    assert with_texts == [f"q{i}" for i in range(40)]
 
 
 def test_weights_are_one_for_each_run():

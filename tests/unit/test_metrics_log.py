@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from rerank_ray import storage
 from rerank_ray.distill.metrics_log import FILE, MetricsLog, written_lines
+from rerank_ray.execution import train
+from rerank_ray.runs import RunFolder
 
 
 def steps(run: Path) -> list[int]:
@@ -59,6 +62,24 @@ def test_where_nothing_can_be_appended_the_file_is_written_at_validations(tmp_pa
     ):
         log.write(metrics)
     assert written == [1, 2, 5]
+
+
+def test_lines_go_on_being_printed_after_one_read_that_failed(tmp_path: Path, monkeypatch, capsys):
+    """A store may be out of reach for a moment in the days that a training takes."""
+    reads = iter([[], OSError("timeout")])
+
+    def read(path: str) -> list[str]:
+        found = next(reads, None)
+        if isinstance(found, OSError):
+            raise found
+        return written_lines(path) if found is None else found
+
+    monkeypatch.setattr(train, "written_lines", read)
+    monkeypatch.setattr(train, "_ECHO_EVERY_S", 0.01)
+    with train._echo(RunFolder(uri=str(tmp_path)), lambda metrics: f"step {metrics['step']}"):
+        time.sleep(0.1)
+        MetricsLog(str(tmp_path)).write({"step": 10})
+    assert "step 10" in capsys.readouterr().err
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path):
