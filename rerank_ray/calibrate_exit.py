@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -110,7 +110,7 @@ def _held_out(run: Path) -> Iterator[Labels]:
 
 @torch.inference_mode()
 def _measure(student: Student, lists: Iterable[Labels], gains: str) -> list[tuple[Labels, np.ndarray, list[float]]]:
-    """Every list with a gain, its scores [exits, candidates] and its nDCG@10 at each exit."""
+    """Every list with a gain, without its texts, its scores [exits, candidates] and its nDCG@10 at each exit."""
     runner = engine.BatchRunner(None, next(student.parameters()).device)
     measured = []
     for labels in lists:
@@ -123,5 +123,12 @@ def _measure(student: Student, lists: Iterable[Labels], gains: str) -> list[tupl
         by_layer = np.array(runner.run([len(e["input_ids"]) for e in encoded], forward)).T
         values = [validation_ndcg(labels, scores, gains) for scores in by_layer]
         if values[0] is not None:
-            measured.append((labels, by_layer, values))
+            measured.append((_without_texts(labels), by_layer, values))
     return measured
+
+
+def _without_texts(labels: Labels) -> Labels:
+    """Ids, scores and gains alone: the texts of many thousand lists would fill the memory until the end."""
+    listed = labels.candidate_list
+    bare = tuple(replace(c, title=None, text="") for c in listed.candidates)
+    return replace(labels, candidate_list=replace(listed, candidates=bare))

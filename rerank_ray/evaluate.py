@@ -10,7 +10,7 @@ import io
 import math
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -50,7 +50,10 @@ class SourceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedRankings:
-    """The rankings of one source: query id -> doc ids, best first; `errors` holds the queries whose row has `error`."""
+    """The rankings of one source: query id -> doc ids, best first; `errors` holds the queries whose row has `error`.
+
+    A query that is not wanted has no doc ids.
+    """
 
     name: str
     path: str
@@ -140,7 +143,7 @@ def evaluate_sources(
     loaded: dict[str, LoadedRankings] = {}
     named = sources.items() if isinstance(sources, Mapping) else map(_split_name, sources)
     for name, path in named:
-        item = load_rankings(path, name)
+        item = load_rankings(path, name, judgments)
         if item.name in loaded:
             raise ConfigError(
                 f"{item.path} and {loaded[item.name].path} are both called {item.name!r}: name them, `NAME=PATH`"
@@ -199,9 +202,12 @@ def print_report(report: EvaluationReport, console: Console) -> None:
 # Sources
 
 
-def load_rankings(path: str, name: str | None = None) -> LoadedRankings:
+def load_rankings(path: str, name: str | None = None, wanted: Container[str] | None = None) -> LoadedRankings:
     """Load rankings from a run folder (`run.json` and `data/*.parquet`), a Parquet file or folder, or a TREC run file
     (`.gz` too); they are called by the folder's name, or the file's without its suffix, where no other is given.
+
+    Args:
+        wanted: ids of the queries whose doc ids are kept, of Parquet: those of millions don't fit the memory.
 
     Raises:
         InputError: the path is missing, holds no rankings, or a row breaks the Parquet contract.
@@ -235,7 +241,8 @@ def load_rankings(path: str, name: str | None = None) -> LoadedRankings:
                 if row.get("error") is not None:
                     errors[query_id] = row["error"]
                 else:
-                    rankings[query_id] = _doc_ids(row, kind, file_path)
+                    kept = wanted is None or query_id in wanted
+                    rankings[query_id] = _doc_ids(row, kind, file_path) if kept else ()
     return LoadedRankings(name=name, path=path, kind=kind, rankings=rankings, errors=errors)
 
 

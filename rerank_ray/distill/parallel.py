@@ -72,8 +72,10 @@ class Replicas:
             self.model = nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
         elif next(scorer.parameters()).device.type == "cpu":
             # Or each micro-batch's gradient would be as large as the vocabulary, and mostly zeros. On a GPU the CPU
-            # would wait for the number of rows.
-            self._student.pretrained.get_input_embeddings().sparse = True
+            # would wait for the number of rows. T5's stacks have each a module of their own for the one matrix.
+            for module in scorer.modules():
+                if isinstance(module, nn.Embedding) and module.num_embeddings > settings.tokens_per_micro_batch:
+                    module.sparse = True
 
     def forwards(self, *counts: int) -> tuple[int, ...]:
         """How many forward passes to make, where this worker has so many of its own."""
@@ -91,12 +93,18 @@ class Replicas:
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+        # A row of each token is kept, also of a word that was met before: many tokens' are more than a whole matrix.
+        for parameter in self._sparse():
+            if parameter.grad._nnz() > len(parameter):
+                parameter.grad = parameter.grad.to_dense()
+
+    def _sparse(self) -> list[nn.Parameter]:
+        return [p for p in self._student.parameters() if p.grad is not None and p.grad.is_sparse]
 
     def step(self) -> torch.Tensor | float:
         """Clip the gradient, take the optimizer's step and drop the gradient; returns its norm before clipping."""
-        for parameter in self._student.parameters():
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
+        for parameter in self._sparse():
+            parameter.grad = parameter.grad.to_dense()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -40,14 +40,19 @@ class Scale:
 
 
 def linear_scale(values: Sequence[float], start: float, end: float) -> Scale:
-    """A scale over the values, rounded outwards to about five steps of 1, 2 or 5 times a power of ten."""
+    """A scale over the values, rounded outwards to about five steps of 1, 2 or 5 times a power of ten.
+
+    Values that differ in nothing but how they were rounded are one value.
+    """
     low, high = min(values), max(values)
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-9 * size else size or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= span / 4)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
-    ticks = tuple(round(i * step, 10) for i in range(first, last + 1))
+    digits = 10 - math.floor(math.log10(step))
+    ticks = tuple(round(i * step, digits) for i in range(first, last + 1))
     return Scale(low=ticks[0], high=ticks[-1], start=start, end=end, ticks=ticks)
 
 

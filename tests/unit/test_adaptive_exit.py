@@ -18,21 +18,22 @@ from hypothesis import strategies as st
 from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel
 
 from rerank_ray import cli
-from rerank_ray.calibrate_exit import calibrate_exit
+from rerank_ray.calibrate_exit import _labelled, _measure, calibrate_exit
 from rerank_ray.distill.labels import LabelSet
+from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError, ModelError
 from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.engine import BatchRunner, group_in_order
 from rerank_ray.models.exit_margins import segments_of, settle
-from rerank_ray.models.student import Student
+from rerank_ray.models.student import Student, load_student
 from rerank_ray.parquet import read_rows
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.schema import LABELS
 from rerank_ray.settings.distill import DistillSettings
-from rerank_ray.settings.models import CrossEncoderSettings
+from rerank_ray.settings.models import CrossEncoderSettings, ModelSettings
 from rerank_ray.settings.rankers import CrossEncoderRankerSettings
 
 _WORDS = " ".join(DOCUMENTS[:4]).split()
@@ -205,6 +206,15 @@ def test_calibration_is_kept_by_the_ranker(calibrated: tuple[Path, str], capsys:
 
 def top_ten(outcome: Outcome) -> set[int]:
     return set(np.argsort(-np.array(outcome.scores.scores))[:10].tolist())
+
+
+def test_calibration_holds_no_texts(calibrated: tuple[Path, str]):
+    """Of many thousand lists they would fill the memory; the losses are those of ids, scores and gains."""
+    folder, labels = calibrated
+    measured = _measure(load_student(ModelSettings(path=str(folder))), _labelled(labels), "teacher")
+    assert {c.contents for row, _, _ in measured for c in row.candidate_list.candidates} == {""}
+    for row, by_layer, ndcg in measured:
+        assert [validation_ndcg(row, of_layer, "teacher") for of_layer in by_layer.tolist()] == ndcg
 
 
 def test_thresholds_of_before_are_not_margins(calibrated: tuple[Path, str]):

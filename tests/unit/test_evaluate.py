@@ -181,6 +181,15 @@ def test_qrels_of_another_collection_are_refused(tmp_path: Path, qrels: str) -> 
     assert report.systems["one"].result.means["mrr"] == pytest.approx(0.5 / 3)
 
 
+def test_doc_ids_of_queries_that_nobody_judged_are_not_kept(tmp_path: Path, qrels: str) -> None:
+    """A run may be of millions of queries, and the qrels of some thousand; the others are counted."""
+    path = write_run(tmp_path / "run", [ranking_row("q1", ["c"]), ranking_row("z", ["a", "b"])], schema.RANKINGS)
+    assert load_rankings(path, wanted={"q1"}).rankings == {"q1": ("c",), "z": ()}
+    result = evaluate_sources([path], qrels=qrels, metrics=["mrr"]).systems["run"].result
+    assert result.rankings_without_qrels == 1
+    assert result.per_query["mrr"]["q1"] == 1.0
+
+
 def test_systems_that_differ_are_compared_on_a_single_query(tmp_path: Path) -> None:
     path = tmp_path / "one.qrels"
     path.write_text("q1 0 a 1\n")

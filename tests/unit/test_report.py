@@ -138,6 +138,15 @@ def test_what_cannot_be_drawn_is_refused(changes: dict, message: str) -> None:
         page(**changes)
 
 
+@pytest.mark.parametrize("losses", [[0.5, 0.5 + 1e-16 * 2], [0.5, 0.5 + 1e-12], [1e-12, 3e-12], [0.0, 0.0]])
+def test_curves_that_hardly_move_are_drawn(losses: list[float]) -> None:
+    """Two validations may rank alike and differ in the last bit of a mean, at the end of a long job."""
+    scale = linear_scale(losses, 100, 0)
+    assert all(0 <= scale(loss) <= 100 for loss in losses)
+    curve = [CurvePoint(step=step, loss=loss, validation_ndcg=loss) for step, loss in enumerate(losses)]
+    render_page(title="t", summary="s", systems=[PageSystem(name="a", role="r", ndcg=0.5)], curve=curve)
+
+
 def test_scales_by_hand() -> None:
     """0.64 … 0.681 spans 0.041; a quarter is 0.01025, the next step of 1-2-5 is 0.02: ticks 0.64 to 0.70."""
     y = linear_scale([0.64, 0.681], 100, 0)

@@ -324,27 +324,44 @@ def test_a_step_is_the_mean_over_its_queries(labels: str, tiny_bert: Path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_the_words_gradient_is_of_the_steps_words_alone(labels: str, tiny_bert: Path):
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_the_words_gradient_is_of_the_steps_words_alone(labels: str, tiny_bert: Path, tiny_t5: Path, model: str):
     """On a CPU it is kept as their rows until the optimizer's step, which is the one that a whole matrix would give."""
+    base = {"bert": tiny_bert, "t5": tiny_t5}[model]
 
-    def one_step(sparse: bool) -> tuple[Trainer, torch.Tensor]:
-        trainer = Trainer(settings(labels, tiny_bert, student={"dropout": 0.0}), World(), None)
-        words = trainer.student.pretrained.get_input_embeddings()
-        assert words.sparse
-        words.sparse = sparse
+    def one_step(tokens: int) -> tuple[Trainer, torch.Tensor]:
+        chosen = settings(labels, base, student={"dropout": 0.0}, tokens_per_micro_batch=tokens)
+        trainer = Trainer(chosen, World(), None)
         trainer.student.train()
-        trainer.forward_backward(trainer.step_data(0))
-        assert words.weight.grad.is_sparse == sparse
-        gradient = words.weight.grad.to_dense().clone()
+        words = trainer.student.pretrained.get_input_embeddings().weight
+        trainer.parallel.backward(trainer.student(**trainer.student.batch(pairs(trainer)))[-1].sin().sum())
+        assert words.grad.is_sparse == (tokens < len(words))
+        gradient = words.grad.to_dense().clone()
         trainer.parallel.step()
         return trainer, gradient
 
-    (rows, of_rows), (whole, of_whole) = one_step(True), one_step(False)
+    def pairs(trainer: Trainer) -> list[dict[str, list[int]]]:
+        return trainer.student.encode(["w1"] * 2, ["w2 w3", "w4"])
+
+    (rows, of_rows), (whole, of_whole) = one_step(32), one_step(100_000)
     torch.testing.assert_close(of_rows, of_whole, atol=1e-7, rtol=1e-5)
     untouched = (of_rows == 0).all(1)
     assert 0 < untouched.sum() < len(untouched)
     for a, b in zip(rows.student.parameters(), whole.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_the_words_gradient_does_not_grow_beyond_the_vocabulary(labels: str, tiny_bert: Path):
+    """However many tokens a step has: rows of one word are not added up as long as they are apart."""
+    trainer = Trainer(settings(labels, tiny_bert), World(), None)
+    words = trainer.student.pretrained.get_input_embeddings()
+    ids = torch.randint(1, len(words.weight), (20, 64), generator=torch.Generator().manual_seed(0))
+    for few in ids:
+        trainer.parallel.backward(words(few).sum())
+        gradient = words.weight.grad
+        assert not gradient.is_sparse or gradient._nnz() <= len(gradient)
+    counts = ids.flatten().bincount(minlength=len(words.weight)).float()
+    assert torch.equal(words.weight.grad.to_dense(), counts[:, None].expand_as(words.weight))
 
 
 @pytest.fixture(scope="module")
