@@ -233,7 +233,9 @@ def _job(settings: str, function: str) -> Callable[[argparse.Namespace, Console]
 
 
 def _run_folder(options: argparse.Namespace) -> str:
-    return options.run or f"runs/{Path(options.config).stem}"
+    folder = options.run or f"runs/{Path(options.config).stem}"
+    # A pipeline's steps note each other's folders: spelled another way they would be other ones.
+    return folder if "://" in folder else os.path.normpath(folder)
 
 
 _JOBS = {

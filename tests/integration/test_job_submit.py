@@ -300,7 +300,7 @@ def test_pipeline_submitted_again_goes_on_where_it_stopped(workspace: Workspace)
 
     first = workspace.submit("pipeline-1", "pipeline", config, "--run", run)
     before = {name: workspace.state(f"pipeline/{name}") for name in ("candidates", "ranked")}
-    again = workspace.submit("pipeline-2", "pipeline", config, "--run", run)
+    again = workspace.submit("pipeline-2", "pipeline", config, "--run", f"{run}/./")  # the same folder
 
     assert_succeeded(first)
     assert_succeeded(again)
