@@ -62,7 +62,7 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
     if layer is not None or (len(model.layers) > 1 and form != "flagembedding-layerwise"):
         model = model.truncated(last, alone=form != "flagembedding-layerwise")
     # Beside OUT until it is whole, so that what stands there is never half an export.
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, before = (folder.with_name(f"{folder.name}.{what}") for what in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with storage.writing(out):
@@ -71,8 +71,11 @@ def export(student: str, out: str, *, form: Form, layer: int | None, int8: bool,
         card = _card(model, Path(student), form, int8)
         with storage.writing(out):
             (partial / CARD).write_text(card)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                folder.rename(before)
             partial.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
