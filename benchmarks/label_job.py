@@ -63,7 +63,7 @@ def main() -> None:
         options.name,
         title=TITLE if options.name == "label_job" else f"{TITLE} ({options.name})",
         about=f"{options.rows} rows of {options.depth} candidates, MiniLM bi-encoder, texts of at most "
-        f"{TEACHER['model']['max_length']} tokens, replicas of one thread, medians of {options.rounds} rounds in "
+        f"{TEACHER['model']['max_length']} tokens, replicas of one thread, medians of {options.rounds} round(s) in "
         "alternation.",
         rows={name: figures(measured, name, options.rows) for name in measured[0]},
         facts={"rounds": measured},
