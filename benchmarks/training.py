@@ -83,7 +83,7 @@ def main() -> None:
         options.name,
         title=f"Training beside CrossEncoderTrainer ({options.name})",
         about=f"{options.steps} steps of {QUERIES} queries with {GROUP} candidates, MiniLM, one thread, CPU seconds, "
-        f"medians of {options.rounds} rounds in alternation. The loss is RankNet's mean over the held-out queries' "
+        f"medians of {options.rounds} round(s) in alternation. The loss is RankNet's mean over the held-out queries' "
         f"lists after the last step. {same_weights(results)}",
         rows={name: figures(rounds, first) for name, rounds in results.items()},
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rerank_ray.models.packing import register_packed
-from rerank_ray.models.training_attention import attention
+from rerank_ray.models.training_attention import attention, is_taken_apart
 
 GATED = "rerank_ray_gated"
 
@@ -53,12 +53,17 @@ def gated_attention(
     query = torch.cat([query, sign * (beta * (-0.5 / scale))], dim=-1)
     key = torch.cat([key, sign], dim=-1)
     head_dim = value.shape[-1]
-    # Zeros change no product.
-    unused = -(head_dim + 1) % width_multiple(query.device)
-    query, key = (nn.functional.pad(states, (0, unused)) for states in (query, key))
-    value = nn.functional.pad(value, (0, 1 + unused))
+    if not is_taken_apart(query.device):
+        # Fused kernels want all three of one width; zeros change no product.
+        unused = -(head_dim + 1) % width_multiple(query.device)
+        query, key, value = _widened(query, unused), _widened(key, unused), _widened(value, 1 + unused)
     output = attention(query, key, value, attention_mask, scale=scale, dropout=dropout)
     return output[..., :head_dim].transpose(1, 2), None
+
+
+def _widened(states: torch.Tensor, by: int) -> torch.Tensor:
+    # Padding by nothing would be a copy.
+    return nn.functional.pad(states, (0, by)) if by else states
 
 
 register_packed(GATED, gated_attention)
