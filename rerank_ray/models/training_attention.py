@@ -13,6 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 _LONGEST_UNFUSED = 512
 
 
+class _Setting:
+    """Of all threads, as backward passes that compute layers again do so in threads of their own. PyTorch's setting says
+    the same, but torch.compile can't look at it."""
+
+    taken_apart = False
+
+
 @contextmanager
 def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
     """On the CPU, attention as plain matrix products within: the fused kernel's backward pass takes longer there than
@@ -20,19 +27,21 @@ def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
     if device.type != "cpu" or length > _LONGEST_UNFUSED:
         yield
         return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    before, allowed = _Setting.taken_apart, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     # In bfloat16, as the fused kernel has it; otherwise the products are in float32. The setting is the CPU's too.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    _Setting.taken_apart = True
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        _Setting.taken_apart = before
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
 
 
 def is_taken_apart(device: torch.device) -> bool:
     """Whether `attention_for_training` is in force."""
-    return device.type == "cpu" and not torch.backends.cuda.flash_sdp_enabled()
+    return device.type == "cpu" and _Setting.taken_apart
 
 
 def attention(

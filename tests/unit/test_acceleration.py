@@ -17,6 +17,7 @@ from fixtures.tiny_models import tiny_bert_folder, tiny_llama_tokenizer, tiny_t5
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
@@ -162,8 +163,10 @@ def test_a_compiled_student_scores_as_it_did(tiny_bert: Path, tmp_path: Path, he
     pairs = [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)]
     plain = CrossEncoder(settings(tmp_path, dtype="float32", max_length=64))
     compiled = CrossEncoder(settings(tmp_path, dtype="float32", max_length=64, compile=True))
+    counters.clear()
     for some in (pairs, pairs[:3], pairs[1:2]):
         expected, found = ([a.value for a in model.run(some)] for model in (plain, compiled))
+        assert not counters["graph_break"], "the whole is one program"
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
