@@ -14,8 +14,10 @@ _LONGEST_UNFUSED = 512
 
 
 class _Setting:
-    """Of all threads, as backward passes that compute layers again do so in threads of their own. PyTorch's setting says
-    the same, but torch.compile can't look at it."""
+    """Of all threads, as a backward pass computes layers again in another one.
+
+    PyTorch's own setting says the same, but torch.compile can't look at it.
+    """
 
     taken_apart = False
 
