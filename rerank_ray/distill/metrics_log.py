@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 from tensorboardX import SummaryWriter
 
@@ -45,7 +46,7 @@ class MetricsLog:
             self._board.flush()
 
 
-def written_lines(path: str) -> list[str]:
+def written_lines(path: str | os.PathLike[str]) -> list[str]:
     """The file's lines so far. The last one may be half there: it is being written, or its process was killed."""
     text = storage.read_text(path) if storage.exists(path) else ""
     return text[: text.rfind("\n") + 1].splitlines()

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rerank_ray.models.training_attention import attention, is_taken_apart
+from rerank_ray.models.training_attention import attention
 
 PACKED = "rerank_ray_packed"
 PACKABLE = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
@@ -129,8 +129,8 @@ def _attention(
     dropout: float = 0.0,
     **options,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' call of PyTorch's attention, and of its plain form where that is in force."""
-    if getattr(module, "is_causal", False) or not is_taken_apart(query.device):
+    """transformers' call of `attention`, which knows no order: a causal layer, of a BERT that writes, has PyTorch's."""
+    if getattr(module, "is_causal", False):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rerank_ray import config, storage
+from rerank_ray.distill.metrics_log import FILE, written_lines
 from rerank_ray.evaluate import EvaluationReport
 from rerank_ray.execution.pipeline import run_pipeline
 from rerank_ray.models import engine
@@ -169,7 +170,7 @@ def _print(systems: list[PageSystem], console: Console) -> None:
 
 
 def _page(systems: list[PageSystem], report: EvaluationReport, pipeline: Path) -> str:
-    lines = storage.read_text(pipeline / "student" / "metrics.jsonl").splitlines()
+    lines = written_lines(pipeline / "student" / FILE)
     curve = [
         CurvePoint(step=m["step"], loss=m.get("loss/total"), validation_ndcg=m.get("validation_ndcg@10"))
         for m in map(json.loads, lines)
