@@ -38,10 +38,19 @@ class TrainingExecutionSettings(Settings):
     """Data-parallel workers."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs a worker reserves; on a CPU also its torch threads, at least one."""
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs a worker reserves."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """The GPU that a worker reserves; a share of one, for a worker that trains alone."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Worker failures after which the run gives up; each resumes from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _workers_have_gpus_of_their_own(self) -> TrainingExecutionSettings:
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"gpus_per_worker: {self.gpus_per_worker:g} with workers: {self.workers}: NCCL connects no two that "
+                "share a GPU: set it to 1, or workers to 1"
+            )
+        return self
 
     @property
     def range_of_workers(self) -> tuple[int, int] | None:

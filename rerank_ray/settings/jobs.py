@@ -10,7 +10,7 @@ from rerank_ray.config import Fraction, Settings
 from rerank_ray.records import DefectKind
 from rerank_ray.settings.models import FakeSettings, HFCausalSettings
 from rerank_ray.settings.rankers import FusionMethod, RankerSettings
-from rerank_ray.settings.resources import Needs, Resources
+from rerank_ray.settings.resources import GPUs, Needs, Resources
 
 _CPUS_OF_READING_AND_WRITING = 1.5
 _ROWS_OF_A_BLOCK = 32
@@ -24,7 +24,7 @@ class ExecutionSettings(Settings):
     cpus_per_actor: PositiveFloat = 1.0
     """Logical CPUs a replica reserves; on a CPU replica also its torch threads, at least one. Reading, dividing and
     writing rows needs 1.5 more of the cluster's."""
-    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_actor: GPUs = 0.0
     """GPUs a replica reserves."""
     memory_gb_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     """Memory a replica reserves, in GiB; 0 reserves none."""

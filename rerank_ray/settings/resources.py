@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import AfterValidator, Field
 
 _ROUNDING = 1e-6
 _UNITS = ("CPUs", "GPUs", "GiB of memory")
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus % 1:
+        raise ValueError(f"{gpus:g}: Ray reserves a share of one GPU, or whole ones")
+    return gpus
+
+
+GPUs = Annotated[float, Field(ge=0.0), AfterValidator(_whole_above_one)]
+"""A share of one GPU, or whole ones."""
 
 
 class Resources(NamedTuple):

@@ -1,6 +1,7 @@
 """What jobs ask of a cluster, and what is said where it has less."""
 
 import pytest
+from pydantic import ValidationError
 
 from rerank_ray.settings.distill import DistillExecutionSettings
 from rerank_ray.settings.jobs import ExecutionSettings
@@ -45,6 +46,19 @@ def test_a_replica_must_fit_on_one_node():
 
 def test_shares_of_gpus_add_up():
     assert ExecutionSettings(actors=25, gpus_per_actor=0.28).needs.missing_from([{"CPU": 99.0, "GPU": 7.0}]) is None
+
+
+def test_gpus_are_shares_of_one_or_whole():
+    """As Ray reserves them, and as NCCL connects workers: each with a GPU of its own."""
+    for gpus in (0, 0.5, 1, 2):
+        assert ExecutionSettings(gpus_per_actor=gpus).gpus_per_actor == gpus
+    with pytest.raises(ValidationError, match=r"1\.5: Ray reserves a share of one GPU, or whole ones"):
+        ExecutionSettings(gpus_per_actor=1.5)
+    assert DistillExecutionSettings(gpus_per_worker=0.5).workers == 1
+    with pytest.raises(ValidationError, match=r"gpus_per_worker: 0\.5 with workers: 2: NCCL connects no two"):
+        DistillExecutionSettings(workers=2, gpus_per_worker=0.5)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        DistillExecutionSettings(gpus_per_worker=2)
 
 
 def test_the_most_that_any_step_needs():
