@@ -45,5 +45,9 @@ class UnavailableError(ModelError):
         self.results = tuple(results)
 
 
+class LostError(UnavailableError):
+    """A model that this process can't run any more, and another one could: its GPU or its engine is lost."""
+
+
 class RunError(RerankRayError):
     """A run that can't be started, resumed or accounted for."""

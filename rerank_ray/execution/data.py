@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors, of_each_file
-from rerank_ray.errors import RunError
+from rerank_ray.errors import LostError, RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
 from rerank_ray.execution.shares import Shares, share_out
@@ -59,12 +60,14 @@ class RankWorker:
     """One replica: a ranker behind the crash guard, reporting what it finishes."""
 
     def __init__(self, job: RowJob, attempts_uri: str, counter: ray.actor.ActorHandle, folder: str) -> None:
-        from rerank_ray.models.engine import use_threads
+        from rerank_ray.models.engine import require_gpu, use_threads
 
         execution = job.execution
         if not execution.gpus_per_actor:
             # Ray hides no GPU from a worker that reserves none: `device: auto` would put all of them on the first.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        else:
+            require_gpu()
         # Ray starts workers where its daemon was started; relative paths are the user's.
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -82,7 +85,12 @@ class RankWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         before = self._stage.usage
         started = time.time()
-        result = self._guard(table)
+        try:
+            result = self._guard(table)
+        except LostError as error:
+            # Only a new replica has a model again, and only this one's end lets the crash guard count the rows.
+            print(error, file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
         ended = time.time()
         usage = self._stage.usage
         self._counter.add.remote(

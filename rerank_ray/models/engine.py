@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from rerank_ray.errors import ModelError
+from rerank_ray.errors import LostError, ModelError
 from rerank_ray.models.protocol import Answer, Generate, LogLikelihood, NextToken
 from rerank_ray.records import Computed, Usage
 
@@ -51,6 +51,15 @@ def use_device(device: torch.device) -> None:
     pinning memory would open a context."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def require_gpu() -> None:
+    """Raise `ModelError` where torch can't use a GPU that was reserved: `auto` would compute on the CPU instead."""
+    if not torch.accelerator.is_available():
+        raise ModelError(
+            f"a GPU is reserved here, and torch {torch.__version__} can use none: it may be built for CPUs alone, or "
+            "for a later CUDA than the node's driver knows"
+        )
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -188,11 +197,22 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def _check_device(device: torch.device, error: RuntimeError) -> None:
+    """Raise `LostError` if a GPU fails at everything after an error: an assertion in a kernel, a wrong address and
+    a fault of its memory end its work for this process."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        raise LostError(f"{device} takes no more work of this process: {error}") from error
+
+
 class BatchRunner:
     """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
 
     A batch that runs out of device memory is halved and done again, and the budget stays at what fitted; every other
-    error is raised.
+    error is raised, as `LostError` where a GPU is lost with it.
 
     Args:
         tokens_per_batch: null is the device's default.
@@ -201,6 +221,7 @@ class BatchRunner:
 
     def __init__(self, tokens_per_batch: int | None, device: torch.device, *, in_cache: int | None = None) -> None:
         default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else GPU_TOKENS_PER_BATCH
+        self._device = device
         self.tokens_per_batch = tokens_per_batch or default
         self.in_cache = in_cache if tokens_per_batch is None and device.type == "cpu" else None
         self.computed = Computed()
@@ -225,6 +246,7 @@ class BatchRunner:
                     results = forward(indices)
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
+                        _check_device(self._device, error)
                         raise
                     if len(indices) == 1:
                         raise ModelError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rerank_ray.errors import ModelError
+from rerank_ray.errors import LostError, ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.loading import load
@@ -88,10 +86,8 @@ class VLLM:
             )
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                # vLLM's engine is a process of its own, and stays dead. Only a new replica has another, and only this
-                # one's end lets the crash guard count the rows.
-                print(f"vLLM's engine died: {error}", file=sys.stderr, flush=True)  # noqa: T201
-                os._exit(1)
+                # It is a process of its own, and stays dead.
+                raise LostError(f"vLLM's engine died: {error}") from error
             raise
         for i, output in zip(ready, outputs, strict=True):
             results[i] = self._read(calls[i], encoded[i], output)
