@@ -130,16 +130,22 @@ def _load(
         torch._foreach_copy_([p.detach() for p in trained], state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     random.bit_generator.state = state["random"]
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["torch"], device)
-    else:
-        torch.set_rng_state(state["torch"])
+    # Of another kind of device, on which the run was begun, it is another size, and means nothing here.
+    if state["torch"].shape == _torch_state(device).shape:
+        _set_torch_state(state["torch"], device)
     return state["step"], state["seconds"], list(state["seen"].to(device))
 
 
 def _torch_state(device: torch.device) -> torch.Tensor:
     """The state of what draws dropout."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_torch_state(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def _means(student: SimilarityStudent, divergences: Sequence[torch.Tensor], name: str = "kl") -> dict[str, float]:
