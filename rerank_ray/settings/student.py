@@ -96,8 +96,8 @@ class StudentSettings(Settings):
     """Layers that get a head, ascending, the last one included: a layer-wise student. null is the last layer only."""
     max_length: PositiveInt = 256
     """Tokens of query and document together; where they are encoded apart, the document has what the query leaves."""
-    max_query_length: PositiveInt = 64
-    """Tokens of the query; longer ones are cut."""
+    max_query_length: Annotated[int, Field(ge=4)] = 64
+    """Tokens of the query, special ones among them, of which there are three at most; longer ones are cut."""
     query_prefix: str | None = None
     """linear and bi_encoder: put before every query; null is `query: ` for decoders with a linear head, as RankLLaMA's,
     `Query: ` for T5's encoder, and otherwise nothing."""
