@@ -27,12 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options, console)
     except (RerankRayError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return _failed(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from what is finished")
         return 130
+    except Exception as error:
+        # Imported when something has failed: it takes a tenth of a second. pyarrow opens `hf://` with it.
+        from httpx2 import TransportError
+
+        if not isinstance(error, TransportError):
+            raise
+        return _failed(f"{error.request.url.host} can't be reached ({error}): look at the network, and start again")
     return 0
+
+
+def _failed(error: Exception | str) -> int:
+    Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -87,6 +87,13 @@ def is_directory(uri: str | os.PathLike[str]) -> bool:
     return fs.get_file_info(path).type == pafs.FileType.Directory
 
 
+def file_version(uri: str | os.PathLike[str]) -> tuple[int | None, int | None]:
+    """A file's size and the time of its last change, in nanoseconds; None of what is not there."""
+    fs, path = open_filesystem(uri)
+    info = fs.get_file_info(path)
+    return info.size, info.mtime_ns
+
+
 def make_directory(uri: str | os.PathLike[str]) -> None:
     """Make a folder and those above it, unless it is there.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,8 @@ from rerank_ray.records import Candidate, CandidateList, Query
 from rerank_ray.retrieval.bm25 import BM25Index
 from rerank_ray.retrieval.collection import read_documents
 from rerank_ray.retrieval.hydrate import fetch
+from rerank_ray.retrieval.words import words
 from rerank_ray.settings.synthesize import SynthesizeSettings
-
-_WORD = re.compile(r"\w+")
 
 LEFT_OUT = ("not_written", "copied", "duplicate", "not_found_by_bm25", "not_ranked", "not_found_by_round_trip")
 """Why a query is left out: the model wrote none, it repeats its passage, another one has the same words, its passage is
@@ -93,26 +91,22 @@ def usable_queries(
             found.append(WrittenQuery(query_id=row["query_id"], text=row["query"], doc_id=row["doc_id"]))
     seen: set[tuple[str, ...]] = set()
     for query in sorted(found, key=lambda q: q.query_id):
-        words = tuple(_words(query.text))
-        if words in seen:
+        its_words = tuple(words(query.text.casefold()))
+        if its_words in seen:
             left_out["duplicate"] += 1
             continue
-        seen.add(words)
+        seen.add(its_words)
         yield query
 
 
 def longest_copied_run(query: str, passage: str) -> int:
     """How many words in a row of the query stand in the passage in the same order, case and punctuation aside."""
-    words, text = _words(query), f" {' '.join(_words(passage))} "
+    asked, text = words(query.casefold()), f" {' '.join(words(passage.casefold()))} "
     longest = 0
-    for start in range(len(words)):
-        while start + longest < len(words) and f" {' '.join(words[start : start + longest + 1])} " in text:
+    for start in range(len(asked)):
+        while start + longest < len(asked) and f" {' '.join(asked[start : start + longest + 1])} " in text:
             longest += 1
     return longest
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
 
 
 def retrieve(

@@ -23,6 +23,7 @@ from rerank_ray.distill.seeds import seed_of
 from rerank_ray.distill.targets import Targets, check_objective, objective, term_names
 from rerank_ray.distill.train import Report
 from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.models.continuations import THINK
 from rerank_ray.models.protocol import Failure, NextToken, Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError
 from rerank_ray.prompts.passages import has_what_is_shown, scores_to_show, shown_passages
@@ -36,7 +37,6 @@ from rerank_ray.settings.rationale import (
     TermSettings,
 )
 
-_THINK = "<think>"
 # Methods whose reasoning names passages by their places in a list that was shuffled.
 _OF_SHUFFLES = ("group_rank:", "permutation_self_consistency:")
 # The method whose score of a passage is the grade that this passage's text ends with. Others' texts compare passages,
@@ -161,12 +161,12 @@ def make_terms(settings: RationaleSettings) -> list[Term]:
 
 
 def _turn(rationale: str, answer: str, template: Template) -> str:
-    text = f"{_THINK}\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
+    text = f"{THINK}\n{rationale.strip()}\n</think>\n<answer>{answer}</answer>"
     return text.removeprefix(template.prefill)
 
 
 def _check_prefill(template: Template, reasoning: bool) -> None:
-    begin = f"{_THINK}\n" if reasoning else ""
+    begin = f"{THINK}\n" if reasoning else ""
     if not begin.startswith(template.prefill):
         raise ConfigError(f"prompt: the template's prefill is {template.prefill!r}, but the texts begin with {begin!r}")
 
@@ -186,9 +186,9 @@ def _in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
         return prompt, text
     # The same text as the template's own; what follows is tokenised behind it.
     prompt = replace(prompt, prefill=opened)
-    if not text.startswith(_THINK):
+    if not text.startswith(THINK):
         return prompt, f"\n</think>\n\n{text}"
-    within = text.removeprefix(_THINK)
+    within = text.removeprefix(THINK)
     return prompt, within.lstrip() if opened[-1].isspace() else within
 
 

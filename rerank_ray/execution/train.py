@@ -128,25 +128,28 @@ def _echo(run: RunFolder, summary: Callable[[dict], str]) -> Iterator[None]:
     """Print each line of metrics as the workers log it; they may run on other machines, and share the run folder.
 
     A resumed training drops the lines behind its checkpoint and writes them again. What can't be read now, from a
-    store that is out of reach for a moment, is read the next time.
+    store that is out of reach for a moment, is read the next time. What has not changed is not read again.
     """
     path, console, ended = run.path(FILE), Console(stderr=True, soft_wrap=True), threading.Event()
 
-    def print_new(seen: list[str]) -> list[str]:
+    def print_new(seen: list[str], version: tuple | None) -> tuple[list[str], tuple | None]:
         try:
+            current = storage.file_version(path)
+            if current == version:
+                return seen, version
             now = written_lines(path)
         except OSError:
-            return seen
+            return seen, version
         known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(seen, now, strict=False)))
         for line in now[known:]:
             console.print(summary(json.loads(line)), highlight=False)
-        return now
+        return now, current
 
     def follow() -> None:
-        seen = written_lines(path)
+        seen, version = written_lines(path), None
         while not ended.wait(_ECHO_EVERY_S):
-            seen = print_new(seen)
-        print_new(seen)
+            seen, version = print_new(seen, version)
+        print_new(seen, None)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -9,6 +9,8 @@ from jinja2 import TemplateError
 
 from rerank_ray.errors import ModelError
 
+THINK = "<think>"
+"""How reasoning begins."""
 THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
 """A think block at a text's end: open, or empty where it has a group."""
 _ANSWER = "\ue000ANSWER\ue001"

@@ -11,6 +11,8 @@ from transformers import DynamicCache
 
 from rerank_ray.models.protocol import Generate
 
+_MORE_TOKENS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
@@ -127,13 +129,21 @@ def _ending(call: Generate, tokens: list[int], tokenizer, ends: frozenset[int]) 
     if tokens[-1] in ends:
         return _text(tokenizer, tokens[:-1]), False
     full = len(tokens) == call.max_tokens
-    if not (call.stop or full):
+    if not (full or (call.stop and _may_stop(call.stop, tokens, tokenizer))):
         return None
     text = _text(tokenizer, tokens)
     stops = [at for s in call.stop if (at := text.find(s)) >= 0]
     if stops:
         return text[: min(stops)], False
     return (text, True) if full else None
+
+
+def _may_stop(stops: Sequence[str], tokens: list[int], tokenizer) -> bool:
+    """Whether a stop string stands at the end of a text, of which no more is decoded than the longest can take: a token
+    is a byte at least. The first tokens of what is decoded may be a character's rest, or lose their space."""
+    longest = max(len(s.encode()) for s in stops)
+    end = _text(tokenizer, tokens[-longest - _MORE_TOKENS :])
+    return any(s in end for s in stops)
 
 
 def _text(tokenizer, tokens: list[int]) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.continuations import THINK_BLOCK, answer_lead, continuation_ids, label_ids, render_chat
+from rerank_ray.models.continuations import THINK, THINK_BLOCK, answer_lead, continuation_ids, label_ids, render_chat
 from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt, interleaved
 
 _SLOT = "\ue000PASSAGE\ue001"
-_THINK = "<think>"
 # Characters before an answer that can have a part in its tokens, and more.
 _CONTEXT = 64
 
@@ -131,7 +130,7 @@ class PromptEncoder:
         Where the chat template opens a think block, or writes an empty one or a channel's name before an answer, the
         prompt ends with it, and a prefill stands behind it. A prefill that begins with a think block has its own.
         """
-        if not (prompt.chat and self.chat and self._lead_is_text) or prompt.prefill.startswith((_THINK, self._lead)):
+        if not (prompt.chat and self.chat and self._lead_is_text) or prompt.prefill.startswith((THINK, self._lead)):
             return prompt
         return replace(prompt, prefill=self._lead + prompt.prefill)
 
@@ -236,7 +235,7 @@ class PromptEncoder:
         frame = tuple(text.split(_SLOT))
         if len(frame) != len(parts):
             raise ModelError("the tokenizer's chat template changes or repeats the user's text; set chat: false")
-        if prefill.startswith(_THINK):
+        if prefill.startswith(THINK):
             # Some templates open a think block of their own, or write an empty one; the prefill's takes its place.
             frame = (*frame[:-1], THINK_BLOCK.sub("", frame[-1]))
         elif prefill and not self._lead_is_text and not prefill.startswith(self._lead):

@@ -7,9 +7,10 @@ A template file has these keys:
     system: system message, or left out
     chat: true when the text is the user's turn of a chat
     instruction: what {instruction} is for a query that has none
-    text: the prompt. {query} and {instruction} may stand anywhere (icr: {query} at the end); {passage} for methods that
-        show one passage, {passage_a} and {passage_b} for those that show two, {passages} for a list, {count} for its
-        length, {criteria} for those that the model wrote itself (rebel)
+    text: the prompt. {query} and {instruction} may stand anywhere (icr: {query} at the end; query_likelihood and
+        write_query: no {query}); {passage} for methods that show one passage, {passage_a} and {passage_b} for those
+        that show two, {passages} for a list, {count} for its length, {criteria} for those that the model wrote itself
+        (rebel)
     passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
     separator: what stands between a list's entries
     prefill: how the model's own turn begins
@@ -108,6 +109,8 @@ class Template(Settings):
         _refuse_unknown("text", found, ["query", "instruction", *sorted((needs.slots | needs.optional) - {"query"})])
         if self.method == "write_query" and "query" in found:
             raise ValueError("text has the slot {query}, but the query is what the model writes")
+        if self.method == "query_likelihood" and "query" in found:
+            raise ValueError("text has the slot {query}, but the query's own likelihood is the score")
         for slot in sorted(needs.slots - {"query"}):
             if found.count(slot) != 1:
                 raise ValueError(f"text must hold the slot {{{slot}}} once")

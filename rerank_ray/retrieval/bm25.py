@@ -9,6 +9,7 @@ import bm25s
 import numpy as np
 
 from rerank_ray.errors import ConfigError, InputError
+from rerank_ray.retrieval.words import words
 
 K1 = 0.9
 B = 0.4
@@ -21,8 +22,8 @@ class BM25Index:
     ln(1 + (N − df + 0.5) / (df + 0.5)) · tf / (tf + k1 · (1 − b + b · |d| / avg|d|))
     (the "accurate" Lucene variant of Kamphuis et al., ECIR 2020: lengths are not rounded to a byte as Lucene does).
 
-    Tokens are lower-cased runs of two or more word characters, so text without blanks between words (Chinese, Japanese,
-    Thai) has to be segmented beforehand. Scores are float32.
+    Tokens are lower-cased words (`words`) of two or more characters, so text without blanks between words (Chinese,
+    Japanese, Thai) has to be segmented beforehand. Scores are float32.
     """
 
     def __init__(
@@ -56,22 +57,23 @@ class BM25Index:
             InputError: no documents.
         """
         check_parameters(k1, b)
+        options = {"stopwords": stopwords, "token_pattern": r"\S\S+", "show_progress": False}
         try:
-            bm25s.tokenize([], stopwords=stopwords, show_progress=False)
+            bm25s.tokenize([], **options)
         except ValueError as error:
             raise ConfigError(f"stopwords={stopwords!r}: {error}") from error
 
         def tokenize(texts: Iterable[str]) -> list[list[str]]:
-            return bm25s.tokenize(texts, stopwords=stopwords, return_ids=False, show_progress=False)
+            return bm25s.tokenize(map(_spaced, texts), return_ids=False, **options)
 
         doc_ids: list[str] = []
 
         def contents() -> Iterable[str]:
             for doc_id, text in docs:
                 doc_ids.append(doc_id)
-                yield text
+                yield _spaced(text)
 
-        tokens = bm25s.tokenize(contents(), stopwords=stopwords, show_progress=False)
+        tokens = bm25s.tokenize(contents(), **options)
         if not doc_ids:
             raise InputError("the collection has no documents: there is nothing to retrieve from")
         if not tokens.vocab:
@@ -121,6 +123,11 @@ class BM25Index:
             return np.zeros(len(self), dtype=np.float32)
         token_ids = self._index.get_tokens_ids(self._tokenize([query_text])[0])
         return self._index.get_scores_from_ids(token_ids)
+
+
+def _spaced(text: str) -> str:
+    """The words with a blank between each two, where bm25s cuts: its own pattern cuts words at vowel signs."""
+    return " ".join(words(text))
 
 
 def check_parameters(k1: float, b: float) -> None:

@@ -19,7 +19,8 @@ class ValidationSettings(Settings):
     over its layers."""
 
     fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the queries held out, at least one; which ones depends on their ids and the seed alone."""
+    """Share of the queries held out; which ones depends on their ids and the seed alone. Where that is none, training
+    is refused."""
     every_steps: PositiveInt = 50
     """Steps between validations; a checkpoint is written at each."""
     patience: PositiveInt = 5

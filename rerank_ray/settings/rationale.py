@@ -69,7 +69,8 @@ class RationaleValidationSettings(Settings):
     """How the kept step is chosen: by the objective on queries held out of training."""
 
     fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of each term's queries held out, at least one; which ones depends on their ids and the seed alone."""
+    """Share of each term's queries held out; which ones depends on their ids and the seed alone. Where that is none,
+    training is refused."""
     queries: PositiveInt | None = 100
     """Held-out queries of each term, at most; null is all."""
     every_steps: PositiveInt = 50

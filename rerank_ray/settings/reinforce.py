@@ -127,7 +127,8 @@ class RewardValidationSettings(Settings):
     """How the kept step is chosen: by the mean reward of greedy answers to queries held out of training."""
 
     fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of the queries held out, at least one; which ones depends on their ids and the seed alone."""
+    """Share of the queries held out; which ones depends on their ids and the seed alone. Where that is none,
+    training is refused."""
     queries: PositiveInt | None = 100
     """Held-out queries that are answered, at most; null is all."""
     every_steps: PositiveInt = 20

@@ -76,7 +76,7 @@ class FreezeSettings(Settings):
     embeddings: bool = False
     """Of tokens, and what else the architecture keeps with them; an output layer that shares their weights too."""
     layers: NonNegativeInt = 0
-    """The first so many layers."""
+    """The first so many layers; of a seq2seq model, its encoder's."""
 
 
 class StudentSettings(Settings):
@@ -96,8 +96,8 @@ class StudentSettings(Settings):
     """Layers that get a head, ascending, the last one included: a layer-wise student. null is the last layer only."""
     max_length: PositiveInt = 256
     """Tokens of query and document together; where they are encoded apart, the document has what the query leaves."""
-    max_query_length: PositiveInt = 64
-    """Tokens of the query; longer ones are cut."""
+    max_query_length: Annotated[int, Field(ge=4)] = 64
+    """Tokens of the query, special ones among them, of which there are three at most; longer ones are cut."""
     query_prefix: str | None = None
     """linear and bi_encoder: put before every query; null is `query: ` for decoders with a linear head, as RankLLaMA's,
     `Query: ` for T5's encoder, and otherwise nothing."""
@@ -137,7 +137,8 @@ class StudentSettings(Settings):
     which doubles the memory of a step."""
     take_layers: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Start from some of the layers of `base`, which is then a smaller model: these, counted from 1 and ascending, or
-    with one number n every n-th (Shleifer & Rush 2020). null is all."""
+    with one number n every n-th (Shleifer & Rush 2020). null is all. A seq2seq model's are its encoder's; T5's
+    first must be among them, for it alone knows positions."""
     freeze: FreezeSettings = FreezeSettings()
     lora: LoraSettings | None = None
     """null trains all weights that are not frozen."""

@@ -152,6 +152,9 @@ def test_checks_between_fields_name_the_fields():
     base = {"input": ["l"], "student": {"base": "b", "max_length": 32, "max_query_length": 32}}
     with pytest.raises(ConfigError, match=r"student: max_query_length \(32\) must be at most max_length \(32\) − 8"):
         validate(DistillSettings, base, "d")
+    # Two or three of these are special tokens, and [CLS] and [SEP] alone are no query.
+    with pytest.raises(ConfigError, match=r"student\.max_query_length: Input should be greater than or equal to 4"):
+        validate(DistillSettings, base | {"student": {"base": "b", "max_query_length": 3}}, "d")
     sampling = {"group_size": 4, "bands": [{"ranks": [1, 5], "count": 2}, {"ranks": [9, 6], "count": 2}]}
     with pytest.raises(ConfigError, match=r"sampling\.bands\.1: ranks: \[9, 6\]: the first must not be above"):
         validate(DistillSettings, base | {"student": {"base": "b"}, "sampling": sampling}, "d")

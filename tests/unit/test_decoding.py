@@ -71,6 +71,17 @@ def test_the_first_stop_string_ends_a_text():
     assert (late.text, len(late.tokens), late.cut_off) == ("x" * 9, 10, False)
 
 
+def test_only_the_end_of_a_long_text_is_decoded_to_look_for_a_stop_string(monkeypatch: pytest.MonkeyPatch):
+    """A text of thousands of tokens would be decoded thousands of times; it is once, when the string is there."""
+    decoded, decode = [], type(TOKENIZER).decode
+    monkeypatch.setattr(
+        type(TOKENIZER), "decode", lambda self, ids, **how: decoded.append(len(ids)) or decode(self, ids, **how)
+    )
+    (answer,), _ = write(["the cat " * 30 + "</answer> dog"], max_tokens=400, stop=("</answer>",))
+    assert answer.text == "the cat " * 30
+    assert sorted(decoded)[-2:] == [len("</answer>") + 8, len(answer.tokens)]
+
+
 def test_a_text_that_ends_with_its_last_token_is_whole():
     size = len(TOKENIZER("the cat</s>", add_special_tokens=False)["input_ids"])
     answers, _ = write(["the cat</s>"], max_tokens=size)

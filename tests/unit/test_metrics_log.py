@@ -82,6 +82,22 @@ def test_lines_go_on_being_printed_after_one_read_that_failed(tmp_path: Path, mo
     assert "step 10" in capsys.readouterr().err
 
 
+def test_what_has_not_changed_is_not_fetched_each_second(tmp_path: Path, monkeypatch, capsys):
+    """On an object store it is written at validations alone, and may be megabytes."""
+    reads: list[str] = []
+    monkeypatch.setattr(train, "written_lines", lambda path: reads.append(path) or written_lines(path))
+    monkeypatch.setattr(train, "_ECHO_EVERY_S", 0.01)
+    log = MetricsLog(str(tmp_path))
+    log.write({"step": 10})
+    with train._echo(RunFolder(uri=str(tmp_path)), lambda metrics: f"step {metrics['step']}"):
+        time.sleep(0.2)
+        log.write({"step": 20})
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "step 20\n"
+    # At the start, the first second, after the change, and at the end.
+    assert len(reads) <= 5
+
+
 def test_a_full_disk_names_the_file(tmp_path: Path):
     log = MetricsLog(str(tmp_path))
     log.write({"step": 0})

@@ -55,6 +55,7 @@ def test_the_title_stands_before_the_passage():
         (YES_NO | {"text": "{passage}"}, "text lacks the slot {query}"),
         (YES_NO | {"text": "{query}"}, "text lacks the slot {passage}"),
         (LIKELIHOOD | {"text": "write"}, "text lacks the slot {passage}"),
+        (LIKELIHOOD | {"text": "{query}: {passage}"}, "text has the slot {query}, but the query's own"),
         (
             YES_NO | {"text": "{query} {passage} {document}"},
             "unknown slot {document}; known: query, instruction, passage",

@@ -51,6 +51,15 @@ def test_scores_are_lucenes_formula():
     assert found == [("d2", pytest.approx(d2, rel=1e-6)), ("d1", pytest.approx(d1, rel=1e-6))]
 
 
+def test_words_of_scripts_with_vowel_signs_are_whole():
+    """Hindi `pānī` (water) and `mem` (in) have no two letters side by side: a pattern of letters finds no word there.
+    A mark that is written apart, as in `e` with an accent, belongs to its letter too."""
+    docs = [("water", "नदी में पानी"), ("mountain", "बड़ा पहाड़"), ("accent", "cafe\u0301s"), ("plain", "cafes")]
+    index = BM25Index.build(docs)
+    found = index.search(["पानी?", "पहाड़", "पहाड", "Cafe\u0301s"], 4)
+    assert [[doc_id for doc_id, _ in ranking] for ranking in found] == [["water"], ["mountain"], [], ["accent"]]
+
+
 words = st.lists(st.sampled_from(["aa", "bb", "cc", "dd", "ee", "x"]), max_size=8).map(" ".join)
 
 

@@ -5,11 +5,13 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import httpx2
 import pyarrow.fs as pafs
 import pytest
 from fixtures.full_disk import full_disk
 
 from rerank_ray import storage
+from rerank_ray.cli import main
 from rerank_ray.errors import InputError, RunError
 
 
@@ -38,6 +40,17 @@ def test_one_place_has_several_addresses(other: str):
 def test_a_uri_that_names_no_filesystem_is_told_with_the_fix(uri: str):
     with pytest.raises(InputError, match=f"^{uri}: no address of a file or folder .*: give a local path, or a URI"):
         storage.exists(uri)
+
+
+def test_a_hub_that_is_out_of_reach_is_told_and_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys):
+    """pyarrow hands `hf://` to huggingface_hub, whose errors are of no kind that files have."""
+
+    def unreachable(uri):
+        raise httpx2.ConnectError("no name", request=httpx2.Request("GET", "https://hub.test/api"))
+
+    monkeypatch.setattr(storage, "open_filesystem", unreachable)
+    assert main(["evaluate", "hf://datasets/a/b/run", "--qrels", "qrels"]) == 1
+    assert capsys.readouterr().err.startswith("error: hub.test can't be reached (no name): look at the network")
 
 
 def test_a_digest_is_of_names_and_bytes(tmp_path: Path):

@@ -211,6 +211,18 @@ def test_layers_that_are_what_they_are_by_their_number(tmp_path: Path):
             check_student(settings)
 
 
+@pytest.mark.parametrize("head", ["linear", "mvp"])
+def test_a_t5_of_fewer_encoder_layers(tiny_t5: Path, tmp_path: Path, head: str):
+    """The decoder keeps its own. T5's first layer alone holds the relative positions of all."""
+    student = stirred(start(tiny_t5, head, take_layers=(1,)))
+    student.save(tmp_path / "s")
+    loaded = load(tmp_path / "s")
+    assert (loaded.pretrained.config.num_layers, loaded.pretrained.config.num_decoder_layers) == (1, 2)
+    torch.testing.assert_close(scores(loaded), scores(student))
+    with pytest.raises(ModelError, match=r"take_layers: \[2\]: .*has_relative_attention_bias"):
+        start(tiny_t5, head, take_layers=(2,))
+
+
 # Gradient checkpointing
 
 

@@ -309,6 +309,15 @@ def test_of_equal_queries_the_first_by_id_stays_and_the_rest_is_counted():
     assert len(list(usable_queries(rows, None, Counter()))) == 4
 
 
+def test_words_are_told_apart_by_their_vowel_signs():
+    """Hindi `kī` (of) and `ki` (that) share their letter: without marks these queries were the same words."""
+    rows = [written("1", "की पानी"), written("2", "कि पानी"), written("3", "की, पानी!")]
+    left_out: Counter[str] = Counter()
+    assert [q.query_id for q in usable_queries(rows, None, left_out)] == ["1", "2"]
+    assert left_out == {"duplicate": 1}
+    assert longest_copied_run("विश्वविद्यालय", "एक विश्वविद्यालय") == 1
+
+
 def test_a_query_keeps_bm25s_candidates_if_its_passage_is_among_the_first(corpus):
     """ "cats" occurs in d1, d2 and d5, of which d5 is the shortest and d2 the longest: BM25 ranks them d5, d1, d2."""
     queries = [WrittenQuery(query_id=i, text="cats", doc_id=i) for i in ("d1", "d2", "d3", "d5")]

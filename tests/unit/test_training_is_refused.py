@@ -12,6 +12,7 @@ import pytest
 from fixtures.rows import write_labels
 from fixtures.teachable import settings, teachable
 from rich.console import Console
+from transformers import MBartConfig
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import World, check_installed
@@ -57,6 +58,14 @@ def test_a_student_that_can_not_be_is_found_out_without_its_weights(tiny_bert: P
     changes, message = WRONG_STUDENTS[wrong]
     with pytest.raises(ModelError, match=message):
         check_student(StudentSettings(base=str(base), **({"max_length": 32, "max_query_length": 8} | changes)))
+
+
+def test_a_seq2seq_model_whose_answers_begin_with_a_language_has_no_prompted_head(tiny_t5: Path, tmp_path: Path):
+    base = without_weights(tiny_t5, tmp_path)
+    MBartConfig(d_model=16).save_pretrained(base)
+    for head in ("yes_no", "token_logit"):
+        with pytest.raises(ModelError, match=f"{base}: a mbart has no token that every answer begins with"):
+            check_student(StudentSettings(base=str(base), head=head))
 
 
 RIGHT_STUDENTS = {

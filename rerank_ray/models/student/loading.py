@@ -229,6 +229,11 @@ def _start_prompted(source: Source, settings: StudentSettings, prompt: StudentPr
             f"{settings.base}: a {source.config.model_type} is no language model that goes on with a text, so "
             f"{settings.head} has nothing to read; use head: linear"
         )
+    if source.is_seq2seq and source.config.decoder_start_token_id is None:
+        raise ModelError(
+            f"{settings.base}: a {source.config.model_type} has no token that every answer begins with "
+            "(decoder_start_token_id; mBART's kinds begin with a language's): take a T5 or BART, or an encoder"
+        )
     model = source.start(_language_model(source), settings.take_layers)
     description = _describe(settings, model.config.num_hidden_layers, prompt=prompt)
     student = PromptedStudent(description, source.tokenizer, model)

@@ -210,7 +210,8 @@ def renumber(layers: nn.ModuleList, first: int) -> None:
 def _stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
     base = model.base_model
     stack = getattr(base, "encoder", base)
-    name = next((n for n in ("layer", "layers", "h") if isinstance(getattr(stack, n, None), nn.ModuleList)), None)
+    names = ("layer", "layers", "block", "h")
+    name = next((n for n in names if isinstance(getattr(stack, n, None), nn.ModuleList)), None)
     if name is None:
         raise ModelError(f"{type(model).__name__}: can't tell its layers apart, so none can be removed or chosen")
     return stack, name
