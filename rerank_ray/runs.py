@@ -75,10 +75,10 @@ class RunFolder:
         before = self.state()
         if not before:
             if storage.list_files(self.data, ".parquet"):
-                raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another --run folder")
+                raise RunError(f"{self.data}: holds data but {self.path(STATE)} is missing: use another folder")
             _, folder = storage.open_filesystem(self.uri)
             if any(posixpath.dirname(path) == folder for path in storage.list_files(self.uri, ".parquet")):
-                raise RunError(f"{self.uri}: holds Parquet, which a run would hide: use another --run folder")
+                raise RunError(f"{self.uri}: holds Parquet, which a run would hide: use another folder")
         else:
             self.check_same(kind, settings, inputs, fixed)
         storage.write_text(self.path(CONFIG), dump(settings))
@@ -98,7 +98,7 @@ class RunFolder:
         """Raise `RunError`, as `start` does, unless a run that was started before may be resumed with these."""
         before = self.state()
         if before["kind"] != kind:
-            raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another --run folder")
+            raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another folder")
         old, new = self._noted_config(type(settings)), yaml.safe_load(dump(settings))
         kept = {f"execution.{name}" for name in fixed}
         changed = [
@@ -113,8 +113,16 @@ class RunFolder:
             lines = "\n".join(f"  {line}" for line in changed)
             raise RunError(
                 f"{self.uri}: this run was started with another config or input; resuming would mix the two:\n{lines}\n"
-                "Put it back, or use another --run folder."
+                f"{self._way_out()}"
             )
+
+    def _way_out(self) -> str:
+        """What to do about a run that another config or input was started with: one that failed before it made
+        anything, as a wrong path lets it, is in nobody's way."""
+        _, folder = storage.open_filesystem(self.uri)
+        if any(posixpath.dirname(path) != folder for path in storage.list_files(self.uri, "")):
+            return "Put it back, or use another folder."
+        return "Put it back, use another folder, or delete this one: nothing is finished in it."
 
     def _noted_config(self, kind: type[Settings]) -> dict:
         """The config that the run was started with. A setting that its version did not have is there with its default,
@@ -141,7 +149,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
                 raise RunError(
-                    f"{self.uri}: is or lies below a file, and a run is a folder: use another --run"
+                    f"{self.uri}: is or lies below a file, and a run is a folder: use another path"
                 ) from error
             # Without a buffer, which closing the file would try to write once more.
             file = (folder / "lock").open("ab+", buffering=0)

@@ -109,9 +109,11 @@ def finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict)
     run.update(state="failed" if over else "done", counts=counts.to_dict(), rates=counts.rates(), timings=timings)
     if over:
         examples = "".join(f"\n  {e}" for e in counts.examples[:5])
+        # That does rows with an error again, and would leave those with defects as they are.
+        again = "use --retry-errors" if counts.errors else "rank anew in another --run folder"
         raise RunError(
             f"{run.uri}: {'; '.join(over)}. The output is kept in {run.data}; raise the bound to accept it, or mend "
-            f"the cause and use --retry-errors.{examples}"
+            f"the cause and {again}.{examples}"
         )
 
 

@@ -19,6 +19,7 @@ from rerank_ray.errors import InputError
 
 LISTED_BAD_LINES = 100
 FLOAT32_MAX = 3.4028234663852886e38
+_GZIP = b"\x1f\x8b"
 
 T = TypeVar("T")
 
@@ -86,6 +87,11 @@ def text_lines(path: str, bad: BadLines) -> Iterator[tuple[int, str]]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
+                    if number == 1 and raw.startswith(_GZIP):
+                        # Never skipped: it is the whole file.
+                        raise InputError(
+                            f"{path}: is gzip, which only a name that ends in .gz says: rename it, or unpack it"
+                        ) from error
                     bad.report(
                         path, number, f"byte {error.start + 1} of the line is not UTF-8", "convert the file to UTF-8"
                     )

@@ -12,10 +12,12 @@ import pytest
 from fixtures.rows import label_row, make_list, write_labels
 
 from rerank_ray import parquet, schema, storage
-from rerank_ray.accounting import count_output, delete_uncommitted, drop_errors, passed_bounds
+from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors, passed_bounds
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, RunError
+from rerank_ray.execution.jobs import finish
 from rerank_ray.records import Defect, DefectKind, Ranking, Scores, Usage
+from rerank_ray.runs import RunFolder
 from rerank_ray.schema import LABELS, RANKINGS
 from rerank_ray.settings.jobs import LimitSettings
 
@@ -104,6 +106,16 @@ def test_a_defect_that_stands_for_several_counts_as_they_do(tmp_path: Path):
     counts = count_output(str(tmp_path), 1)
     assert (counts.defects, counts.rows_by_defect) == ({"refusal": 6, "unparsed": 1}, {"refusal": 1, "unparsed": 1})
     assert counts.rates()["parse_failure"] == {"per_call": 0.35, "rows_affected": 1.0}
+
+
+def test_only_errors_are_ranked_again(tmp_path: Path):
+    """A run whose defects pass the bound stays as it is with --retry-errors."""
+    run, limits = RunFolder(uri=str(tmp_path)), LimitSettings(max_error_rate=0.0, max_defect_rate=0.0)
+    with pytest.raises(RunError, match=r"or mend the cause and rank anew in another --run folder\."):
+        finish(run, Counts(rows=2, ok=2, rows_with_defects=1), limits, {})
+    with pytest.raises(RunError, match=r"or mend the cause and use --retry-errors\."):
+        finish(run, Counts(rows=2, ok=1, errors=1), limits, {})
+    assert run.state()["state"] == "failed"
 
 
 def test_a_bound_for_a_kind_that_does_not_exist():

@@ -134,6 +134,13 @@ def test_a_line_that_is_not_utf8_is_a_bad_line_but_a_replacement_character_is_te
     assert next(beir.read_corpus(fine, BadLines())).text == "caf\ufffd"
 
 
+def test_a_gzip_file_without_the_suffix_is_no_bad_line(tmp_path):
+    """It is told by its name alone, and its lines must not be left out one by one."""
+    path = write(tmp_path / "corpus.jsonl", gzip.compress(GOOD_DOC.encode()))
+    with pytest.raises(InputError, match=r"corpus\.jsonl: is gzip, .*: rename it, or unpack it$"):
+        list(beir.read_corpus(path, BadLines(skip=True)))
+
+
 def test_needed_ids_are_yielded_alone_and_only_theirs_are_checked_for_duplicates(tmp_path):
     lines = [{"_id": i, "text": t} for i, t in [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")]]
     path = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, lines)))

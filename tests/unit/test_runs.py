@@ -77,6 +77,17 @@ def test_another_config_is_refused_with_every_difference(run: RunFolder):
     assert run.state()["starts"] == 1
 
 
+def test_a_run_in_which_nothing_is_finished_may_be_deleted(run: RunFolder):
+    """As one whose model's path was mistyped: the mended config is another one."""
+    run.start("label", config(), INPUTS)
+    with pytest.raises(RunError, match=r"or delete this one: nothing is finished in it\.$"):
+        run.start("label", config(seed=1), INPUTS)
+    Path(run.data).mkdir()
+    Path(run.data, "part.parquet").touch()
+    with pytest.raises(RunError, match=r"\nPut it back, or use another folder\.$"):
+        run.start("label", config(seed=1), INPUTS)
+
+
 def test_what_checkpoints_are_divided_by_may_not_change(run: RunFolder):
     run.start("label", config(), INPUTS)
     changed = config(execution=ExecutionSettings(actors=7, cpus_per_actor=2.0))
@@ -134,7 +145,7 @@ def test_a_run_of_a_version_that_noted_fewer_inputs_goes_on(run: RunFolder):
 
 def test_another_job_is_refused(run: RunFolder):
     run.start("label", config(), INPUTS)
-    with pytest.raises(RunError, match="is a label run, not rerank: use another --run folder"):
+    with pytest.raises(RunError, match="is a label run, not rerank: use another folder"):
         run.start("rerank", config(), INPUTS)
 
 
