@@ -112,7 +112,7 @@ def ingest_beir(
         qrels=qrels,
         bad=bad,
         instruction=instruction,
-        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": "en"},
+        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": bm25.STOPWORDS},
         overwrite=overwrite,
     )
 
