@@ -81,24 +81,13 @@ class _Asked:
     rewards: list[list[Reward]]
 
 
-def reinforce(
-    settings: ReinforceSettings, world: World, report: Report, resume: Path | None = None, data: LabelSet | None = None
-) -> None:
-    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
-
-    Args:
-        data: what `open_labels` gives, where that was done already.
-    """
-    trainer = GRPOTrainer(settings, world, resume, data)
-    trainer.run(report, resumed=resume is not None)
-
-
 class GRPOTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in the data."""
 
     def __init__(
         self, settings: ReinforceSettings, world: World, resume: Path | None, data: LabelSet | None = None
     ) -> None:
+        """`data` is what `open_labels` gives, where that was done already."""
         self.task = make_task(settings.reward)
         self.data = data or open_labels(settings)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()

@@ -239,28 +239,13 @@ _WANTED = {
 }
 
 
-def distill_rationales(
-    settings: RationaleSettings,
-    world: World,
-    report: Report,
-    resume: Path | None = None,
-    data: Sequence[LabelSet] | None = None,
-) -> None:
-    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
-
-    Args:
-        data: what `open_terms` gives, where that was done already.
-    """
-    trainer = RationaleTrainer(settings, world, resume, data)
-    trainer.run(report, resumed=resume is not None)
-
-
 class RationaleTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in each term's data."""
 
     def __init__(
         self, settings: RationaleSettings, world: World, resume: Path | None, data: Sequence[LabelSet] | None = None
     ) -> None:
+        """`data` is what `open_terms` gives, where that was done already."""
         self.data = list(data or open_terms(settings))
         self.terms = make_terms(settings)
         self.readers = [d.reader() for d in self.data]
