@@ -32,9 +32,6 @@ class BM25Index:
         self.doc_ids = doc_ids
         self._position: dict[str, int] | None = None
 
-    def __len__(self) -> int:
-        return len(self.doc_ids)
-
     @classmethod
     def build(cls, docs: Iterable[tuple[str, str]], k1: float = K1, b: float = B) -> BM25Index:
         """Index (doc id, contents) pairs in one pass; texts are dropped once they are tokenised.
@@ -98,7 +95,7 @@ class BM25Index:
 
     def _all_scores(self, query_text: str) -> np.ndarray:
         if self._index is None:
-            return np.zeros(len(self), dtype=np.float32)
+            return np.zeros(len(self.doc_ids), dtype=np.float32)
         (tokens,) = bm25s.tokenize([query_text], stopwords=STOPWORDS, return_ids=False, show_progress=False)
         return self._index.get_scores_from_ids(self._index.get_tokens_ids(tokens))
 
