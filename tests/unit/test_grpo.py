@@ -12,7 +12,7 @@ import pytest
 import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import THINKING_TEMPLATE, WORDS, tiny_llama_tokenizer
-from fixtures.training_world import Reports, Stopped
+from fixtures.training_world import Reports, in_three_parts
 from pydantic import TypeAdapter, ValidationError
 
 from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels
@@ -323,15 +323,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_llama: Path,
     )
     whole = Reports(tmp_path / "whole")
     GRPOTrainer(chosen, World(), None).run(whole)
-    resume, seen = None, {}
-    for stop_at in (2, 6, None):
-        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
-        torch.manual_seed(99)
-        try:
-            GRPOTrainer(chosen, World(), resume).run(part)
-        except Stopped:
-            resume = part.checkpoint(stop_at)
-        seen |= part.metrics
+    parts = in_three_parts(tmp_path, lambda report, resume: GRPOTrainer(chosen, World(), resume).run(report))
+    seen = {step: metrics for part in parts for step, metrics in part.metrics.items()}
     assert sorted(seen) == sorted(whole.metrics)
     for step, metrics in whole.metrics.items():
         for name in ("validation_reward", "best_step", "reward", "gradient_norm"):

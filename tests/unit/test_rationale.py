@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures.rows import make_list, write_labels
 from fixtures.students import start
-from fixtures.training_world import Reports, Stopped
+from fixtures.training_world import Reports, in_three_parts
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -224,15 +224,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tiny_llama: Path, listwise: st
     )
     whole = Reports(tmp_path / "whole")
     RationaleTrainer(chosen, World(), None).run(whole)
-    resume, seen = None, {}
-    for stop_at in (2, 6, None):
-        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
-        torch.manual_seed(99)
-        try:
-            RationaleTrainer(chosen, World(), resume).run(part)
-        except Stopped:
-            resume = part.folder / f"step-{stop_at}"
-        seen |= part.metrics
+    parts = in_three_parts(tmp_path, lambda report, resume: RationaleTrainer(chosen, World(), resume).run(report))
+    seen = {step: metrics for part in parts for step, metrics in part.metrics.items()}
     assert sorted(seen) == sorted(whole.metrics) == [0, 2, 4, 6, 8]
     for step, metrics in whole.metrics.items():
         for name in ("validation_score", "best_step", "loss/permutation"):
