@@ -217,7 +217,7 @@ def judged(options: argparse.Namespace, student: str) -> dict:
     weights = digest_of_weights(student)
     if weights in options.judged:
         return {"weights": weights}
-    encoder = CrossEncoder(CrossEncoderSettings(kind="cross_encoder", path=student, max_length=options.max_length))
+    encoder = CrossEncoder(CrossEncoderSettings(path=student, max_length=options.max_length))
     wanted = settings(options, "linear", RANKNET)
     data = LabelSet.open(wanted.input, wanted.validation.fraction, wanted.seed)
     losses = []
