@@ -97,12 +97,8 @@ def ingest_beir(
 
     def candidate_lists() -> Iterator[tuple[Query, tuple[Candidate, ...]]]:
         for query, (positions, scores) in zip(queries, retrieved, strict=True):
-            yield (
-                query,
-                tuple(
-                    replace(documents[index.doc_ids[p]], score=float(s)) for p, s in zip(positions, scores, strict=True)
-                ),
-            )
+            found = zip(positions, scores, strict=True)
+            yield query, tuple(replace(documents[index.doc_ids[p]], score=float(s)) for p, s in found)
 
     return _write(
         candidate_lists(),
