@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 
 import torch
-from harness import publish
+from harness import largest_resident_mib, publish
 
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.train import Trainer
@@ -99,11 +98,6 @@ def measure(student: str, backward: str, count: int, file: str) -> dict[str, flo
     measured = {"seconds": time.process_time() - started, "mib": largest_resident_mib() - before}
     torch.save(torch.cat([p.grad.to_dense().flatten() for p in trainer.trained if p.grad is not None]), file)
     return measured
-
-
-def largest_resident_mib() -> float:
-    """The process's largest resident set so far (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def settings(folder: str, student: str, backward: str, count: int) -> DistillSettings:

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = CrossEncoder(CrossEncoderSettings(kind="cross_encoder", path=options.student))
+    encoder = CrossEncoder(CrossEncoderSettings(path=options.student))
     lists = trec_dl_lists(queries=96, depth=100)
     calls = [Pair(query=r.query.text, text=c.contents) for r in lists for c in r.candidates][: options.pairs]
     parts = {f"{len(calls[::part])} pairs": calls[::part] for part in PARTS}

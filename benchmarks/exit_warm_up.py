@@ -102,7 +102,7 @@ def scores_after(
 def exits(options: argparse.Namespace, student: str) -> list[CrossEncoder]:
     """The student at its last layer and at the early one."""
     return [
-        CrossEncoder(CrossEncoderSettings(kind="cross_encoder", path=student, max_length=MAX_LENGTH, exit_layer=layer))
+        CrossEncoder(CrossEncoderSettings(path=student, max_length=MAX_LENGTH, exit_layer=layer))
         for layer in (LAST, options.layer)
     ]
 

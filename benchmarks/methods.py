@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from harness import DOCS, publish
+from harness import DOCS, Qrels, publish
 from pydantic import TypeAdapter
 
 from rerank_ray.formats.lines import BadLines
@@ -40,7 +40,6 @@ from rerank_ray.retrieval.bm25 import BM25Index
 from rerank_ray.settings.jobs import DetectHeadsSettings
 from rerank_ray.settings.rankers import RankerSettings
 
-Qrels = Mapping[str, Mapping[str, float]]
 Collections = Mapping[str, tuple[list[CandidateList], Qrels]]
 
 HEADS = "build/smollm2-heads.json"

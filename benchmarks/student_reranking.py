@@ -51,7 +51,9 @@ def main() -> None:
     own = pick_dtype("auto", torch.device("cpu"))
     fastest = str(own).removeprefix("torch.")
     ours = {
-        how: CrossEncoder(settings(options.student, dtype=how.split(",")[0], compile="compiled" in how))
+        how: CrossEncoder(
+            CrossEncoderSettings(path=options.student, dtype=how.split(",")[0], compile="compiled" in how)
+        )
         for how in dict.fromkeys(["float32", fastest, f"{fastest}, compiled", "int8", "int8, compiled"])
     }
     public = Public(options.student, max_length=ours["float32"].student.description.max_length, device="cpu")
@@ -106,10 +108,6 @@ def main() -> None:
         f"{compilation:.0f} s of the clock, compilation included.",
         rows=rows,
     )
-
-
-def settings(student: str, **given) -> CrossEncoderSettings:
-    return CrossEncoderSettings(kind="cross_encoder", path=student, **given)
 
 
 def operations(length: int, config) -> int:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import publish, ratio, reranked_ndcg, scored
+from harness import largest_resident_mib, publish, ratio, reranked_ndcg, scored
 
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.parallel import World
@@ -218,7 +217,7 @@ def judged(options: argparse.Namespace, student: str) -> dict:
     weights = digest_of_weights(student)
     if weights in options.judged:
         return {"weights": weights}
-    encoder = CrossEncoder(CrossEncoderSettings(kind="cross_encoder", path=student, max_length=options.max_length))
+    encoder = CrossEncoder(CrossEncoderSettings(path=student, max_length=options.max_length))
     wanted = settings(options, "linear", RANKNET)
     data = LabelSet.open(wanted.input, wanted.validation.fraction, wanted.seed)
     losses = []
@@ -234,11 +233,6 @@ def digest_of_weights(student: str) -> str:
     for file in sorted(Path(student).rglob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def largest_resident_mib() -> float:
-    """The process's largest resident set so far (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

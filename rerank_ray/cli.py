@@ -260,6 +260,10 @@ _JOBS = {
 }
 
 
+def _values(options: argparse.Namespace, *names: str) -> dict:
+    return {name: getattr(options, name) for name in names}
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -285,11 +289,9 @@ def _detect_heads(options: argparse.Namespace, console: Console) -> None:
     detection = detect_heads(settings)
     save_heads(settings.output, detection.heads)
     for reason, count in detection.skipped.items():
-        console.print(f"{count} queries left out: {reason}", markup=False)
+        console.print(f"{count} queries left out: {reason}")
     best = ", ".join(f"{h.layer}.{h.head} ({h.score:.3f})" for h in detection.heads.heads[:8])
-    console.print(
-        f"{settings.output}: {detection.heads.queries} queries; best heads (layer.head): {best}", markup=False
-    )
+    console.print(f"{settings.output}: {detection.heads.queries} queries; best heads (layer.head): {best}")
 
 
 def _combine(options: argparse.Namespace, console: Console) -> None:
@@ -304,8 +306,7 @@ def _combine(options: argparse.Namespace, console: Console) -> None:
 def _convert(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.convert import convert
 
-    names = ("source", "out", "form", "target", "min_gain", "positives", "overwrite")
-    done = convert(**{name: getattr(options, name) for name in names})
+    done = convert(**_values(options, "source", "out", "form", "target", "min_gain", "positives", "overwrite"))
     console.print(f"{options.out}: {done.lists:,} lists, {done.candidates:,} candidates", highlight=False)
     for reason, count in done.skipped.items():
         console.print(f"  {count:,} rows left out: {reason}", highlight=False)
@@ -337,13 +338,7 @@ def _audit(options: argparse.Namespace, console: Console) -> None:
 
     if options.json:
         storage.check_writable(options.json)
-    report = audit(
-        options.label_run,
-        against=options.against,
-        shuffled=options.shuffled,
-        repeat=options.repeat,
-        qrels=options.qrels,
-    )
+    report = audit(options.label_run, **_values(options, "against", "shuffled", "repeat", "qrels"))
     print_audit(report, console)
     if options.json:
         storage.write_text(options.json, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -368,8 +363,7 @@ def _selectivity(options: argparse.Namespace, console: Console) -> None:
 def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.calibrate_exit import calibrate_exit
 
-    names = ("student", "labels", "max_loss", "gains", "limit")
-    report = calibrate_exit(**{name: getattr(options, name) for name in names})
+    report = calibrate_exit(**_values(options, "student", "labels", "max_loss", "gains", "limit"))
     found = report.calibration
     for number, layer in enumerate(report.layers):
         told = f"layer {layer}: nDCG@10 {report.ndcg[number]:.4f}, {found.left[number]:.0%} of the candidates leave"
@@ -386,9 +380,8 @@ def _calibrate_exit(options: argparse.Namespace, console: Console) -> None:
 def _export(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.export import export
 
-    names = ("student", "out", "form", "layer", "int8", "overwrite")
-    export(**{name: getattr(options, name) for name in names})
-    console.print(options.out, highlight=False, markup=False)
+    export(**_values(options, "student", "out", "form", "layer", "int8", "overwrite"))
+    console.print(options.out, highlight=False)
 
 
 def _prompt_show(options: argparse.Namespace, console: Console) -> None:

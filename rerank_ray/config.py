@@ -137,6 +137,7 @@ def apply_overrides(content: dict, overrides: Sequence[str]) -> dict:
 
 
 def _copy(value: Any) -> Any:
+    """A deep copy, in which what an alias repeats is apart."""
     if isinstance(value, dict):
         return {k: _copy(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -226,12 +227,9 @@ def _walk(model: type[BaseModel], loc: tuple) -> tuple[list[str], type[BaseModel
 
 def _tags(model: type[BaseModel]) -> set[str]:
     """The values of the model's one-value Literal fields: what a discriminated union tells it by."""
-    literals = [typing.get_args(f.annotation) for f in model.model_fields.values() if _is_literal(f.annotation)]
+    annotations = [field.annotation for field in model.model_fields.values()]
+    literals = [typing.get_args(a) for a in annotations if typing.get_origin(a) is typing.Literal]
     return {values[0] for values in literals if len(values) == 1}
-
-
-def _is_literal(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is typing.Literal
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

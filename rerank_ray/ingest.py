@@ -97,12 +97,8 @@ def ingest_beir(
 
     def candidate_lists() -> Iterator[tuple[Query, tuple[Candidate, ...]]]:
         for query, (positions, scores) in zip(queries, retrieved, strict=True):
-            yield (
-                query,
-                tuple(
-                    replace(documents[index.doc_ids[p]], score=float(s)) for p, s in zip(positions, scores, strict=True)
-                ),
-            )
+            found = zip(positions, scores, strict=True)
+            yield query, tuple(replace(documents[index.doc_ids[p]], score=float(s)) for p, s in found)
 
     return _write(
         candidate_lists(),
@@ -112,7 +108,7 @@ def ingest_beir(
         qrels=qrels,
         bad=bad,
         instruction=instruction,
-        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": "en"},
+        parameters={"split": split, "depth": depth, "k1": k1, "b": b, "stopwords": bm25.STOPWORDS},
         overwrite=overwrite,
     )
 
@@ -270,44 +266,40 @@ def _report_unknown(path: str, query_ids: Iterable[str], known: set[str], querie
             bad.report(path, f"query {query_id!r}", f"its text is not in {queries_path}", fix)
 
 
-class Judgments:
-    """Labels an ingest's candidates, and tells at its end whether the qrels were of these queries and documents."""
+def judged(
+    lists: Iterable[tuple[Query, tuple[Candidate, ...]]], qrels: Qrels, sources: Sequence[str], without: list[str]
+) -> Iterator[CandidateList]:
+    """Lists with gains, unchanged where there are no qrels at all; queries without candidates go to `without` instead.
 
-    def __init__(self, qrels: Qrels, sources: Sequence[str]) -> None:
-        self._qrels = qrels
-        self._sources = sources
-        self._query_is_known = self._document_is_known = False
-        self._unjudged: tuple[str, str] | None = None
-        """A judged query, and a candidate of its that is not judged."""
-
-    def applied_to(self, row: CandidateList) -> CandidateList:
-        """The list with gains, unchanged where there are no qrels at all."""
-        if not self._qrels:
-            return row
-        query_id = row.query.query_id
-        gains = self._qrels.get(query_id)
+    Raises:
+        InputError: at the end, if nothing could be labelled: of another set's qrels nobody would hear.
+    """
+    query_is_known = document_is_known = False
+    # A judged query, and a candidate of its that may not be judged.
+    example: tuple[str, str] | None = None
+    for query, found in lists:
+        gains = qrels.get(query.query_id, {})
         if gains:
-            self._query_is_known = True
-            self._document_is_known |= any(c.doc_id in gains for c in row.candidates)
-            if row.candidates and self._unjudged is None:
-                self._unjudged = query_id, row.candidates[0].doc_id
-        return with_gains(row, gains or {})
-
-    def check(self) -> None:
-        """Raise `InputError` where nothing could be labelled: of another set's qrels nobody would hear."""
-        where = ", ".join(self._sources)
-        if self._qrels and not self._query_is_known:
-            raise InputError(
-                f"{where}: the qrels name none of these queries, but {next(iter(self._qrels))!r}: these are another "
-                "set's qrels"
-            )
-        if self._unjudged and not self._document_is_known:
-            query_id, doc_id = self._unjudged
-            raise InputError(
-                f"{where}: the qrels judge none of the candidates (query {query_id!r}: {doc_id!r} is one, they judge "
-                f"{next(iter(self._qrels[query_id]))!r}): doc ids are written otherwise, or these are another "
-                "collection's qrels"
-            )
+            query_is_known = True
+            document_is_known |= any(c.doc_id in gains for c in found)
+        if not found:
+            without.append(query.query_id)
+            continue
+        if gains and example is None:
+            example = query.query_id, found[0].doc_id
+        row = CandidateList(query=query, candidates=found)
+        yield with_gains(row, gains) if qrels else row
+    where = ", ".join(sources)
+    if qrels and not query_is_known:
+        raise InputError(
+            f"{where}: the qrels name none of these queries, but {next(iter(qrels))!r}: these are another set's qrels"
+        )
+    if example and not document_is_known:
+        query_id, doc_id = example
+        raise InputError(
+            f"{where}: the qrels judge none of the candidates (query {query_id!r}: {doc_id!r} is one, they judge "
+            f"{next(iter(qrels[query_id]))!r}): doc ids are written otherwise, or these are another collection's qrels"
+        )
 
 
 def _write(
@@ -323,17 +315,11 @@ def _write(
     overwrite: bool,
 ) -> IngestSummary:
     without: list[str] = []
-    judgments = Judgments(qrels, sources)
 
     def rows() -> Iterator[dict]:
-        for query, found in lists:
-            row = CandidateList(query=replace(query, instruction=instruction or query.instruction), candidates=found)
-            row = judgments.applied_to(row)
-            if not found:
-                without.append(query.query_id)
-                continue
-            yield schema.candidate_row(row)
-        judgments.check()
+        for row in judged(lists, qrels, sources, without):
+            query = replace(row.query, instruction=instruction or row.query.instruction)
+            yield schema.candidate_row(replace(row, query=query))
 
     return write_ingest(
         rows(),

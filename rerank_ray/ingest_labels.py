@@ -17,8 +17,8 @@ from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.formats.training_data import TrainingLists, text_id
 from rerank_ray.formats.triples import Triples, read_triples
-from rerank_ray.ingest import IngestSummary, Judgments, check_depth, check_out, joined_run, write_ingest
-from rerank_ray.records import Candidate, CandidateList, Labels, Query, Scores
+from rerank_ray.ingest import IngestSummary, check_depth, check_out, joined_run, judged, write_ingest
+from rerank_ray.records import Candidate, Labels, Query, Scores
 from rerank_ray.retrieval.hydrate import fetch
 
 _DOCUMENTS_HELD = 1_000_000
@@ -173,23 +173,17 @@ def ingest_rank_distillm(
     check_out(out, overwrite)
     bad = BadLines(skip=skip_bad_lines)
     sources = [run, queries, corpus, *([qrels] if qrels else [])]
-    judgments = Judgments(read_qrels(qrels, bad) if qrels else {}, sources)
+    gains = read_qrels(qrels, bad) if qrels else {}
     joined = joined_run(run, queries, corpus, depth, bad)
     without: list[str] = []
 
     def labels() -> Iterator[Labels]:
-        for query, found in joined:
-            unscored = CandidateList(query=query, candidates=tuple(replace(c, score=None) for c in found))
-            judged = judgments.applied_to(unscored)
-            if not found:
-                without.append(query.query_id)
-                continue
+        for found in judged(joined, gains, sources, without):
             yield Labels(
-                candidate_list=judged,
+                candidate_list=replace(found, candidates=tuple(replace(c, score=None) for c in found.candidates)),
                 teacher=f"imported:{posixpath.basename(run)}:ranks",
                 scores=tuple(float(len(found) - rank) for rank in range(1, len(found) + 1)),
             )
-        judgments.check()
 
     return _write_labels(
         labels(),

@@ -109,7 +109,7 @@ class LabelStore:
         self._bytes = 0
         for name, size in _list_segments(self._uri):
             self._bytes += size
-            table = self._read(name)
+            table = _read(self._uri, name, self.counts)
             if table is not None:
                 self._segments[name] = _Index(table)
 
@@ -178,7 +178,7 @@ class LabelStore:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
-        table = self._read(name)
+        table = _read(self._uri, name, self.counts)
         if table is None:
             self._segments.pop(name, None)
             return None
@@ -186,13 +186,6 @@ class LabelStore:
         while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > _HELD_BYTES:
             self._held.popitem(last=False)
         return table
-
-    def _read(self, name: str) -> pa.Table | None:
-        try:
-            return _read(self._uri, name)
-        except _CorruptError:
-            self.counts.corrupt_segments += 1
-            return None
 
 
 def prepare(settings: StoreSettings) -> None:
@@ -219,7 +212,7 @@ def tidy(settings: StoreSettings) -> None:
     # A store that can't be tidied now is tidied after the next job.
     with contextlib.suppress(OSError, RunError):
         small = [(name, size) for name, size in _list_segments(settings.uri) if size < _SMALL_BYTES]
-        for _ in _merge(settings.uri, small, lambda name: _read_if_sound(settings.uri, name)):
+        for _ in _merge(settings.uri, small, lambda name: _read(settings.uri, name, StoreCounts())):
             pass
         _drop_oldest(settings.uri, int(settings.max_gb * 2**30))
         fs, folder = storage.open_filesystem(settings.uri)
@@ -304,10 +297,6 @@ class _Index:
         return found, self._rows[at[found]]
 
 
-class _CorruptError(Exception):
-    """A segment whose bytes are not those that were written."""
-
-
 def _first_halves(digests: bytes | memoryview) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)[::2]
 
@@ -347,27 +336,18 @@ def _write(uri: str, table: pa.Table, at_ns: int) -> tuple[str, int]:
     return name, len(data)
 
 
-def _read(uri: str, name: str) -> pa.Table | None:
-    """A segment's rows; None when it is gone. A damaged one is deleted: what it held is computed and written again.
-
-    Raises:
-        _CorruptError: its bytes are not what its name says.
-    """
+def _read(uri: str, name: str, counts: StoreCounts) -> pa.Table | None:
+    """A segment's rows; None when it is gone, or when its bytes are not what its name says. Such a damaged one is
+    counted and deleted: what it held is computed and written again."""
     try:
         data = storage.read_bytes(storage.join(uri, name))
     except OSError:
         return None
     if _checksum(data) != _NAME.fullmatch(name)[1]:
         _delete(uri, name)
-        raise _CorruptError(name)
-    return pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
-
-
-def _read_if_sound(uri: str, name: str) -> pa.Table | None:
-    try:
-        return _read(uri, name)
-    except _CorruptError:
+        counts.corrupt_segments += 1
         return None
+    return pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
 
 
 def _checksum(data: bytes) -> str:

@@ -6,6 +6,7 @@ Faults of files (a truncated one, a column of another type, a repeated query id)
 from __future__ import annotations
 
 import hashlib
+import itertools
 import posixpath
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -257,41 +258,30 @@ def write_rows(
     """
     storage.make_directory(uri)
     fs, folder = storage.open_filesystem(uri)
-    total, part, path, writer, buffer = 0, 0, "", None, []
-
-    def flush() -> None:
-        nonlocal path, writer, part
-        if not buffer:
-            return
-        table = pa.Table.from_pylist(buffer, schema=schema)
-        buffer.clear()
-        if writer is None:
-            path = posixpath.join(folder, f"part-{part:05d}.parquet{suffix}")
-            part += 1
+    rows, total = iter(rows), 0
+    for part in itertools.count():
+        groups = _row_groups(itertools.islice(rows, rows_per_file), schema)
+        first = next(groups, None)
+        if first is None:
+            break
+        path = posixpath.join(folder, f"part-{part:05d}.parquet{suffix}")
+        # Only around the writing: what reading the rows raises is not the file's fault.
         with storage.writing(path):
-            writer = writer or pq.ParquetWriter(path, schema, filesystem=fs)
-            writer.write_table(table)
-
-    def close() -> None:
-        nonlocal writer
-        if writer is not None:
+            writer = pq.ParquetWriter(path, schema, filesystem=fs)
+        try:
+            for group in itertools.chain([first], groups):
+                with storage.writing(path):
+                    writer.write_table(group)
+                total += group.num_rows
+        finally:
             with storage.writing(path):
                 writer.close()
-            writer = None
-
-    try:
-        for row in rows:
-            buffer.append(row)
-            total += 1
-            if len(buffer) == ROWS_PER_GROUP:
-                flush()
-            if total % rows_per_file == 0:
-                flush()
-                close()
-        flush()
-    finally:
-        close()
     return total
+
+
+def _row_groups(rows: Iterator[dict], schema: pa.Schema) -> Iterator[pa.Table]:
+    while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+        yield pa.Table.from_pylist(group, schema=schema)
 
 
 def write_candidates(lists: Iterable[CandidateList], uri: str, *, rows_per_file: int = ROWS_PER_FILE) -> int:

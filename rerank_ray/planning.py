@@ -147,7 +147,7 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     load_seconds = time.perf_counter() - started
     # Not timed: engines start slowly, and counting operations takes time.
     flops_per_token = _flops_per_token(loaded, meter, _with_other_texts(requests[0]))
-    meter.clear()
+    meter.totals = _Totals()
     started = time.perf_counter()
     size = settings.execution.rows_per_batch
     outcomes = [o for i in range(0, len(requests), size) for o in loaded.rank(requests[i : i + size])]
@@ -320,9 +320,6 @@ class _Meter:
 
     def __init__(self, store: LabelStore | None) -> None:
         self.store = store
-        self.totals = _Totals()
-
-    def clear(self) -> None:
         self.totals = _Totals()
 
     def wrap(self, backend: Backend, settings: ModelSettings) -> _Metered:

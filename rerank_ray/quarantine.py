@@ -37,15 +37,11 @@ class CrashGuard:
         crashes = self._crashes(table)
         if crashes < self._max_crashes:
             return self._attempt(table, crashes)
-        return pa.concat_tables([self._row(table.slice(i, 1)) for i in range(table.num_rows)])
-
-    def _row(self, table: pa.Table) -> pa.Table:
-        crashes = self._crashes(table)
-        if crashes < self._max_crashes:
-            return self._attempt(table, crashes)
-        return self._stage.failed(
-            table, f"ended its worker's process {crashes} times (out of memory, or a native crash)"
-        )
+        if table.num_rows == 1:
+            return self._stage.failed(
+                table, f"ended its worker's process {crashes} times (out of memory, or a native crash)"
+            )
+        return pa.concat_tables([self(table.slice(i, 1)) for i in range(table.num_rows)])
 
     def _attempt(self, table: pa.Table, crashes: int) -> pa.Table:
         storage.write_text(self._marker(table, crashes), "")

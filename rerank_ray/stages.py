@@ -33,7 +33,7 @@ from rerank_ray.settings.synthesize import QueryWriterSettings
 class _Stage:
     """A ranker over Arrow tables; `usage` is that of all rows so far."""
 
-    def __init__(self, ranker: RankerSettings | QueryWriterSettings, store: LabelStore | None) -> None:
+    def __init__(self, ranker: RankerSettings | QueryWriterSettings, store: LabelStore | None = None) -> None:
         self.ranker = Ranker(ranker, wrap=None if store is None else partial(StoredBackend, store=store))
         self.usage = Usage()
 
@@ -41,6 +41,12 @@ class _Stage:
         outcomes = self.ranker.rank(requests)
         self.usage = sum((o.usage for o in outcomes), start=self.usage)
         return outcomes
+
+    def _columns(self, result: Outcome | str) -> dict:
+        """The columns that `labels` adds, of a row that was ranked or of one with this error."""
+        if isinstance(result, str):
+            return label_columns(self.ranker.name, None, error=result)
+        return label_columns(self.ranker.name, result.scores, result.usage, result.error, result.defects)
 
 
 class RankStage(_Stage):
@@ -69,12 +75,7 @@ class RankStage(_Stage):
         return self._to_table(table, [error] * table.num_rows)
 
     def _labels(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
-        rows = [
-            label_columns(self.ranker.name, None, error=r)
-            if isinstance(r, str)
-            else label_columns(self.ranker.name, r.scores, r.usage, r.error, r.defects)
-            for r in results
-        ]
+        rows = [self._columns(result) for result in results]
         added = pa.Table.from_pylist(rows, schema=pa.schema([f for f in LABELS if f.name not in CANDIDATES.names]))
         for name in added.column_names:
             table = table.append_column(LABELS.field(name), added[name])
@@ -105,9 +106,6 @@ class WriteStage(_Stage):
     A passage that the model wrote no query for becomes a row with `error`; nothing is dropped.
     """
 
-    def __init__(self, writer: QueryWriterSettings, store: LabelStore | None = None) -> None:
-        super().__init__(writer, store)
-
     def __call__(self, table: pa.Table) -> pa.Table:
         table = table.select(PASSAGES.names)
         return self._to_table(table, self._rank([passage_of(row) for row in table.to_pylist()]))
@@ -119,15 +117,10 @@ class WriteStage(_Stage):
     def _to_table(self, table: pa.Table, results: Sequence[Outcome | str]) -> pa.Table:
         rows = []
         for row, result in zip(table.to_pylist(), results, strict=True):
-            if isinstance(result, str):
-                rows.append(row | {"query": None} | label_columns(self.ranker.name, None, error=result))
-            else:
-                query = result.scores.rationales[0] if result.scores else None
-                columns = label_columns(self.ranker.name, result.scores, result.usage, result.error, result.defects)
-                rows.append(row | {"query": storable(query)} | columns)
-        return pa.Table.from_pylist(
-            [{name: row[name] for name in WRITTEN_QUERIES.names} for row in rows], schema=WRITTEN_QUERIES
-        )
+            scores = None if isinstance(result, str) else result.scores
+            query = scores.rationales[0] if scores else None
+            rows.append(row | {"query": storable(query)} | self._columns(result))
+        return pa.Table.from_pylist(rows, schema=WRITTEN_QUERIES)
 
 
 def _parse(row: dict) -> CandidateList | RowError:

@@ -81,24 +81,13 @@ class _Asked:
     rewards: list[list[Reward]]
 
 
-def reinforce(
-    settings: ReinforceSettings, world: World, report: Report, resume: Path | None = None, data: LabelSet | None = None
-) -> None:
-    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
-
-    Args:
-        data: what `open_labels` gives, where that was done already.
-    """
-    trainer = GRPOTrainer(settings, world, resume, data)
-    trainer.run(report, resumed=resume is not None)
-
-
 class GRPOTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in the data."""
 
     def __init__(
         self, settings: ReinforceSettings, world: World, resume: Path | None, data: LabelSet | None = None
     ) -> None:
+        """`data` is what `open_labels` gives, where that was done already."""
         self.task = make_task(settings.reward)
         self.data = data or open_labels(settings)
         self.reader, self.validation_reader = self.data.reader(), self.data.reader()
@@ -132,7 +121,8 @@ class GRPOTrainer(PolicyTrainer):
 
         Prompts whose answers are all worth the same teach nothing, and are left out unless the KL is part of the loss.
         """
-        rows, epoch, count = self._rows()
+        positions, epoch = self.steps.at(self.progress.step)
+        rows = list(self.reader.read(positions[self.world.rank :: self.world.size]))
         asked = self._ask(rows, epoch, self.settings.samples, self.settings.temperature)
         groups = []
         for query in asked:
@@ -140,8 +130,8 @@ class GRPOTrainer(PolicyTrainer):
             by_prompt = advantages(values)
             calls = [Generate(prompt=p, max_tokens=self.settings.reward.max_tokens) for p in query.prompts]
             ids = [encoded.prompt for encoded in self.policy.backend.encoder.encode_calls(calls)]
-            # Every query counts alike, however many prompts it has.
-            weight = 1.0 / (count * values.numel())
+            # Every query of all workers counts alike, however many prompts it has.
+            weight = 1.0 / (len(positions) * values.numel())
             for prompt, answers, advantage in zip(ids, query.answers, by_prompt.tolist(), strict=True):
                 self._sums["prompts"] += 1
                 if not any(advantage):
@@ -233,11 +223,6 @@ class GRPOTrainer(PolicyTrainer):
         self._sums["clipped"] += float(outside.sum())
         self._sums["learnt_tokens"] += len(now)
         return now.detach()
-
-    def _rows(self) -> tuple[list[Labels], int, int]:
-        """This worker's queries of the step, its epoch, and how many queries all workers have."""
-        positions, epoch = self.steps.at(self.progress.step)
-        return list(self.reader.read(positions[self.world.rank :: self.world.size])), epoch, len(positions)
 
     def _count(self, asked: _Asked) -> None:
         rewards = [r for of_prompt in asked.rewards for r in of_prompt]

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -293,18 +293,8 @@ class _RowFacts:
     """Of the scores; infinite where there are none."""
 
 
-_COUNTED_FACTS = (
-    "single",
-    "tied",
-    "gains_alike",
-    "without_positive",
-    "without_negative",
-    "without_contrast",
-    "negatives_tied",
-    "without_uncertainty",
-    "with_instruction",
-)
-"""Of training rows."""
+_COUNTED_FACTS = [f.name for f in fields(_RowFacts) if f.name in {counted.name for counted in fields(LabelSet)}]
+"""What a `LabelSet` counts of its training rows."""
 
 
 def _row_groups(

@@ -26,7 +26,8 @@ class PolicyTrainer:
     def __init__(
         self, settings: ReinforceSettings | RationaleSettings, world: World, resume: Path | None, total_steps: int
     ) -> None:
-        self.settings, self.world, self.total_steps = settings, world, total_steps
+        """`resume` is the folder of a checkpoint, from which training goes on exactly."""
+        self.settings, self.world, self.total_steps, self.resumed = settings, world, total_steps, resume is not None
         torch.manual_seed(settings.seed)
         self.policy = Policy(settings.policy)
         self.trained = self.policy.trained
@@ -47,9 +48,9 @@ class PolicyTrainer:
         """Validate the policy, and report it as a checkpoint."""
         raise NotImplementedError  # abstract
 
-    def run(self, report: Report, *, resumed: bool) -> None:
+    def run(self, report: Report) -> None:
         """Train to the end; a run that begins is validated before its first step too."""
-        if not resumed:
+        if not self.resumed:
             self.validate_and_report(report)
         while not self.finished:
             self.train_step()

@@ -171,11 +171,6 @@ def _check_prefill(template: Template, reasoning: bool) -> None:
         raise ConfigError(f"prompt: the template's prefill is {template.prefill!r}, but the texts begin with {begin!r}")
 
 
-def _encoded(policy: Policy, prompt: Prompt, reserved: int) -> list[int] | None:
-    (ids,) = policy.backend.encoder.encode([prompt], [reserved])
-    return None if isinstance(ids, PromptTooLongError) else ids
-
-
 def _in_turn(prompt: Prompt, text: str, opened: str) -> tuple[Prompt, str]:
     """A prompt and the text behind it, where the chat template opens the model's turn with a think tag, `opened`.
 
@@ -198,8 +193,8 @@ def _likelihood_loss(policy: Policy, prompt: Prompt, text: str) -> torch.Tensor 
     tokens = [*policy.backend.encoder.continuation(prompt, text), policy.turn_end(prompt)]
     if len(tokens) >= policy.settings.max_length:
         return None
-    ids = _encoded(policy, prompt, len(tokens))
-    return None if ids is None else -policy.log_probabilities(ids, [tokens]).mean()
+    (ids,) = policy.backend.encoder.encode([prompt], [len(tokens)])
+    return None if isinstance(ids, PromptTooLongError) else -policy.log_probabilities(ids, [tokens]).mean()
 
 
 def _mean(*losses: torch.Tensor | None) -> torch.Tensor | None:
@@ -239,28 +234,13 @@ _WANTED = {
 }
 
 
-def distill_rationales(
-    settings: RationaleSettings,
-    world: World,
-    report: Report,
-    resume: Path | None = None,
-    data: Sequence[LabelSet] | None = None,
-) -> None:
-    """Train a policy; resumes exactly from a checkpoint folder. It is validated before the first step too.
-
-    Args:
-        data: what `open_terms` gives, where that was done already.
-    """
-    trainer = RationaleTrainer(settings, world, resume, data)
-    trainer.run(report, resumed=resume is not None)
-
-
 class RationaleTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in each term's data."""
 
     def __init__(
         self, settings: RationaleSettings, world: World, resume: Path | None, data: Sequence[LabelSet] | None = None
     ) -> None:
+        """`data` is what `open_terms` gives, where that was done already."""
         self.data = list(data or open_terms(settings))
         self.terms = make_terms(settings)
         self.readers = [d.reader() for d in self.data]

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from rerank_ray.distill import rewards
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.models.protocol import Answer, Prompt
 from rerank_ray.prompts.parse.scores import parse_score
 from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passage
-from rerank_ray.prompts.render import Template, load_template
+from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
-from rerank_ray.settings.reinforce import (
-    ERankRewardSettings,
-    GroupRankRewardSettings,
-    ProRankRewardSettings,
-    RankR1RewardSettings,
-    ReasonRankRewardSettings,
-    RewardSettings,
-)
+from rerank_ray.settings.reinforce import RewardSettings
 
 
-class Task(Protocol):
+class Task:
     """`indices` are the query's candidates that are shown, in the prompt's order."""
 
-    template: Template
-    answers_at_once: bool
+    method: str
+    """That the template is written for."""
+    answers_at_once = False
     """Whether an answer is a label and nothing else, to be written where a ranker reads it: behind any reasoning."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self.settings = settings
+        self.template = load_template(settings.prompt, self.method)
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         """What is asked: one prompt, or one a candidate."""
-        ...
+        raise NotImplementedError  # abstract
 
     def rewards(
         self, labels: Labels, indices: Sequence[int], answers: Sequence[Sequence[Answer]]
     ) -> list[list[Reward]]:
         """What the answers [prompts][samples] are worth."""
-        ...
+        raise NotImplementedError  # abstract
 
 
 def gains_of(labels: Labels, indices: Sequence[int]) -> list[float]:
@@ -45,30 +42,16 @@ def gains_of(labels: Labels, indices: Sequence[int]) -> list[float]:
     return [max(0.0, labels.candidate_list.candidates[i].label or 0.0) for i in indices]
 
 
-class _OfPassages:
+class _OfPassages(Task):
     """A prompt for each passage."""
-
-    method: str
-    answers_at_once = False
-
-    def __init__(self, settings: ProRankRewardSettings | ERankRewardSettings) -> None:
-        self.settings = settings
-        self.template = load_template(settings.prompt, self.method)
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         request = labels.candidate_list
         return [self.template.prompt(request.query, request.candidates[i]) for i in indices]
 
 
-class _OfLists:
+class _OfLists(Task):
     """One prompt over all passages."""
-
-    method: str
-    answers_at_once = False
-
-    def __init__(self, settings: RankR1RewardSettings | ReasonRankRewardSettings | GroupRankRewardSettings) -> None:
-        self.settings = settings
-        self.template = load_template(settings.prompt, self.method)
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
         request = labels.candidate_list
@@ -159,7 +142,7 @@ class GroupRankTask(_OfLists):
         return rewards.grades_reward(text, names, gains, cut_off=cut_off)
 
 
-_TASKS: dict[str, type] = {
+_TASKS: dict[str, type[Task]] = {
     "prorank": ProRankTask,
     "erank": ERankTask,
     "rank_r1": RankR1Task,

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import itemgetter
+from pathlib import Path
 
 from rerank_ray import storage
-from rerank_ray.distill.grpo import reinforce
+from rerank_ray.distill.grpo import GRPOTrainer
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.metrics_log import policy_summary_line
-from rerank_ray.distill.rationale import distill_rationales
+from rerank_ray.distill.parallel import World
+from rerank_ray.distill.rationale import RationaleTrainer
+from rerank_ray.distill.train import Report
 from rerank_ray.execution.train import absolute_if_there, absolute_template, fit, metrics_log, work
 from rerank_ray.runs import RunFolder
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
 
-# Each job's settings, its training loop, and the metric whose highest value is kept.
+# Each job's settings, what trains, and the metric whose highest value is kept.
 _JOBS = {
-    "reinforce": (ReinforceSettings, reinforce, "validation_reward"),
-    "distill-rationales": (RationaleSettings, distill_rationales, "validation_score"),
+    "reinforce": (ReinforceSettings, GRPOTrainer, "validation_reward"),
+    "distill-rationales": (RationaleSettings, RationaleTrainer, "validation_score"),
 }
 
 
@@ -50,9 +52,13 @@ def train_policy(
 
 
 def _worker(config: dict) -> None:
-    settings_class, loop, _ = _JOBS[config["kind"]]
+    settings_class, trainer_class, _ = _JOBS[config["kind"]]
     settings = settings_class.model_validate(config["settings"])
-    work(metrics_log(config["run"]), settings.execution, partial(loop, settings, data=config["data"]))
+
+    def loop(world: World, report: Report, resume: Path | None = None) -> None:
+        trainer_class(settings, world, resume, config["data"]).run(report)
+
+    work(metrics_log(config["run"]), settings.execution, loop)
 
 
 def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> ReinforceSettings | RationaleSettings:

@@ -8,7 +8,7 @@ RankLLM (Sharifymoghaddam et al., 2025, arXiv:2505.19284):
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -46,29 +46,20 @@ def read_hits(path: str, bad: BadLines) -> Iterator[CandidateList]:
     """
     seen = FirstSeen("query id")
 
-    def checked(item: dict[str, Any], place: int | str) -> CandidateList:
+    def checked(place: int | str, item: object) -> CandidateList:
+        if not isinstance(item, dict):
+            raise Fault("not a JSON object", 'write {"query": …, "hits": […]}')
         candidate_list = _candidate_list(item)
         seen.check(candidate_list.query.query_id, place)
         return candidate_list
 
     if first_character(path) == "[":
-        return _array_entries(path, bad, checked)
-    return parsed(path, bad, lambda number, line: checked(json_object(line), number))
+        return parsed(path, bad, checked, _array_entries(path))
+    return parsed(path, bad, lambda number, line: checked(number, json_object(line)))
 
 
-def _array_entries(
-    path: str, bad: BadLines, checked: Callable[[dict[str, Any], int | str], CandidateList]
-) -> Iterator[CandidateList]:
-    for number, item in enumerate(_load_array(path), start=1):
-        place = f"entry {number}"
-        try:
-            if not isinstance(item, dict):
-                raise Fault("not a JSON object", 'write {"query": …, "hits": […]}')
-            candidate_list = checked(item, place)
-        except Fault as fault:
-            bad.report(path, place, fault.reason, fault.fix)
-            continue
-        yield candidate_list
+def _array_entries(path: str) -> Iterator[tuple[str, object]]:
+    yield from ((f"entry {number}", item) for number, item in enumerate(_load_array(path), start=1))
 
 
 def _load_array(path: str) -> list:

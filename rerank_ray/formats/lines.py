@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -125,13 +125,15 @@ def _unreadable(path: str, lines_read: int, error: Exception) -> InputError:
     )
 
 
-def parsed(path: str, bad: BadLines, parse: Callable[[int, str], T]) -> Iterator[T]:
-    """Run `parse(line_number, line)` over a file's lines, handing each `Fault` it raises to `bad`."""
-    for number, line in text_lines(path, bad):
+def parsed(
+    path: str, bad: BadLines, parse: Callable[[Any, Any], T], items: Iterable[tuple[int | str, Any]] | None = None
+) -> Iterator[T]:
+    """Run `parse(place, item)` over a file's numbered lines, or `items` of it, handing each `Fault` to `bad`."""
+    for place, item in text_lines(path, bad) if items is None else items:
         try:
-            record = parse(number, line)
+            record = parse(place, item)
         except Fault as fault:
-            bad.report(path, number, fault.reason, fault.fix)
+            bad.report(path, place, fault.reason, fault.fix)
             continue
         yield record
 

@@ -106,20 +106,18 @@ def _columns(item: dict[str, Any], count: int, layout: str) -> tuple[list[str], 
 
 
 def _rows(path: str, bad: BadLines, parse: Callable[[int | str, dict[str, Any]], T]) -> Iterator[T]:
-    if not path.endswith(".parquet"):
-        yield from parsed(path, bad, lambda number, line: parse(number, json_object(line)))
-        return
+    if path.endswith(".parquet"):
+        return parsed(path, bad, parse, _parquet_rows(path))
+    return parsed(path, bad, lambda number, line: parse(number, json_object(line)))
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     fs, inner = storage.open_filesystem(path)
     with open_parquet(fs, inner) as file:
         row = 0
         for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH):
             for item in batch.to_pylist():
-                try:
-                    record = parse(f"row {row}", item)
-                except Fault as fault:
-                    bad.report(path, f"row {row}", fault.reason, fault.fix)
-                else:
-                    yield record
+                yield f"row {row}", item
                 row += 1
 
 

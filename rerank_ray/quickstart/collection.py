@@ -14,7 +14,6 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from joblib import cpu_count
@@ -37,23 +36,6 @@ _NOT_A_SENTENCE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollectionSummary:
-    """What `build_collection` wrote, and what it left out on the way."""
-
-    documents: int
-    train_queries: int
-    test_queries: int
-    files: int
-    files_with_errors: int
-    """Source files that this Python can't parse (templates, other syntax versions)."""
-    docstrings: int
-    near_duplicates: int
-    """Documents dropped because another says nearly the same."""
-    packages: dict[str, int]
-    """Documents by top-level package."""
-
-
 def build_collection(
     out: Path,
     *,
@@ -63,22 +45,23 @@ def build_collection(
     seed: int = 0,
     packages: Sequence[str] = PACKAGES,
     files_per_package: int = 250,
-) -> CollectionSummary:
+) -> int:
     """Write a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/train.tsv`, `qrels/test.tsv` (gain 1).
 
     At most `documents` documents, chosen by hash, and as evenly over packages as these allow. Near-duplicate
     documents are dropped, summaries that two docstrings share become no query, and the queries of one module are all
     in train or all in test, so that what was seen in training says little about the test.
 
+    Returns:
+        How many documents were written; there are as many queries as were asked for.
+
     Raises:
         InputError: the installation's documentation is too small for that many queries.
     """
     files = source_files(packages, files_per_package=files_per_package)
     found: dict[str, tuple[str, Docstring]] = {}
-    failed = 0
     for file, docstrings in zip(files, _read_all(files), strict=True):
-        failed += docstrings is None
-        for docstring in docstrings or ():
+        for docstring in docstrings:
             found.setdefault(docstring.name, (file.package, docstring))
     shared = Counter(_normalised(d.summary) for _, d in found.values())
     usable = [(package, d) for package, d in found.values() if is_document(d)]
@@ -102,29 +85,21 @@ def build_collection(
                 f"{wanted}: ask for fewer, or read more files per package"
             )
     _write(Path(out), corpus, queries)
-    return CollectionSummary(
-        documents=len(corpus),
-        train_queries=len(queries["train"]),
-        test_queries=len(queries["test"]),
-        files=len(files),
-        files_with_errors=failed,
-        docstrings=len(found),
-        near_duplicates=len(usable) - len(kept),
-        packages=dict(Counter(package for package, _ in corpus)),
-    )
+    return len(corpus)
 
 
-def _read_all(files: Sequence[SourceFile]) -> Iterator[list[Docstring] | None]:
-    """Each file's docstrings, or None where it can't be parsed; parsing is divided among the machine's cores."""
+def _read_all(files: Sequence[SourceFile]) -> Iterator[list[Docstring]]:
+    """Each file's docstrings; parsing is divided among the machine's cores."""
     with ProcessPoolExecutor(cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_read_or_none, files, chunksize=_FILES_AT_A_TIME)
+        yield from pool.map(_docstrings_of, files, chunksize=_FILES_AT_A_TIME)
 
 
-def _read_or_none(file: SourceFile) -> list[Docstring] | None:
+def _docstrings_of(file: SourceFile) -> list[Docstring]:
+    """None of a file that this Python can't parse: a template, or another version's syntax."""
     try:
         return read_docstrings(file)
     except (SyntaxError, ValueError, RecursionError):
-        return None
+        return []
 
 
 def is_document(docstring: Docstring) -> bool:

@@ -153,13 +153,8 @@ def split_docstring(text: str, name: str, module: str) -> Docstring | None:
     if not rest:
         return None
     summary = _EMPHASIS.sub(r"\2", paragraph[:cut].replace("`", "")).strip(" .:")
-    return Docstring(
-        name=name, module=module, summary=summary, rest=rest, prose_words=sum(map(_words, _prose_lines(rest_lines)))
-    )
-
-
-def _words(line: str) -> int:
-    return len(line.split())
+    prose_words = sum(len(line.split()) for line in _prose_lines(rest_lines))
+    return Docstring(name=name, module=module, summary=summary, rest=rest, prose_words=prose_words)
 
 
 def _prose_lines(lines: Sequence[str]) -> Iterator[str]:

@@ -63,10 +63,10 @@ def quickstart(folder: Path, console: Console, *, full: bool = False) -> None:
     less = None if full else _less_where_slow(console)
     if not (collection / "qrels" / "test.tsv").exists():
         train, test = _query_counts(less, full=full)
-        summary = build_collection(collection, train_queries=train, test_queries=test)
+        documents = build_collection(collection, train_queries=train, test_queries=test)
         console.print(
-            f"Collection from this Python installation's docstrings: {summary.documents:,} documents, "
-            f"{summary.train_queries} training and {summary.test_queries} test queries"
+            f"Collection from this Python installation's docstrings: {documents:,} documents, {train} training and "
+            f"{test} test queries"
         )
     results = run_pipeline(_settings(collection, less), str(folder / "pipeline"), console)
     systems = _systems(results["report"], folder / "pipeline")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import bm25s
 import numpy as np
@@ -13,6 +13,8 @@ from rerank_ray.retrieval.words import words
 
 K1 = 0.9
 B = 0.4
+STOPWORDS = "en"
+"""Lucene's 33 words, in bm25s' name for them."""
 
 
 class BM25Index:
@@ -26,62 +28,36 @@ class BM25Index:
     Japanese, Thai) has to be segmented beforehand. Scores are float32.
     """
 
-    def __init__(
-        self,
-        index: bm25s.BM25 | None,
-        doc_ids: list[str],
-        tokenize: Callable[[Iterable[str]], list[list[str]]],
-    ) -> None:
+    def __init__(self, index: bm25s.BM25 | None, doc_ids: list[str]) -> None:
         self._index = index
         self.doc_ids = doc_ids
-        self._tokenize = tokenize
         self._position: dict[str, int] | None = None
 
-    def __len__(self) -> int:
-        return len(self.doc_ids)
-
     @classmethod
-    def build(
-        cls,
-        docs: Iterable[tuple[str, str]],
-        k1: float = K1,
-        b: float = B,
-        stopwords: str | Sequence[str] | None = "en",
-    ) -> BM25Index:
+    def build(cls, docs: Iterable[tuple[str, str]], k1: float = K1, b: float = B) -> BM25Index:
         """Index (doc id, contents) pairs in one pass; texts are dropped once they are tokenised.
 
-        `stopwords` is a language that bm25s knows ("en": Lucene's 33 words), a list of words, or None to keep all.
-
         Raises:
-            ConfigError: a parameter out of range, or an unknown stop word list.
+            ConfigError: a parameter out of range.
             InputError: no documents.
         """
         check_parameters(k1, b)
-        options = {"stopwords": stopwords, "token_pattern": r"\S\S+", "show_progress": False}
-        try:
-            bm25s.tokenize([], **options)
-        except ValueError as error:
-            raise ConfigError(f"stopwords={stopwords!r}: {error}") from error
-
-        def tokenize(texts: Iterable[str]) -> list[list[str]]:
-            return bm25s.tokenize(map(_spaced, texts), return_ids=False, **options)
-
         doc_ids: list[str] = []
 
         def contents() -> Iterable[str]:
             for doc_id, text in docs:
                 doc_ids.append(doc_id)
-                yield _spaced(text)
+                yield text
 
-        tokens = bm25s.tokenize(contents(), **options)
+        tokens = _tokenize(contents())
         if not doc_ids:
             raise InputError("the collection has no documents: there is nothing to retrieve from")
         if not tokens.vocab:
-            return cls(None, doc_ids, tokenize)
+            return cls(None, doc_ids)
         # Named so that the result does not depend on which optional packages bm25s finds.
         index = bm25s.BM25(k1=k1, b=b, method="lucene", backend="numpy", csc_backend="numpy", auto_compile=False)
         index.index(tokens, create_empty_token=False, show_progress=False)
-        return cls(index, doc_ids, tokenize)
+        return cls(index, doc_ids)
 
     def top(self, query_text: str, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions (in corpus order) and scores of the best documents, best first; equal scores in corpus order.
@@ -120,14 +96,16 @@ class BM25Index:
 
     def _all_scores(self, query_text: str) -> np.ndarray:
         if self._index is None:
-            return np.zeros(len(self), dtype=np.float32)
-        token_ids = self._index.get_tokens_ids(self._tokenize([query_text])[0])
-        return self._index.get_scores_from_ids(token_ids)
+            return np.zeros(len(self.doc_ids), dtype=np.float32)
+        (tokens,) = _tokenize([query_text], return_ids=False)
+        return self._index.get_scores_from_ids(self._index.get_tokens_ids(tokens))
 
 
-def _spaced(text: str) -> str:
-    """The words with a blank between each two, where bm25s cuts: its own pattern cuts words at vowel signs."""
-    return " ".join(words(text))
+def _tokenize(texts: Iterable[str], **options):
+    """Words of two or more characters, but for stop words. A blank between each two words is where
+    bm25s cuts: its own pattern cuts words at vowel signs."""
+    spaced = (" ".join(words(text)) for text in texts)
+    return bm25s.tokenize(spaced, stopwords=STOPWORDS, token_pattern=r"\S\S+", show_progress=False, **options)
 
 
 def check_parameters(k1: float, b: float) -> None:

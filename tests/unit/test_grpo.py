@@ -12,10 +12,10 @@ import pytest
 import torch
 from fixtures.rows import label_row, write_labels
 from fixtures.tiny_models import THINKING_TEMPLATE, WORDS, tiny_llama_tokenizer
-from fixtures.training_world import Reports, Stopped
+from fixtures.training_world import Reports, in_three_parts
 from pydantic import TypeAdapter, ValidationError
 
-from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels, reinforce
+from rerank_ray.distill.grpo import Group, GRPOTrainer, advantages, clipped_loss, kl_estimate, open_labels
 from rerank_ray.distill.metrics_log import policy_summary_line
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.tasks import Task, make_task
@@ -201,7 +201,7 @@ def test_the_policy_learns_the_form(labels: str, tiny_llama: Path, tmp_path: Pat
         samples=32, epochs=10, max_steps=20, validation={"fraction": 0.3, "every_steps": 5},
     )  # fmt: skip
     reports = Reports(tmp_path / "run")
-    reinforce(chosen, World(), reports)
+    GRPOTrainer(chosen, World(), None).run(reports)
     assert sorted(reports.metrics) == [0, 5, 10, 15, 20]
     first, last = reports.metrics[5], reports.metrics[20]
     assert first["well_formed"] < 0.1
@@ -322,16 +322,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(labels: str, tiny_llama: Path,
         labels, tiny_llama, policy=base | policy, reward=reward, updates_per_step=2, epochs=4, max_steps=8
     )
     whole = Reports(tmp_path / "whole")
-    reinforce(chosen, World(), whole)
-    resume, seen = None, {}
-    for stop_at in (2, 6, None):
-        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
-        torch.manual_seed(99)
-        try:
-            reinforce(chosen, World(), part, resume)
-        except Stopped:
-            resume = part.checkpoint(stop_at)
-        seen |= part.metrics
+    GRPOTrainer(chosen, World(), None).run(whole)
+    parts = in_three_parts(tmp_path, lambda report, resume: GRPOTrainer(chosen, World(), resume).run(report))
+    seen = {step: metrics for part in parts for step, metrics in part.metrics.items()}
     assert sorted(seen) == sorted(whole.metrics)
     for step, metrics in whole.metrics.items():
         for name in ("validation_reward", "best_step", "reward", "gradient_norm"):

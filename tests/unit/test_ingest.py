@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fixtures.full_disk import full_disk
+from fixtures.training_data import write_lines
 
 from rerank_ray import ingest as ingest_module
 from rerank_ray import parquet, schema
@@ -20,12 +21,6 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.ingest import ingest_beir, ingest_hits, ingest_merge, ingest_trec
 from rerank_ray.ingest_labels import ingest_rank_distillm
 from rerank_ray.runs import INGEST_UNFINISHED, ingest_ended, resolve_input
-
-
-def write_lines(path: Path, *lines: str | dict) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return str(path)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures.rows import make_list, write_labels
 from fixtures.students import start
-from fixtures.training_world import Reports, Stopped
+from fixtures.training_world import Reports, in_three_parts
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +24,6 @@ from rerank_ray.distill.rationale import (
     PermutationTerm,
     RationaleTrainer,
     ScoreTerm,
-    distill_rationales,
     open_terms,
 )
 from rerank_ray.distill.start import student_prompt
@@ -200,7 +199,7 @@ def test_the_policy_learns_to_write_what_the_teacher_wrote(tiny_llama: Path, lis
     whole = {"base": str(tiny_llama), "max_length": 700, "dtype": "float32", "lora": None}
     chosen = settings(tiny_llama, {"kind": "permutation", "input": [listwise]}, policy=whole, epochs=20, max_steps=40)
     reports = Reports(tmp_path)
-    distill_rationales(chosen, World(), reports)
+    RationaleTrainer(chosen, World(), None).run(reports)
     last = reports.metrics[40]
     assert last["validation_score"] > -0.1
     assert last["validation_score"] == pytest.approx(-last["validation_loss/permutation"])
@@ -224,16 +223,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(tiny_llama: Path, listwise: st
         max_steps=8,
     )
     whole = Reports(tmp_path / "whole")
-    distill_rationales(chosen, World(), whole)
-    resume, seen = None, {}
-    for stop_at in (2, 6, None):
-        part = Reports(tmp_path / f"until-{stop_at}", stop_at)
-        torch.manual_seed(99)
-        try:
-            distill_rationales(chosen, World(), part, resume)
-        except Stopped:
-            resume = part.folder / f"step-{stop_at}"
-        seen |= part.metrics
+    RationaleTrainer(chosen, World(), None).run(whole)
+    parts = in_three_parts(tmp_path, lambda report, resume: RationaleTrainer(chosen, World(), resume).run(report))
+    seen = {step: metrics for part in parts for step, metrics in part.metrics.items()}
     assert sorted(seen) == sorted(whole.metrics) == [0, 2, 4, 6, 8]
     for step, metrics in whole.metrics.items():
         for name in ("validation_score", "best_step", "loss/permutation"):
@@ -410,4 +402,4 @@ def test_training_that_diverges_ends_there(listwise: str, tiny_llama: Path):
     rate = {"learning_rate": 1e38, "warmup_fraction": 0.0, "decay": "constant"}
     chosen = settings(tiny_llama, {"kind": "permutation", "input": [listwise]}, optimizer=rate)
     with pytest.raises(RunError, match="training has diverged: lower"):
-        distill_rationales(chosen, World(), lambda metrics, folder: None)
+        RationaleTrainer(chosen, World(), None).run(lambda metrics, folder: None)

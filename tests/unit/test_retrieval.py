@@ -73,7 +73,7 @@ words = st.lists(st.sampled_from(["aa", "bb", "cc", "dd", "ee", "x"]), max_size=
 )
 def test_search_agrees_with_the_plain_formula_sorted_stably(texts, query, depth, k1, b):
     docs = [(f"d{i}", text) for i, text in enumerate(texts)]
-    index = BM25Index.build(docs, k1=k1, b=b, stopwords=None)
+    index = BM25Index.build(docs, k1=k1, b=b)
     expected = lucene_bm25(query, docs, k1, b)
     every_score = index.scores(query, [doc_id for doc_id, _ in docs])
     assert every_score == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -91,7 +91,6 @@ def test_a_document_without_a_common_token_is_not_retrieved():
     index = BM25Index.build(DOCS)
     assert index.search(["zebra", "the", "", "🚀"], 10) == [[], [], [], []]
     assert [doc_id for doc_id, _ in index.search(["the"], 10)[0]] == []
-    assert [d for d, _ in BM25Index.build(DOCS, stopwords=None).search(["the"], 10)[0]] == ["d3"]
 
 
 def test_a_repeated_query_token_counts_twice():
@@ -113,9 +112,7 @@ def test_a_collection_without_any_token_finds_nothing_and_one_without_documents_
         BM25Index.build([])
 
 
-@pytest.mark.parametrize(
-    "parameters", [{"k1": -1.0}, {"k1": math.nan}, {"b": 1.5}, {"b": math.nan}, {"stopwords": "klingon"}]
-)
+@pytest.mark.parametrize("parameters", [{"k1": -1.0}, {"k1": math.nan}, {"b": 1.5}, {"b": math.nan}])
 def test_parameters_out_of_range_are_refused(parameters):
     name = next(iter(parameters))
     with pytest.raises(ConfigError, match=f"^{name}="):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fixtures.rows import write_labels
 from fixtures.teachable import CANDIDATES, settings, teachable
-from fixtures.training_world import Reports, Stopped
+from fixtures.training_world import Reports, in_three_parts
 from safetensors.torch import load_file
 
 from rerank_ray.distill.checkpoints import STUDENT
@@ -102,14 +102,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(
     whole = Reports(tmp_path / "whole")
     train(chosen, World(), whole)
     assert Trainer(chosen, World(), None).steps.per_epoch > 2
-    resume, parts = None, []
-    for stop_at in (2, 6, None):
-        parts.append(Reports(tmp_path / f"until-{stop_at}", stop_at))
-        torch.manual_seed(12345 + len(parts))
-        try:
-            train(chosen, World(), parts[-1], resume)
-        except Stopped:
-            resume = parts[-1].checkpoint(stop_at)
+    parts = in_three_parts(tmp_path, lambda report, resume: train(chosen, World(), report, resume))
     assert sorted(parts[1].metrics) == [4, 6]
     assert sorted(parts[2].metrics) == [8]
     assert weights(parts[2].checkpoint(8)) == weights(whole.checkpoint(8))
