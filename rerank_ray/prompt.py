@@ -205,7 +205,7 @@ def _encoded(call: Call, encoder: PromptEncoder, model: ModelSettings) -> tuple[
             # Passages are cut until the prompt fits with either text.
             query, calibration = tokenizer([call.query, call.calibration], add_special_tokens=False)["input_ids"]
             reserved = max(0, len(calibration) - len(query))
-    fitted = encoder.fit(prompt, reserved)
+    (fitted,) = encoder.fit([prompt], [reserved])
     if isinstance(fitted, PromptTooLongError):
         raise ModelError(str(fitted))
     room = f"max_length {model.max_length}" + (f" − {reserved} that follow" if reserved else "")

@@ -26,7 +26,7 @@ from rerank_ray.errors import ConfigError, InputError, RunError
 from rerank_ray.models.continuations import THINK
 from rerank_ray.models.protocol import Failure, NextToken, Prompt
 from rerank_ray.models.tokenizing import PromptTooLongError
-from rerank_ray.prompts.passages import has_what_is_shown, scores_to_show, shown_passages
+from rerank_ray.prompts.passages import has_what_is_shown, prompt_over
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.rationale import (
@@ -79,8 +79,7 @@ class PermutationTerm:
 
     def prompt(self, labels: Labels) -> Prompt:
         request = labels.candidate_list
-        passages, scores = shown_passages(request, self.settings.passage_words), scores_to_show(self.template, request)
-        return self.template.list_prompt(request.query, passages, self.template.identifiers(len(request)), scores)
+        return prompt_over(self.template, request, range(len(request)), self.settings.passage_words)
 
     def text(self, labels: Labels) -> str:
         """What the model shall write, after the prefill."""

@@ -17,7 +17,7 @@ import numpy as np
 from rerank_ray.metrics import agreement
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import parse_permutation
-from rerank_ray.prompts.parse.scores import parse_scores
+from rerank_ray.prompts.parse.scores import parse_score_rows
 
 CUTOFF = 10
 HIGHEST_GRADE = 10.0
@@ -108,11 +108,12 @@ def grades_reward(text: str, identifiers: Sequence[str], gains: Sequence[float],
     _, answer = split_reasoning(text)
     if cut_off or not answer:
         return Reward(value=-0.5, well_formed=False)
-    parsed = parse_scores(answer, identifiers, low=0.0, high=HIGHEST_GRADE)
+    parsed = parse_score_rows(answer, identifiers, [(0.0, HIGHEST_GRADE)])
     if parsed.defects or not _holds_json(answer):
         return Reward(value=-0.1, well_formed=False)
-    order = sorted(range(len(gains)), key=lambda i: -parsed.scores[i])
-    agreement = 1 - js_divergence(parsed.scores, gains)
+    grades = [row[0] for row in parsed.rows]
+    order = sorted(range(len(gains)), key=lambda i: -grades[i])
+    agreement = 1 - js_divergence(grades, gains)
     return Reward(value=ndcg(order, gains) + 0.2 * recall(order, gains) + 0.1 * agreement, well_formed=True)
 
 

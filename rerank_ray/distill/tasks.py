@@ -8,7 +8,7 @@ from rerank_ray.distill import rewards
 from rerank_ray.distill.rewards import Reward
 from rerank_ray.models.protocol import Answer, Prompt
 from rerank_ray.prompts.parse.scores import parse_score
-from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passage
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import load_template
 from rerank_ray.records import Labels
 from rerank_ray.settings.reinforce import RewardSettings
@@ -54,10 +54,7 @@ class _OfLists(Task):
     """One prompt over all passages."""
 
     def prompts(self, labels: Labels, indices: Sequence[int]) -> list[Prompt]:
-        request = labels.candidate_list
-        passages = [shown_passage(request.candidates[i], self.settings.passage_words) for i in indices]
-        scores = scores_of(indices, scores_to_show(self.template, request))
-        return [self.template.list_prompt(request.query, passages, self.template.identifiers(len(indices)), scores)]
+        return [prompt_over(self.template, labels.candidate_list, indices, self.settings.passage_words)]
 
     def rewards(
         self, labels: Labels, indices: Sequence[int], answers: Sequence[Sequence[Answer]]

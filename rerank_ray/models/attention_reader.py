@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.prefixes import common_length
 from rerank_ray.models.protocol import Answer, Attention, Call, Failure, Result
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError, SpannedPrompt
 from rerank_ray.records import Usage
@@ -127,7 +128,7 @@ class _Sequence:
         self.branches = [_Branch(prompt=main, shared=0, start=0)]
         cached = 0
         for other in prompts[1:]:
-            shared = _common_length(main.ids, other.ids)
+            shared = common_length(main.ids, other.ids)
             self.branches.append(_Branch(prompt=other, shared=shared, start=len(self.ids)))
             self.ids += other.ids[shared:]
             self.positions += range(shared, len(other.ids))
@@ -159,11 +160,6 @@ class _Branch:
     def query_columns(self) -> list[int]:
         """Where the query's tokens stand in the sequence."""
         return [t if t < self.shared else self.start + t - self.shared for t in self.prompt.query]
-
-
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    shortest = min(len(a), len(b))
-    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
 class _Row:

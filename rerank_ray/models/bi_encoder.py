@@ -88,10 +88,8 @@ class BiEncoder:
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[tuple[float, ...]]:
         ids, lengths = engine.right_pad(sequences, self.tokenizer.pad_token_id or 0, limit=self._positions)
-        ids, lengths = ids.to(self.device), lengths.to(self.device)
-        mask = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
-        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-        return [tuple(v) for v in pooled(hidden, lengths, self.pooling).tolist()]
+        vectors = embedded(self.model, ids.to(self.device), lengths.to(self.device), self.pooling)
+        return [tuple(v) for v in vectors.tolist()]
 
 
 def _student(resolved: ResolvedModel) -> StudentDescription | None:
@@ -128,10 +126,11 @@ def _max_lengths(student: StudentDescription | None, given: int) -> dict[str, in
     return {"query": student.max_query_length, "document": student.max_length - student.max_query_length}
 
 
-def pooled(hidden: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Unit vectors [B, H] of texts of `lengths` [B] tokens, from hidden states [B, L, H]."""
+def embedded(model: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Unit vectors [B, H], in float32, of texts of `lengths` [B] tokens, from their token ids [B, L]."""
+    mask = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
+    hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
     if pooling == "mean":
-        mask = torch.arange(hidden.shape[1], device=hidden.device)[None, :] < lengths[:, None]
         vectors = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
     elif pooling == "cls":
         vectors = hidden[:, 0]

@@ -86,7 +86,8 @@ class HTTPClient:
         # The semaphore bounds what is in flight: waiting for a connection would count as the server's time.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         # The timeout is one for the whole exchange (`_attempt`); httpx's own are for each of its steps.
-        self._http = httpx2.AsyncClient(limits=limits, timeout=None, headers=self._headers())
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key.get_secret_value()}"}
+        self._http = httpx2.AsyncClient(limits=limits, timeout=None, headers=headers)
 
     def post(self, requests: Sequence[Request]) -> list[dict | Failure]:
         """Send all requests, at most `concurrency` at once; answers in their order.
@@ -97,9 +98,6 @@ class HTTPClient:
             ConfigError: there is a budget of tokens, and the server does not count them.
         """
         return self._runner.run(self._post_all(requests))
-
-    def _headers(self) -> dict[str, str]:
-        return {} if self._key is None else {"Authorization": f"Bearer {self._key.get_secret_value()}"}
 
     async def _post_all(self, requests: Sequence[Request]) -> list[dict | Failure]:
         try:

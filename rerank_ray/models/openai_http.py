@@ -244,15 +244,6 @@ class _Usage(BaseModel):
     completion_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
-    def counted(self) -> Usage:
-        cached = self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
-        return Usage(
-            calls=1,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=cached or 0,
-            output_tokens=self.completion_tokens or 0,
-        )
-
 
 class _Token(BaseModel):
     """`id` is told by llama.cpp."""
@@ -336,7 +327,14 @@ class _Reply(BaseModel):
     usage: _Usage | None = None
 
     def counted(self) -> Usage:
-        return (self.usage or _Usage()).counted()
+        usage = self.usage or _Usage()
+        details = usage.prompt_tokens_details or _PromptDetails()
+        return Usage(
+            calls=1,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=details.cached_tokens or 0,
+            output_tokens=usage.completion_tokens or 0,
+        )
 
 
 def _parsed(reply: dict) -> _Reply | Failure:

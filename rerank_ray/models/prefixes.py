@@ -29,14 +29,15 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[Group]:
     a sequence is never part of a prefix: a call's first logits stand there.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-    common = [_common_length(sequences[a], sequences[b]) for a, b in itertools.pairwise(order)]
+    common = [common_length(sequences[a][:-1], sequences[b][:-1]) for a, b in itertools.pairwise(order)]
     _, groups = _divide(common, 0, len(order))
     return [Group(length=length, members=tuple(order[start:end])) for length, start, end in groups]
 
 
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    most = min(len(a), len(b)) - 1
-    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How long the beginning is that two sequences share."""
+    shortest = min(len(a), len(b))
+    return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
 def _divide(common: list[int], start: int, end: int) -> tuple[int, list[tuple[int, int, int]]]:

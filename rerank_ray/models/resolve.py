@@ -86,18 +86,12 @@ def _resolve(reference: str, revision: str | None, settings: ModelSettings, conf
     if path.exists():
         _refuse_revision(reference, revision)
         return _local(path, f"{reference}@{_digest(path)}", settings, config_file)
-    if _looks_like_a_path(reference):
+    if _looks_like_a_path(reference) or (reference.endswith(".gguf") and path.parent.is_dir()):
         raise ModelError(f"{reference}: no such model folder or file")
+    identity, gguf_file = f"{reference}@{revision or 'main'}", None
     if reference.endswith(".gguf"):
-        repository, _, name = reference.rpartition("/")
-        if Path(repository).is_dir():
-            raise ModelError(f"{reference}: no such model folder or file")
-        return ResolvedModel(
-            source=repository, revision=revision, gguf_file=name, identity=f"{reference}@{revision or 'main'}"
-        )
-    return ResolvedModel(
-        source=reference, revision=revision, gguf_file=None, identity=f"{reference}@{revision or 'main'}"
-    )
+        reference, _, gguf_file = reference.rpartition("/")
+    return ResolvedModel(source=reference, revision=revision, gguf_file=gguf_file, identity=identity)
 
 
 def _looks_like_a_path(reference: str) -> bool:

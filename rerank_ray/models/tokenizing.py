@@ -118,7 +118,7 @@ class PromptEncoder:
         if call.written_by is None:
             return self.answering(prompt)
         writer = self.asked(call.written_by)
-        fitted = self.fit(writer, call.written_by.max_tokens)
+        (fitted,) = self.fit([writer], [call.written_by.max_tokens])
         if isinstance(fitted, PromptTooLongError):
             raise fitted
         begun = writer.prefill.removesuffix(call.written_by.prompt.prefill)
@@ -190,25 +190,19 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[list[int] | PromptTooLongError]:
         """Token ids of each prompt, at most `max_length − reserved` long; passages are cut at a token's end to fit."""
-        frames = [self._framed(p.parts, p.system, p.prefill, p.chat and self.chat) for p in prompts]
-        texts = [interleaved(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
-        special = [not (p.chat and self.chat) for p in prompts]
-        encoded: list[list[int] | PromptTooLongError] = self._encode_texts(texts, special)
-        for i, prompt in enumerate(prompts):
-            limit = self.max_length - reserved[i]
-            if len(encoded[i]) > limit:
-                fitted = self._truncated(frames[i], prompt, limit, special[i])
-                encoded[i] = fitted.ids if isinstance(fitted, FittedPrompt) else fitted
-        return encoded
+        return [f.ids if isinstance(f, FittedPrompt) else f for f in self.fit(prompts, reserved)]
 
-    def fit(self, prompt: Prompt, reserved: int) -> FittedPrompt | PromptTooLongError:
-        """One prompt as `encode` makes it, with what is left of its passages."""
-        chat = prompt.chat and self.chat
-        frame = self._framed(prompt.parts, prompt.system, prompt.prefill, chat)
-        (ids,) = self._encode_texts([interleaved(frame, prompt.passages)], [not chat])
-        if len(ids) <= self.max_length - reserved:
-            return FittedPrompt(ids=ids, passages=prompt.passages)
-        return self._truncated(frame, prompt, self.max_length - reserved, not chat)
+    def fit(self, prompts: Sequence[Prompt], reserved: Sequence[int]) -> list[FittedPrompt | PromptTooLongError]:
+        """Prompts as `encode` makes them, with what is left of their passages."""
+        special = [not (p.chat and self.chat) for p in prompts]
+        frames = [self._framed(p.parts, p.system, p.prefill, not s) for p, s in zip(prompts, special, strict=True)]
+        texts = [interleaved(frame, p.passages) for frame, p in zip(frames, prompts, strict=True)]
+        fitted: list[FittedPrompt | PromptTooLongError] = []
+        for i, ids in enumerate(self._encode_texts(texts, special)):
+            limit = self.max_length - reserved[i]
+            whole = FittedPrompt(ids=ids, passages=prompts[i].passages)
+            fitted.append(whole if len(ids) <= limit else self._truncated(frames[i], prompts[i], limit, special[i]))
+        return fitted
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0, room: int = 0) -> None:
         """Raise `ModelError` unless the prompt, its passages cut to a token each where need be, fits with a text of

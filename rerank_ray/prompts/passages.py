@@ -6,40 +6,41 @@ import re
 from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
+from rerank_ray.models.protocol import Prompt
 from rerank_ray.prompts.render import Template
 from rerank_ray.records import Candidate, CandidateList
 
 _IDENTIFIER = re.compile(r"\[(\w{1,3})\]")
 
 
-def shown_passages(request: CandidateList, words: int) -> list[str]:
-    """Each candidate's first words, on one line; what looks like an identifier in brackets gets parentheses."""
-    return [shown_passage(c, words) for c in request.candidates]
+def prompt_over(
+    template: Template, request: CandidateList, members: Sequence[int], words: int | None, criteria: str = ""
+) -> Prompt:
+    """The prompt over some of a list's candidates, given by index.
+
+    Args:
+        words: how many of a candidate's text are shown; None shows it as it is.
+
+    Raises:
+        RowError: the template shows first-stage scores, and a candidate of the list has none.
+    """
+    candidates = [request.candidates[i] for i in members]
+    passages = [c.contents if words is None else shown_passage(c, words) for c in candidates]
+    scores = None
+    if template.shows_scores:
+        all_scores = first_stage_scores(request, "the prompt shows first-stage scores")
+        scores = [all_scores[i] for i in members]
+    return template.list_prompt(request.query, passages, scores, criteria)
 
 
 def shown_passage(candidate: Candidate, words: int) -> str:
+    """A candidate's first words, on one line; what looks like an identifier in brackets gets parentheses."""
     return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split()[:words]))
 
 
 def has_what_is_shown(template: Template, request: CandidateList) -> bool:
-    """Whether `scores_to_show` has an answer for this list."""
+    """Whether every candidate has the first-stage score that the template may show."""
     return not template.shows_scores or all(c.score is not None for c in request.candidates)
-
-
-def scores_to_show(template: Template, request: CandidateList) -> list[float] | None:
-    """First-stage scores for a template that shows them.
-
-    Raises:
-        RowError: a candidate has none.
-    """
-    if not template.shows_scores:
-        return None
-    return first_stage_scores(request, "the prompt shows first-stage scores")
-
-
-def scores_of(members: Sequence[int], shown: Sequence[float] | None) -> list[float] | None:
-    """Those of `scores_to_show` that belong to these candidates."""
-    return None if shown is None else [shown[i] for i in members]
 
 
 def first_stage_scores(request: CandidateList, why: str) -> list[float]:

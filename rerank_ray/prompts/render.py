@@ -162,16 +162,15 @@ class Template(Settings):
         self,
         query: Query,
         passages: Sequence[str],
-        identifiers: Sequence[str],
         scores: Sequence[float] | None = None,
         criteria: str = "",
     ) -> Prompt:
-        """The prompt over a list of passages; `identifiers` are how the model shall name them."""
+        """The prompt over a list of passages, which it names as `identifiers` does."""
         before, after = self.text.split("{passages}")
         values = {"count": str(len(passages)), "criteria": criteria}
         parts, texts = [self._fill(before, query, values)], []
         head, tail = self.passage.split("{passage}")
-        for i, (passage, identifier) in enumerate(zip(passages, identifiers, strict=True)):
+        for i, (passage, identifier) in enumerate(zip(passages, self.identifiers(len(passages)), strict=True)):
             entry = {"identifier": identifier, "score": "" if scores is None else f"{scores[i]:.2f}"}
             parts[-1] += (self.separator if i else "") + self._fill(head, query, entry)
             texts.append(passage)
@@ -187,7 +186,7 @@ class Template(Settings):
         """
         query, word = Query(query_id="", text="query"), Candidate(doc_id="", text="word")
         if self.passage is not None:
-            return self.list_prompt(query, [word.text] * count, self.identifiers(count), [0.0] * count)
+            return self.list_prompt(query, [word.text] * count, [0.0] * count)
         return self.pair_prompt(query, word, word) if "{passage_a}" in self.text else self.prompt(query, word)
 
     def identifiers(self, count: int) -> tuple[str, ...]:

@@ -15,11 +15,7 @@ import numpy as np
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Defect, Scores, Usage
-from rerank_ray.settings.rankers import (
-    CascadeSettings,
-    EnsembleSettings,
-    SelectiveSettings,
-)
+from rerank_ray.settings.rankers import CascadeSettings, EnsembleSettings, SelectiveSettings
 from rerank_ray.uncertainty import uncertainty_of
 
 Rank = Callable[[Sequence[CandidateList]], list[Outcome]]

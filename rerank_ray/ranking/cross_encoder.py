@@ -20,13 +20,10 @@ class CrossEncoderRanker:
         self.name = f"cross_encoder:{backend.name.removeprefix('cross_encoder:')}{layer}"
 
     def rank(self, request: CandidateList) -> Steps:
-        if self.asks_lists:
-            return self._rank_list(request)
-        calls = [Pair(query=request.query.text, text=c.contents) for c in request.candidates]
-        return score_each(request, calls, lambda score: score)
-
-    def _rank_list(self, request: CandidateList) -> Steps:
         texts = tuple(c.contents for c in request.candidates)
+        if not self.asks_lists:
+            calls = [Pair(query=request.query.text, text=text) for text in texts]
+            return (yield from score_each(request, calls, lambda score: score))
         if not texts:
             return Scores(scores=())
         (result,) = yield [PairList(query=request.query.text, texts=texts)]

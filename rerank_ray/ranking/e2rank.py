@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Embed, Failure, Result
-from rerank_ray.prompts.passages import scores_to_show, shown_passage
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.pointwise import Steps, cosine, scores_from
 from rerank_ray.records import CandidateList, Scores
@@ -37,17 +38,12 @@ class E2Rank:
         ]
         alone = _cosines(query, documents, "the query")
         embedded = [i for i, cosine in enumerate(alone) if not isinstance(cosine, Failure)]
-        best = sorted(embedded, key=lambda i: -alone[i])
-        (pseudo,) = yield [
-            Embed(text=self._pseudo_query(request, best[: self.settings.documents]), role="query", truncate=False)
-        ]
+        best = sorted(embedded, key=lambda i: -alone[i])[: self.settings.documents]
+        # A list of its own: only of these candidates may the prompt need first-stage scores.
+        shown = replace(request, candidates=tuple(request.candidates[i] for i in best))
+        prompt = prompt_over(self.template, shown, range(len(best)), self.settings.passage_words)
+        (pseudo,) = yield [Embed(text=prompt.body, role="query", truncate=False)]
         return scores_from(request, _cosines(pseudo, documents, "the pseudo-query"))
-
-    def _pseudo_query(self, request: CandidateList, members: Sequence[int]) -> str:
-        chosen = [request.candidates[i] for i in members]
-        scores = scores_to_show(self.template, CandidateList(query=request.query, candidates=tuple(chosen)))
-        texts = [shown_passage(c, self.settings.passage_words) for c in chosen]
-        return self.template.list_prompt(request.query, texts, self.template.identifiers(len(texts)), scores).body
 
 
 def _cosines(query: Result, documents: Sequence[Result], name: str) -> list[float | Failure]:

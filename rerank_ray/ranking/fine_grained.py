@@ -32,12 +32,9 @@ class FineGrained:
     def rank(self, request: CandidateList) -> Steps:
         prompts = [self.template.prompt(request.query, c) for c in request.candidates]
         if self.from_logits:
-            return score_each(request, [NextToken(prompt=p, labels=self.labels) for p in prompts], _expectation)
-        calls = [LogLikelihood(prompt=p, continuation=label) for p in prompts for label in self.labels]
-        return self._rank_by_likelihood(request, calls)
-
-    def _rank_by_likelihood(self, request: CandidateList, calls: Sequence[LogLikelihood]) -> Steps:
-        results = yield list(calls)
+            calls = [NextToken(prompt=p, labels=self.labels) for p in prompts]
+            return (yield from score_each(request, calls, _expectation))
+        results = yield [LogLikelihood(prompt=p, continuation=label) for p in prompts for label in self.labels]
         count = len(self.labels)
         groups = [results[i : i + count] for i in range(0, len(results), count)]
         return scores_from(request, [_from_likelihoods(group) for group in groups])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, NextToken, Result
-from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passages
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.listwise import check_fits, slide
 from rerank_ray.ranking.orders import scores_of_order
@@ -40,13 +40,10 @@ class First:
 
     def rank(self, request: CandidateList) -> Steps:
         s = self.settings
-        passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
 
         def ask(members: Sequence[int]) -> Call:
-            labels = self.template.identifiers(len(members))
-            scores = scores_of(members, shown_scores)
-            prompt = self.template.list_prompt(request.query, [passages[i] for i in members], labels, scores)
-            return NextToken(prompt=prompt, labels=labels)
+            prompt = prompt_over(self.template, request, members, s.passage_words)
+            return NextToken(prompt=prompt, labels=self.template.identifiers(len(members)))
 
         order = yield from slide(len(request), windows(len(request), s.window, s.step) * s.passes, ask, _read)
         return Scores(scores=scores_of_order(order))

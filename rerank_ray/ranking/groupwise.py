@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rerank_ray.models.protocol import Answer, Backend, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.scores import parse_score_rows
-from rerank_ray.prompts.passages import first_stage_scores, scores_of, scores_to_show, shown_passages
+from rerank_ray.prompts.passages import first_stage_scores, prompt_over
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.pointwise import Steps, Value, scores_from
@@ -76,20 +76,8 @@ def group_calls(
     criteria: str = "",
 ) -> list[Generate]:
     """One call a group of candidate indices."""
-    passages, scores = shown_passages(request, passage_words), scores_to_show(template, request)
-    return [
-        Generate(
-            prompt=template.list_prompt(
-                request.query,
-                [passages[i] for i in group],
-                template.identifiers(len(group)),
-                scores_of(group, scores),
-                criteria,
-            ),
-            max_tokens=max_tokens,
-        )
-        for group in groups
-    ]
+    prompts = [prompt_over(template, request, group, passage_words, criteria) for group in groups]
+    return [Generate(prompt=prompt, max_tokens=max_tokens) for prompt in prompts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

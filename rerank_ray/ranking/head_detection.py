@@ -126,8 +126,7 @@ def _example(row: dict, settings: DetectHeadsSettings) -> _Example | str:
 
 
 def _call(template: Template, example: _Example, heads: tuple[tuple[int, int], ...]) -> Attention:
-    identifiers = template.identifiers(len(example.passages))
-    prompt = template.list_prompt(example.query, example.passages, identifiers)
+    prompt = template.list_prompt(example.query, example.passages)
     return Attention(prompt=prompt, query=example.query.text, heads=heads, each_head=True)
 
 

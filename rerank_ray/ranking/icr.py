@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rerank_ray.models.protocol import Answer, Attention, Backend
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
@@ -58,11 +59,8 @@ class ICR:
         return _unscored(scores, [f"{request.candidates[i].doc_id}: {reason}" for i in missing])
 
     def _call(self, request: CandidateList, shown: Sequence[int]) -> Attention:
-        passages = [request.candidates[i].contents for i in shown]
-        prompt = self.template.list_prompt(request.query, passages, self.template.identifiers(len(shown)))
-        return Attention(
-            prompt=prompt, query=request.query.text, calibration=CALIBRATION_QUERY, heads=self.heads, each_head=False
-        )
+        prompt = prompt_over(self.template, request, shown, None)
+        return Attention(prompt=prompt, query=request.query.text, calibration=CALIBRATION_QUERY, heads=self.heads)
 
 
 def _unscored(scores: Sequence[float], details: Sequence[str]) -> Scores:

@@ -12,12 +12,12 @@ from rerank_ray.errors import ConfigError, ModelError, RowError
 from rerank_ray.models.protocol import Answer, Backend, Call, Generate, Result
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import Permutation, parse_permutation
-from rerank_ray.prompts.passages import scores_of, scores_to_show, shown_passages
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import Template, load_template
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.windows import windows
-from rerank_ray.records import CandidateList, Defect, DefectKind, Query, Scores
+from rerank_ray.records import CandidateList, Defect, DefectKind, Scores
 from rerank_ray.settings.rankers import RankGPTSettings
 
 
@@ -42,12 +42,11 @@ class RankGPT:
 
     def rank(self, request: CandidateList) -> Steps:
         s = self.settings
-        passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
         defects: list[Defect] = []
         rationales: list[str] = []
 
         def ask(members: Sequence[int]) -> Call:
-            return permutation_call(self.template, request.query, members, passages, shown_scores, s.max_tokens)
+            return permutation_call(self.template, request, members, s.passage_words, s.max_tokens)
 
         def read(result: Result, members: Sequence[int], window: range) -> list[int]:
             rationale, parsed = read_permutation(self.template, result, len(members))
@@ -90,17 +89,10 @@ def slide(
 
 
 def permutation_call(
-    template: Template,
-    query: Query,
-    members: Sequence[int],
-    passages: Sequence[str],
-    scores: Sequence[float] | None,
-    max_tokens: int,
+    template: Template, request: CandidateList, members: Sequence[int], passage_words: int, max_tokens: int
 ) -> Generate:
     """Ask for an order of the candidates `members`."""
-    names, shown = template.identifiers(len(members)), scores_of(members, scores)
-    prompt = template.list_prompt(query, [passages[i] for i in members], names, shown)
-    return Generate(prompt=prompt, max_tokens=max_tokens)
+    return Generate(prompt=prompt_over(template, request, members, passage_words), max_tokens=max_tokens)
 
 
 def read_permutation(template: Template, result: Result, count: int) -> tuple[str, Permutation]:

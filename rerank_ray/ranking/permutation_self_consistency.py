@@ -8,7 +8,6 @@ import numpy as np
 
 from rerank_ray.errors import RowError
 from rerank_ray.models.protocol import Backend, Generate
-from rerank_ray.prompts.passages import scores_to_show, shown_passages
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import aggregation
 from rerank_ray.ranking.listwise import check_fits, permutation_call, read_permutation
@@ -42,7 +41,6 @@ class PermutationSelfConsistency:
 
     def rank(self, request: CandidateList) -> Steps:
         s = self.settings
-        passages, shown_scores = shown_passages(request, s.passage_words), scores_to_show(self.template, request)
         shuffles = _shuffles(len(request), s.permutations, f"{s.seed}:{request.query.query_id}")
         left_out: dict[int, set[int]] = {number: set() for number in range(len(shuffles))}
         defects: list[Defect] = []
@@ -50,7 +48,7 @@ class PermutationSelfConsistency:
         for window in windows(len(request), s.window, s.step):
             shown = {number: shuffles[number][window.start : window.stop] for number in left_out}
             results = yield [
-                permutation_call(self.template, request.query, members, passages, shown_scores, s.max_tokens)
+                permutation_call(self.template, request, members, s.passage_words, s.max_tokens)
                 for members in shown.values()
             ]
             for (number, members), result in zip(shown.items(), results, strict=True):

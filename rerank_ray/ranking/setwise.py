@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 
 from rerank_ray.models.protocol import Backend, Call, Generate, NextToken, Result
-from rerank_ray.prompts.passages import scores_of, scores_to_show
+from rerank_ray.prompts.passages import prompt_over
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.comparisons import Comparisons, read_choice
 from rerank_ray.ranking.listwise import check_fits
@@ -69,12 +69,9 @@ class Setwise:
         return orders
 
     def _call(self, request: CandidateList, order: Group) -> Call:
-        identifiers = self.identifiers[: len(order)]
-        passages = [request.candidates[i].contents for i in order]
-        scores = scores_of(order, scores_to_show(self.template, request))
-        prompt = self.template.list_prompt(request.query, passages, identifiers, scores)
+        prompt = prompt_over(self.template, request, order, None)
         if self.settings.mode == "likelihood":
-            return NextToken(prompt=prompt, labels=identifiers)
+            return NextToken(prompt=prompt, labels=self.identifiers[: len(order)])
         stop = ("</answer>",) if self.settings.mode == "reasoning" else ()
         return Generate(prompt=prompt, max_tokens=self.settings.max_tokens, stop=stop)
 

@@ -48,11 +48,8 @@ class YesNo:
         prompts = [self.template.prompt(request.query, c) for c in request.candidates]
         if not self.generates:
             calls = [NextToken(prompt=prompt, labels=self.template.labels) for prompt in prompts]
-            return score_each(request, calls, self.read)
-        return self._rank_by_generating(request, [Generate(prompt=prompt, max_tokens=1) for prompt in prompts])
-
-    def _rank_by_generating(self, request: CandidateList, calls: Sequence[Generate]) -> Steps:
-        results = yield list(calls)
+            return (yield from score_each(request, calls, self.read))
+        results = yield [Generate(prompt=prompt, max_tokens=1) for prompt in prompts]
         return scores_from(request, [_generated(result, self.template) for result in results])
 
 

@@ -32,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from rerank_ray.errors import ConfigError
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Failure, Generate, NextToken
-from rerank_ray.prompts.passages import shown_passages
+from rerank_ray.prompts.passages import shown_passage
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.first import First
 from rerank_ray.ranking.listwise import RankGPT
@@ -213,9 +213,9 @@ def test_the_prompt():
 
 
 def test_passages_are_cut_and_can_not_pose_as_identifiers():
-    request = make_list(size=1)
-    long = replace(request.candidates[0], text="one [2]  two\nthree [Fig] [ x ] four five", title="Head")
-    assert shown_passages(replace(request, candidates=(long,)), 8) == ["Head one (2) two three (Fig) [ x"]
+    (candidate,) = make_list(size=1).candidates
+    long = replace(candidate, text="one [2]  two\nthree [Fig] [ x ] four five", title="Head")
+    assert shown_passage(long, 8) == "Head one (2) two three (Fig) [ x"
 
 
 def test_repairs_are_defects():

@@ -17,7 +17,7 @@ from fixtures.rows import label_row, make_list, write_labels
 from rerank_ray import parquet, schema
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.parquet import inspect_input, read_candidates, write_candidates, write_rows
-from rerank_ray.prompts.parse.scores import parse_scores
+from rerank_ray.prompts.parse.scores import parse_score_rows
 from rerank_ray.records import CandidateList, Query, Ranking, Scores
 from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, candidate_row, label_columns, ranking_row
 
@@ -122,7 +122,7 @@ def test_a_file_that_a_job_would_not_read(tmp_path: Path):
 
 def test_words_that_no_file_takes():
     """A model's JSON may name a passage with half of a surrogate pair; its batch can be written all the same."""
-    defects = parse_scores('{"1": 7, "\\ud83d": 3}', ["1"], low=0, high=10).defects
+    defects = parse_score_rows('{"1": 7, "\\ud83d": 3}', ["1"], [(0, 10)]).defects
     assert "\ud83d" in str(defects[0])
     scores = Scores(scores=(1.0, 2.0, 3.0), rationales=("so \udc00",), defects=defects)
     labelled = candidate_row(make_list("q1")) | label_columns("test", scores, error="no \ud83d")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rerank_ray.prompts.parse.answer import split_reasoning
 from rerank_ray.prompts.parse.permutation import parse_permutation
-from rerank_ray.prompts.parse.scores import parse_score, parse_scores
+from rerank_ray.prompts.parse.scores import parse_score, parse_score_rows
 from rerank_ray.prompts.parse.words import parse_label
 from rerank_ray.records import DefectKind
 
@@ -349,7 +349,7 @@ def test_long_loops_are_read_quickly(text: str):
     start = time.process_time()
     parse_permutation(text, NUMBERS)
     parse_permutation(text, LETTERS)
-    parse_scores(text, NUMBERS, low=0, high=10)
+    parse_score_rows(text, NUMBERS, [(0, 10)])
     parse_score(text, low=0, high=10)
     parse_label(text, LETTERS)
     assert time.process_time() - start < 5

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from fixtures.answers import NUMBERS, identifier_lists, kinds, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.prompts.parse.scores import parse_score, parse_score_rows, parse_scores
+from rerank_ray.prompts.parse.scores import parse_score, parse_score_rows
 from rerank_ray.prompts.parse.words import parse_items, parse_label
 
 # Scores by identifier
@@ -18,10 +17,10 @@ from rerank_ray.prompts.parse.words import parse_items, parse_label
 
 @given(text=texts, identifiers=identifier_lists, cut_off=st.booleans())
 def test_any_text_gives_scores_within_the_bounds(text: str, identifiers: list[str], cut_off: bool):
-    parsed = parse_scores(text, identifiers, low=0, high=10, cut_off=cut_off)
-    assert len(parsed.scores) == len(identifiers)
-    assert all(math.isnan(s) or 0 <= s <= 10 for s in parsed.scores)
-    if any(math.isnan(s) for s in parsed.scores):
+    parsed = parse_score_rows(text, identifiers, [(0, 10)], cut_off=cut_off)
+    assert len(parsed.rows) == len(identifiers)
+    assert all(row is None or 0 <= row[0] <= 10 for row in parsed.rows)
+    if None in parsed.rows:
         assert parsed.defects
 
 
@@ -30,14 +29,10 @@ def test_any_text_gives_scores_within_the_bounds(text: str, identifiers: list[st
     pretty=st.booleans(),
 )
 def test_json_is_read_exactly(scores: dict[str, float], pretty: bool):
-    """A member that is not there is NaN and `missing`; nothing else is a defect."""
-    parsed = parse_scores(json.dumps(scores, indent=2 if pretty else None), NUMBERS, low=0, high=10)
-    for name, score in zip(NUMBERS, parsed.scores, strict=True):
-        assert score == scores[name] if name in scores else math.isnan(score)
+    """A member that is not there is None and `missing`; nothing else is a defect."""
+    parsed = parse_score_rows(json.dumps(scores, indent=2 if pretty else None), NUMBERS, [(0, 10)])
+    assert parsed.rows == tuple((scores[name],) if name in scores else None for name in NUMBERS)
     assert kinds(parsed) == ([] if len(scores) == 20 else ["missing"] if scores else ["unparsed"])
-
-
-NAN = math.nan
 
 
 @pytest.mark.parametrize(
@@ -54,33 +49,33 @@ NAN = math.nan
         ("1: 8, 2: 0, 3: 10", (8, 0, 10), []),
         ("- Passage 1: 8/10\n- Passage 2: 0/10\n- Passage 3: 10/10", (8, 0, 10), []),
         ('{"1": 8, "1": 3, "2": 0, "3": 10}', (8, 0, 10), ["repeated"]),
-        ('{"1": 8, "2": 0}', (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": 11}', (8, 0, NAN), ["out_of_range"]),
-        ('{"1": 8, "2": 0, "3": -1}', (8, 0, NAN), ["out_of_range"]),
+        ('{"1": 8, "2": 0}', (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 11}', (8, 0, None), ["out_of_range"]),
+        ('{"1": 8, "2": 0, "3": -1}', (8, 0, None), ["out_of_range"]),
         ('{"1": 8, "2": 0, "3": 10, "4": 5}', (8, 0, 10), ["out_of_range"]),
-        ('{"1": 8, "2": 0, "3": null}', (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": true}', (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": NaN}', (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": 1' + "0" * 400 + "}", (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": 1' + "0" * 5000 + "}", (8, 0, NAN), ["missing"]),
-        ('{"1": 8, "2": 0, "3": "3/5"}', (8, 0, NAN), ["missing"]),
+        ('{"1": 8, "2": 0, "3": null}', (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": true}', (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": NaN}', (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 1' + "0" * 400 + "}", (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": 1' + "0" * 5000 + "}", (8, 0, None), ["missing"]),
+        ('{"1": 8, "2": 0, "3": "3/5"}', (8, 0, None), ["missing"]),
         ('{"1": 8, "2": 0, "3": 1', (8, 0, 1), []),
-        ("Score: 7", (NAN,) * 3, ["unparsed"]),
-        ("", (NAN,) * 3, ["empty"]),
-        ("I can't score passage 1: it is hateful", (NAN,) * 3, ["refusal"]),
+        ("Score: 7", (None,) * 3, ["unparsed"]),
+        ("", (None,) * 3, ["empty"]),
+        ("I can't score passage 1: it is hateful", (None,) * 3, ["refusal"]),
         ('I can\'t say much: {"1": 8, "2": 0, "3": 10}', (8, 0, 10), []),
     ],
 )
-def test_scores_by_identifier(text: str, scores: tuple[float, ...], defects: list[str]):
-    parsed = parse_scores(text, NUMBERS[:3], low=0, high=10)
-    assert parsed.scores == pytest.approx(scores, nan_ok=True)
+def test_scores_by_identifier(text: str, scores: tuple[float | None, ...], defects: list[str]):
+    parsed = parse_score_rows(text, NUMBERS[:3], [(0, 10)])
+    assert parsed.rows == tuple(None if score is None else (score,) for score in scores)
     assert kinds(parsed) == defects
 
 
 def test_scores_that_were_cut_off():
     """The last number may lack digits, so it is not a score."""
-    parsed = parse_scores('{"1": 8, "2": 0, "3": 1', NUMBERS[:3], low=0, high=10, cut_off=True)
-    assert parsed.scores == pytest.approx((8, 0, NAN), nan_ok=True)
+    parsed = parse_score_rows('{"1": 8, "2": 0, "3": 1', NUMBERS[:3], [(0, 10)], cut_off=True)
+    assert parsed.rows == ((8,), (0,), None)
     assert kinds(parsed) == ["cut_off", "missing"]
 
 

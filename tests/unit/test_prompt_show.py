@@ -157,7 +157,7 @@ def test_a_fitted_prompt_is_the_encoded_one(passages: list[str], limit: int, res
     prompt = Prompt(parts=("a ", *[" | "] * (len(passages) - 1), " b"), passages=tuple(passages), system="s")
     encoder = PromptEncoder(LLAMA, limit, None)
     (encoded,) = encoder.encode([prompt], [reserved])
-    fitted = encoder.fit(prompt, reserved)
+    (fitted,) = encoder.fit([prompt], [reserved])
     if isinstance(encoded, PromptTooLongError):
         assert str(fitted) == str(encoded)
     else:

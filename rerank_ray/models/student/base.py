@@ -123,17 +123,12 @@ class Student(nn.Module):
 
     def collate(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Pad encoded pairs on the right into tensors [B, L]; no mask is made when nothing is padded."""
-        length = engine.padded_length(max(len(e["input_ids"]) for e in encoded), self.positions)
         pad = {"input_ids": self.tokenizer.pad_token_id or 0, "segment_sign": -1}
-        batch = {
-            name: torch.tensor([e[name] + [pad.get(name, 0)] * (length - len(e[name])) for e in encoded])
-            for name in encoded[0]
-        }
-        if any(len(e["input_ids"]) < length for e in encoded):
-            batch["attention_mask"] = torch.tensor(
-                [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in encoded]
-            )
-        return batch
+        batch = {}
+        for name in encoded[0]:
+            batch[name], lengths = engine.right_pad([e[name] for e in encoded], pad.get(name, 0), self.positions)
+        mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        return batch if mask.all() else batch | {"attention_mask": mask.long()}
 
     def batch(self, encoded: Sequence[Encoded], *, packed: bool = False) -> dict[str, torch.Tensor]:
         """What `collate` makes, on the student's device.

@@ -107,7 +107,6 @@ class SimilarityStudent(Student):
 
     def encode_alone(self, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
         """Tokenise texts for `states`, as one segment each."""
-        encoded = self._alone(texts, max_length)
         start = self.first_position
         return [
             {
@@ -115,7 +114,7 @@ class SimilarityStudent(Student):
                 "position_ids": list(range(start, start + len(ids))),
                 "segment_sign": [1] * len(ids),
             }
-            for ids in encoded
+            for ids in self._alone(texts, max_length)
         ]
 
     def _alone(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
@@ -176,17 +175,12 @@ class SimilarityStudent(Student):
             hidden = layer(hidden, *positional, **named)
         return hidden
 
-    def forward(self, *, input_ids, position_ids, segment_sign, attention_mask=None, places=None) -> torch.Tensor:
-        states = self.states(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            segment_sign=segment_sign,
-            attention_mask=attention_mask,
-            places=places,
-        )
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        segments = real * (segment_sign > 0), real * (segment_sign < 0)
-        words = real * self._are_words(input_ids)
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        states = self.states(**inputs)
+        ids, sign = inputs["input_ids"], inputs["segment_sign"]
+        real = inputs.get("attention_mask", torch.ones_like(ids))
+        segments = real * (sign > 0), real * (sign < 0)
+        words = real * self._are_words(ids)
         return torch.stack([self._score(i, h, segments, words) for i, h in enumerate(states)])
 
     def encoded(self, batch: dict[str, torch.Tensor]) -> EncodedTexts:

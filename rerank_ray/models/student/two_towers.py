@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models import engine
-from rerank_ray.models.bi_encoder import pooled
+from rerank_ray.models.bi_encoder import embedded
 from rerank_ray.models.late_interaction import METADATA, ColBERTModel, TextEncoder
 from rerank_ray.models.student.base import Student, StudentDescription
 
@@ -72,13 +72,9 @@ class BiEncoderStudent(TwoTowerStudent):
         return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
     def forward(self, *, input_ids, lengths, query_ids, query_lengths, query_of) -> torch.Tensor:
-        queries, documents = self._embed(query_ids, query_lengths), self._embed(input_ids, lengths)
+        queries = embedded(self.model, query_ids, query_lengths, self.pooling)
+        documents = embedded(self.model, input_ids, lengths, self.pooling)
         return self.log_scale.exp() * (queries[query_of] * documents).sum(-1)[None]
-
-    def _embed(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        mask = torch.arange(ids.shape[1], device=ids.device)[None, :] < lengths[:, None]
-        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return pooled(hidden.float(), lengths, self.pooling)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

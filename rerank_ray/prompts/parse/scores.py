@@ -31,14 +31,6 @@ _ASIDE = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedScores:
-    """One score for each identifier asked for; NaN where the text gives none."""
-
-    scores: tuple[float, ...]
-    defects: tuple[Defect, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedScoreRows:
     """One tuple of numbers for each identifier asked for; None where the text gives none."""
 
@@ -54,26 +46,14 @@ class ParsedScore:
     defects: tuple[Defect, ...] = ()
 
 
-def parse_scores(
-    text: str, identifiers: Sequence[str], *, low: float, high: float, cut_off: bool = False
-) -> ParsedScores:
-    """Read one number an identifier from JSON (`{"1": 7, …}`) or from lines such as `[1]: 7`.
-
-    A member that is left out, or whose number lies outside [low, high], has no score: it is missing, not 0
-    (GroupRank, Sun et al. 2025).
-    """
-    parsed = parse_score_rows(text, identifiers, [(low, high)], cut_off=cut_off)
-    scores = tuple(math.nan if row is None else row[0] for row in parsed.rows)
-    return ParsedScores(scores=scores, defects=parsed.defects)
-
-
 def parse_score_rows(
     text: str, identifiers: Sequence[str], bounds: Sequence[tuple[float, float]], *, cut_off: bool = False
 ) -> ParsedScoreRows:
-    """Read `len(bounds)` numbers an identifier from JSON (`{"1": [7, 4.5], …}`) or from lines such as `[1]: 7, 4.5`.
+    """Read `len(bounds)` numbers an identifier from JSON (`{"1": [7, 4.5], …}`, a single one also as `{"1": 7, …}`) or
+    from lines such as `[1]: 7, 4.5`.
 
     The first of repeated identifiers counts. One that is left out, or has a number outside its [low, high] or another
-    count of numbers, has none.
+    count of numbers, has none: it is missing, not 0 (GroupRank, Sun et al. 2025).
 
     Args:
         bounds: (low, high) of each number, both included.
