@@ -105,7 +105,7 @@ def load_job(path: str, overrides: Sequence[str]) -> LabelSettings | RerankSetti
     kinds = {"teacher": LabelSettings, "ranker": RerankSettings}
     found = [model for key, model in kinds.items() if key in content]
     if not found:
-        raise ConfigError(f"{path}: has neither teacher: nor ranker:: plans are of label and rerank jobs")
+        raise ConfigError(f"{path}: has neither teacher: nor ranker: and plans are of label and rerank jobs")
     return config.load(found[0], path, overrides)
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# No test waits for a network: read once, when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # How long an example takes says more about the machine's load than about the code.
 settings.register_profile("any_load", deadline=None)
 settings.load_profile("any_load")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import EvaluateSettings
 from rerank_ray.settings.pipeline import STEP_SCHEME, BeirIngestSettings, IngestSettings, PipelineSettings, StepSettings
-from rerank_ray.settings.resources import Needs, Resources
+from rerank_ray.settings.resources import Needs
 
 
 def run_pipeline(
@@ -42,7 +43,8 @@ def run_pipeline(
     folders = {step.name: storage.join(run_uri, step.name) for step in settings.steps}
     left = [step for step in settings.steps if _state(folders[step.name]) != "done"]
     check_steps(left, run_uri)
-    with session(_needs(left)):
+    needs = _needs(left)
+    with nullcontext() if needs is None else session(needs):
         for number, step in enumerate(settings.steps, start=1):
             console.rule(f"{number}/{len(settings.steps)} {step.name} ({step.job})", align="left")
             job_settings = _with_references(getattr(step, step.job), run_uri)
@@ -61,11 +63,11 @@ def _may_retry(step: StepSettings, folder: str) -> bool:
     return step.job == "synthesize" or (step.job in ("label", "rerank") and _state(folder) == "failed")
 
 
-def _needs(steps: Sequence[StepSettings]) -> Needs:
-    """The most that any step needs."""
+def _needs(steps: Sequence[StepSettings]) -> Needs | None:
+    """The most that any step needs; None where none of them takes Ray."""
     settings = [getattr(step, step.job) for step in steps]
-    nothing = Needs(total=Resources(0.0), one=Resources(0.0))
-    return Needs.largest([nothing, *(s.execution.needs for s in settings if hasattr(s, "execution"))])
+    of_steps = [s.execution.needs for s in settings if hasattr(s, "execution")]
+    return Needs.largest(of_steps) if of_steps else None
 
 
 def _with_references(settings: Settings, run_uri: str) -> Settings:

@@ -15,7 +15,7 @@ from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, RerankRayError
 from rerank_ray.formats import beir
 from rerank_ray.metrics.evaluation import parse_metric
-from rerank_ray.models.resolve import resolve
+from rerank_ray.models.resolve import ask_hub, resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.settings.distill import DistillSettings
@@ -113,7 +113,7 @@ def _of_distill(settings: DistillSettings, run_uri: str) -> Iterator[Check]:
     texts = student.exit_warm_up.texts if student.exit_warm_up else ()
     yield from _files([*settings.input, *texts], run_uri)
     if not step_references(student.base):
-        yield partial(resolve, student.model_settings())
+        yield lambda: ask_hub(resolve(student.model_settings()))
     if student.head in PROMPTED_HEADS:
         yield partial(load_template, student.prompt, "yes_no")
 

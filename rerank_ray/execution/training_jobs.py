@@ -8,7 +8,7 @@ from rich.console import Console
 
 from rerank_ray.distill.parallel import check_installed
 from rerank_ray.distill.start import check_labels, check_student, open_label_set, prompt_digest, with_inputs
-from rerank_ray.models.resolve import resolve
+from rerank_ray.models.resolve import ask_hub, resolve
 from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.rationale import RationaleSettings
@@ -22,7 +22,7 @@ def distill(settings: DistillSettings, run_uri: str, console: Console) -> RunFol
     settings = with_inputs(settings, resolve_input)
     absolute = with_absolute_paths(settings)
     labels = open_label_set(absolute)
-    base = resolve(settings.student.model_settings()).identity
+    base = ask_hub(resolve(settings.student.model_settings())).identity
     inputs = {"labels": labels.fingerprint, settings.student.base: base} | prompt_digest(settings.student)
     if labels.texts:
         inputs["texts"] = labels.texts.fingerprint
@@ -89,7 +89,7 @@ def _train_policy(kind, settings, absolute, data, digests, counts, run_uri: str,
     """What the jobs that train a language model share; `absolute` are the settings with paths that workers can use."""
     from rerank_ray.execution.policy import train_policy
 
-    inputs = digests | {settings.policy.base: resolve(settings.policy.model_settings()).identity}
+    inputs = digests | {settings.policy.base: ask_hub(resolve(settings.policy.model_settings())).identity}
     run = RunFolder(uri=run_uri)
     with run.locked():
         before = run.start(kind, settings, inputs)

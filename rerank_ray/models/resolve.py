@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PACKAGE_SCHEME = "package://"
 _DIGEST_BLOCKS, _DIGEST_BLOCK_BYTES = 256, 16 << 10
 _MODULE_CONFIGS = "[0-9]*_*/config.json"
 """What sentence-transformers keeps beside a model: how its states are pooled."""
+_HUB_TIMEOUT_S = 10
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
@@ -72,6 +74,41 @@ def resolve_adapter(settings: ModelSettings) -> ResolvedModel | None:
     """The same for the LoRA adapter that `adapter` names, if it names one."""
     adapter = getattr(settings, "adapter", None)
     return None if adapter is None else _resolve(adapter, None, settings, _ADAPTER_FILE)
+
+
+def ask_hub(resolved: ResolvedModel) -> ResolvedModel:
+    """What was resolved, unless a hub that is in reach doesn't have it: a job's workers would find that out late.
+
+    Workers may reach a hub, or hold models, that this machine doesn't: without an answer there is a warning alone.
+
+    Raises:
+        ModelError: nothing is there, neither here nor on the hub.
+    """
+    if resolved.folder is not None:
+        return resolved
+    # Most models are local; this import takes a tenth of a second.
+    from httpx2 import TransportError
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name, revision = resolved.source, resolved.revision
+    try:
+        files = [resolved.gguf_file] if resolved.gguf_file else [_MODEL_FILE, _ADAPTER_FILE]
+        if not any(isinstance(try_to_load_from_cache(name, f, revision=revision), str) for f in files):
+            HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name}: is no folder or file here, and no model on the hub ({reason}): check the path or, for a hub "
+            "model, its id, revision and your access to it"
+        ) from error
+    except (OSError, TransportError) as error:
+        warnings.warn(
+            f"{name}: is no folder or file here, and the hub can't be asked ({error}). The job's workers will look for "
+            "it: if it was to be a path, stop the job and mend it",
+            stacklevel=2,
+        )
+    return resolved
 
 
 def _resolve(reference: str, revision: str | None, settings: ModelSettings, config_file: str) -> ResolvedModel:

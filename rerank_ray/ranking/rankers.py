@@ -11,7 +11,7 @@ from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, InputError, RerankRayError
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
-from rerank_ray.models.resolve import resolve, resolve_adapter
+from rerank_ray.models.resolve import ask_hub, resolve, resolve_adapter
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.composition import Child
@@ -82,9 +82,9 @@ def preflight(settings: RankerSettings) -> dict[str, str]:
                 raise type(error)(f"{path}: {error}") from error
     model = getattr(settings, "model", None)
     if isinstance(model, ModelSettings):
-        found[model.path] = resolve(model).identity
+        found[model.path] = ask_hub(resolve(model)).identity
         if (adapter := resolve_adapter(model)) is not None:
-            found[model.adapter] = adapter.identity
+            found[model.adapter] = ask_hub(adapter).identity
     if hasattr(settings, "prompt"):
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         found[f"prompt {settings.prompt}"] = template.digest

