@@ -208,6 +208,10 @@ def _check_device(device: torch.device, error: RuntimeError) -> None:
         raise LostError(f"{device} takes no more work of this process: {error}") from error
 
 
+class TooLongError(ModelError):
+    """A sequence that alone does not fit the memory."""
+
+
 class BatchRunner:
     """Runs a forward function over sequences in token-budget batches and returns its outputs in input order.
 
@@ -249,7 +253,7 @@ class BatchRunner:
                         _check_device(self._device, error)
                         raise
                     if len(indices) == 1:
-                        raise ModelError(
+                        raise TooLongError(
                             f"a sequence of {lengths[indices[0]]:,} tokens alone does not fit the memory: lower the "
                             f"model's max_length, or give a replica more ({error})"
                         ) from error

@@ -177,7 +177,13 @@ class HFCausal:
                     cached = 0 if i == min(group.members) else group.length
                     rows[i] = replace(rows[i], group=slot, shared=group.length, cached=cached)
             members = [i for g in chosen for i in groups[g].members]
-            run(members, self._prefixes([rows[groups[g].members[0]].prompt[: groups[g].length] for g in chosen]))
+            budget = runner.tokens_per_batch
+            try:
+                run(members, self._prefixes([rows[groups[g].members[0]].prompt[: groups[g].length] for g in chosen]))
+            except engine.TooLongError as error:
+                # Beside fewer prefixes it may fit, and as many rows as before.
+                runner.tokens_per_batch = budget
+                raise torch.OutOfMemoryError(str(error)) from error
             return chosen
 
         self._prefix_runner.run([g.length for g in groups], run_groups)

@@ -209,6 +209,27 @@ def test_sharing_can_be_switched_off(tiny_llama: Path):
         assert a.value == pytest.approx(b.value, abs=1e-4)
 
 
+def test_memory_that_prefixes_take_is_given_back(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """A row that has no room beside several prefixes has it beside one, and batches stay as large as they were."""
+    calls = [NextToken(prompt=p, labels=("Yes", "No")) for p in prompts()]
+    sharing = backend(tiny_llama)
+    expected, budget, score = sharing.run(calls), sharing.runner.tokens_per_batch, sharing._score
+    fitted: list[int] = []
+
+    def short_of_memory(rows: list, prefixes):
+        if prefixes is not None and len(prefixes.lengths) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        fitted.append(len(rows))
+        return score(rows, prefixes)
+
+    monkeypatch.setattr(sharing, "_score", short_of_memory)
+    for answer, wanted in zip(sharing.run(calls), expected, strict=True):
+        assert answer.value == pytest.approx(wanted.value, abs=1e-5)
+        assert answer.usage == wanted.usage
+    assert max(fitted) > 1
+    assert sharing.runner.tokens_per_batch == budget
+
+
 def test_prompts_that_begin_alike_go_into_one_pool(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     """Eight queries' likelihoods under six passages, query by query: in pools of eight each passage is computed once,
     all but its prompt's last token, and that one and the query for each call, as among all calls together."""
