@@ -207,8 +207,8 @@ def _execute(job: RowJob, progress: ProgressDisplay, shares: Shares) -> None:
 
 def _configure(job: RowJob) -> None:
     execution, source = job.execution, job.source
-    # Ray Data's plan and progress would interleave with the job's own.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray Data's plan and progress would interleave with the job's own; what ends a job reaches it as an exception.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = execution.no_progress_timeout_s
