@@ -59,7 +59,8 @@ def read_hits(path: str, bad: BadLines) -> Iterator[CandidateList]:
 
 
 def _array_entries(path: str) -> Iterator[tuple[str, object]]:
-    yield from ((f"entry {number}", item) for number, item in enumerate(_load_array(path), start=1))
+    for number, item in enumerate(_load_array(path), start=1):
+        yield f"entry {number}", item
 
 
 def _load_array(path: str) -> list:

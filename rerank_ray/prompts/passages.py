@@ -35,7 +35,7 @@ def prompt_over(
 
 def shown_passage(candidate: Candidate, words: int) -> str:
     """A candidate's first words, on one line; what looks like an identifier in brackets gets parentheses."""
-    return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split()[:words]))
+    return _IDENTIFIER.sub(r"(\1)", " ".join(candidate.contents.split(maxsplit=words)[:words]))
 
 
 def has_what_is_shown(template: Template, request: CandidateList) -> bool:

@@ -72,6 +72,11 @@ _TWO_LABELS = {
     "prp": "[passage A, passage B]",
     "duot5": "[the first passage, the second]",
 }
+# Methods whose text must not show the query, and why.
+_WITHOUT_QUERY = {
+    "write_query": "the query is what the model writes",
+    "query_likelihood": "the query's own likelihood is the score",
+}
 _KEY_HINTS = {"labels": ": answer words", "continuation": " with the slot {query}"}
 
 
@@ -107,10 +112,8 @@ class Template(Settings):
         if missing := needs.slots - set(found):
             raise ValueError(f"text lacks the slot {{{sorted(missing)[0]}}}")
         _refuse_unknown("text", found, ["query", "instruction", *sorted((needs.slots | needs.optional) - {"query"})])
-        if self.method == "write_query" and "query" in found:
-            raise ValueError("text has the slot {query}, but the query is what the model writes")
-        if self.method == "query_likelihood" and "query" in found:
-            raise ValueError("text has the slot {query}, but the query's own likelihood is the score")
+        if self.method in _WITHOUT_QUERY and "query" in found:
+            raise ValueError(f"text has the slot {{query}}, but {_WITHOUT_QUERY[self.method]}")
         for slot in sorted(needs.slots - {"query"}):
             if found.count(slot) != 1:
                 raise ValueError(f"text must hold the slot {{{slot}}} once")

@@ -49,7 +49,7 @@ def test_a_model_that_the_hub_has(hub: dict):
 def test_a_model_that_is_nowhere_is_refused_before_a_job(hub: dict, kind: type):
     """A mistyped path with one slash could be a hub's id."""
     hub["error"] = kind("404: not found\nmore", response=httpx2.Response(404, request=REQUEST))
-    ranker = CrossEncoderRankerSettings(model=CrossEncoderSettings(kind="cross_encoder", path="runs/studnet"))
+    ranker = CrossEncoderRankerSettings(model=CrossEncoderSettings(path="runs/studnet"))
     with pytest.raises(ModelError, match=r"^runs/studnet: is no folder or file here, and no model on the hub \(404: n"):
         preflight(ranker)
 

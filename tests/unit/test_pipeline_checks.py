@@ -32,6 +32,15 @@ def settings_of(*steps: dict) -> PipelineSettings:
     return PipelineSettings.model_validate({"steps": list(steps)})
 
 
+def beir_folder(folder: Path, split: str) -> Path:
+    """A collection of one document and one query, which it answers."""
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "boundary layer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what is a boundary layer"}\n')
+    (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    return folder
+
+
 def late_faults(folder: Path) -> PipelineSettings:
     """Every step but the first, a teacher and a combination lacks something."""
     (folder / "hits.jsonl").touch()
@@ -116,11 +125,7 @@ def test_a_step_that_is_done_lacks_nothing_any_more(tmp_path: Path, no_session: 
 
 def test_steps_without_ray_start_none(tmp_path: Path, no_session: None):
     """A finished pipeline that is started again prints its tables at once."""
-    folder = tmp_path / "beir"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "boundary layer"}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what is a boundary layer"}\n')
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    folder = beir_folder(tmp_path / "beir", "test")
     steps = settings_of(
         {"name": "test", "ingest": {"kind": "beir", "folder": str(folder), "split": "test"}},
         {
@@ -151,11 +156,7 @@ def test_what_is_there_is_found(tmp_path: Path):
 
 def test_a_collection_is_known_by_its_bytes(tmp_path: Path):
     """A copy of it has other times, and other splits are not read; what a finished ingest read may be gone."""
-    folder, run = tmp_path / "beir", tmp_path / "run"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "boundary layer"}\n')
-    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "what is a boundary layer"}\n')
-    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    folder, run = beir_folder(tmp_path / "beir", "train"), tmp_path / "run"
     settings = BeirIngestSettings(kind="beir", folder=str(folder), split="train")
     ingested = pipeline.ingest(settings, str(run), Console(quiet=True))
     again = partial(pipeline.ingest, settings, str(run), Console(quiet=True))
