@@ -20,10 +20,10 @@ from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import World, sum_gradients
+from rerank_ray.models.plain_attention import attention_for_training
 from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
 from rerank_ray.models.student.source import embeddings_of
-from rerank_ray.models.training_attention import attention_for_training
 from rerank_ray.records import CandidateList
 from rerank_ray.settings.student import ExitWarmUpSettings
 

@@ -35,8 +35,8 @@ from rerank_ray.distill.step_data import Chunk, Group, MicroBatches, StepData
 from rerank_ray.distill.targets import Targets, Term, objective, term_names, validation_ndcg
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.models import engine
+from rerank_ray.models.plain_attention import attention_for_training
 from rerank_ray.models.student import Encoded, Student, trained_parameters
-from rerank_ray.models.training_attention import attention_for_training
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rerank_ray.models.packing import register_packed
-from rerank_ray.models.training_attention import attention, is_taken_apart
+from rerank_ray.models.plain_attention import attention, is_taken_apart
 
 GATED = "rerank_ray_gated"
 
@@ -53,7 +53,7 @@ def gated_attention(
     query = torch.cat([query, sign * (beta * (-0.5 / scale))], dim=-1)
     key = torch.cat([key, sign], dim=-1)
     head_dim = value.shape[-1]
-    if not is_taken_apart(query.device):
+    if not is_taken_apart(query):
         # Fused kernels want all three of one width; zeros change no product.
         unused = -(head_dim + 1) % width_multiple(query.device)
         query, key, value = _widened(query, unused), _widened(key, unused), _widened(value, 1 + unused)

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models.packing import PACKABLE, PACKED, Packing
+from rerank_ray.models.plain_attention import attention
 from rerank_ray.models.student.source import layers_of
-from rerank_ray.models.training_attention import attention
 
 
 def compute_first_token_alone(model: PreTrainedModel) -> None:

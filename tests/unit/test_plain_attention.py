@@ -1,12 +1,18 @@
-"""Attention as training computes it on a CPU: the fused kernel's, taken apart."""
+"""Attention as plain products on a CPU: the fused kernel's, taken apart."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import BertConfig, BertModel
 
-from rerank_ray.models.training_attention import attention, attention_for_training
+from rerank_ray.models import plain_attention
+from rerank_ray.models.acceleration import accelerate
+from rerank_ray.models.plain_attention import attention, attention_for_training
+from rerank_ray.settings.models import CrossEncoderSettings
 
 CPU = torch.device("cpu")
 FUSED = "ScaledDotProductFlashAttentionForCpuBackward0"
@@ -36,7 +42,7 @@ def test_it_is_the_fused_one_taken_apart(attend, mask: torch.Tensor | None, scal
     with attention_for_training(CPU, 20):
         found = output_and_gradients(attend)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def test_dropout_leaves_weights_out_and_scales_the_rest():
@@ -85,3 +91,27 @@ def test_it_ends_with_its_context():
     for device, length in ((torch.device("meta"), 20), (CPU, 4096)):
         with attention_for_training(device, length):
             assert in_force() == before
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_scoring_takes_it_apart_where_the_products_are_faster(monkeypatch: pytest.MonkeyPatch, faster: bool):
+    """In bfloat16, up to 256 tokens, and of a padded batch the same states as with PyTorch's own attention."""
+    taken_apart = []
+    monkeypatch.setattr(plain_attention, "_FUSED_IS_SLOWER", faster)
+    monkeypatch.setattr(torch, "baddbmm", lambda *a, plain=torch.baddbmm, **k: taken_apart.append(1) or plain(*a, **k))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    plain = BertModel(BertConfig(vocab_size=9, **sizes)).to(torch.bfloat16).eval()
+    scoring = copy.deepcopy(plain)
+    accelerate(scoring, CrossEncoderSettings(path="unused"))
+    for length, short in ((20, True), (256, True), (257, False)):
+        ids = torch.randint(9, (2, length))
+        real = torch.arange(length) < torch.tensor([[length], [length - 7]])
+        taken_apart.clear()
+        with torch.inference_mode():
+            found, expected = (m(input_ids=ids, attention_mask=real.long())[0][real] for m in (scoring, plain))
+        assert bool(taken_apart) == (faster and short)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+    taken_apart.clear()
+    attention(*inputs(torch.float32), None)
+    assert not taken_apart

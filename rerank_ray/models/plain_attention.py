@@ -1,0 +1,91 @@
+"""Attention as plain matrix products, where PyTorch's fused kernel for CPUs is the slower one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from rerank_ray.models.engine import computes_bfloat16, multiplies_tiles
+
+_CPU = torch.device("cpu")
+_LONGEST_IN_TRAINING, _LONGEST = 512, 256
+"""Tokens of a sequence above which the products take much memory, or as long as the fused kernel."""
+_FUSED_IS_SLOWER = computes_bfloat16(_CPU) and not multiplies_tiles(_CPU)
+"""In bfloat16, as measured on an AMD EPYC with AVX-512 BF16, where the products alone take a third of the fused
+kernel's time. With AMX it was not measured."""
+
+
+class _Setting:
+    """Of all threads, as a backward pass computes layers again in another one.
+
+    PyTorch's own setting says the same, but torch.compile can't look at it.
+    """
+
+    taken_apart = False
+
+
+@contextmanager
+def attention_for_training(device: torch.device, length: int) -> Iterator[None]:
+    """On the CPU, attention as plain matrix products within: the fused kernel's backward pass takes longer there than
+    the rest of a training step together. Sequences longer than 512 tokens keep it: their products take much memory."""
+    if device.type != "cpu" or length > _LONGEST_IN_TRAINING:
+        yield
+        return
+    before, allowed = _Setting.taken_apart, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # In bfloat16, as the fused kernel has it; otherwise the products are in float32. The setting is the CPU's too.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    _Setting.taken_apart = True
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _Setting.taken_apart = before
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+
+
+def is_taken_apart(query: torch.Tensor) -> bool:
+    """Whether `attention` of such a query [B, H, L, D] is plain products: while `attention_for_training` is in force,
+    and of short sequences where they are faster."""
+    if query.device.type != "cpu":
+        return False
+    is_short = query.shape[-2] <= _LONGEST
+    return _Setting.taken_apart or (_FUSED_IS_SLOWER and query.dtype == torch.bfloat16 and is_short)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Scaled dot-product attention [B, H, L, D], every token to all, or to those that the mask allows.
+
+    PyTorch's own, but where it `is_taken_apart`. PyTorch's plain path looks for rows that may attend to nothing, in two
+    more passes over the weights [B, H, L, L]; here such a row attends to all.
+
+    Args:
+        query, key, value: [B, H, L, D].
+        mask: [B or 1, H or 1, L or 1, L], True where attention is allowed, or a bias; None allows all.
+        scale: null is 1 / √D.
+    """
+    if not is_taken_apart(query):
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    heads = query.shape[:2]
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    # One product, scaled as it is written; what it could be added to is left out by beta.
+    nothing, scale = query.new_zeros(1, 1, 1), query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, heads)
+    if mask is not None:
+        scores = scores.add_(mask)
+    weights = nn.functional.dropout(scores.softmax(-1), dropout)
+    return (weights.flatten(0, 1) @ value).unflatten(0, heads)
