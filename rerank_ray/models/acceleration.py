@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.packing import make_packable
 from rerank_ray.models.prepacked import prepack, replace_linear
 from rerank_ray.settings.models import TorchSettings
 
@@ -83,8 +82,6 @@ def accelerate(model: nn.Module, settings: TorchSettings) -> None:
         ModelError: int8 on another device than the CPU, or nothing here to compile with.
     """
     device = next(model.parameters()).device
-    # With its own attention, which is plain products where those are faster.
-    make_packable(model)
     if settings.dtype == "int8":
         if device.type != "cpu":
             raise ModelError(f"dtype: int8 is for CPUs, and the device is {device}: use bfloat16")
@@ -126,8 +123,6 @@ def _compile(model: nn.Module, device: torch.device) -> None:
     parts = list(_parts(model)) if in_parts else [model]
     # For the whole process: as an option of the call it would not be known where the model is traced.
     config.freezing = not in_parts
-    # What took a few operations is kept for its second use: exponentials and GELU take longer than to be read again.
-    config.realize_opcount_threshold = 5
     for part in parts:
         part.compile(dynamic=True)
 

@@ -59,11 +59,9 @@ def is_packable(model: PreTrainedModel) -> bool:
     return model.config.model_type in PACKABLE and model.config._attn_implementation in _PACKED_ATTENTION
 
 
-def make_packable(model: nn.Module) -> None:
-    """Let the model take `packing`, and so compute `attention` its own way, if its architecture can and its attention
-    is PyTorch's."""
-    config = getattr(model, "config", None)
-    if isinstance(model, PreTrainedModel) and config.model_type in PACKABLE and config._attn_implementation == "sdpa":
+def make_packable(model: PreTrainedModel) -> None:
+    """Let the model take `packing`, if its architecture can and its attention is PyTorch's."""
+    if model.config.model_type in PACKABLE and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED)
 
 
