@@ -13,11 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from rerank_ray.models.engine import computes_bfloat16, multiplies_tiles
 
 _CPU = torch.device("cpu")
-_LONGEST_IN_TRAINING, _LONGEST = 512, 256
+_LONGEST_IN_TRAINING, _LONGEST_IN_SCORING = 512, 256
 """Tokens of a sequence above which the products take much memory, or as long as the fused kernel."""
 _FUSED_IS_SLOWER = computes_bfloat16(_CPU) and not multiplies_tiles(_CPU)
-"""In bfloat16, as measured on an AMD EPYC with AVX-512 BF16, where the products alone take a third of the fused
-kernel's time. With AMX it was not measured."""
+"""In scoring, in bfloat16; with AMX it was not measured."""
 
 
 class _Setting:
@@ -53,7 +52,7 @@ def is_taken_apart(query: torch.Tensor) -> bool:
     and of short sequences where they are faster."""
     if query.device.type != "cpu":
         return False
-    is_short = query.shape[-2] <= _LONGEST
+    is_short = query.shape[-2] <= _LONGEST_IN_SCORING
     return _Setting.taken_apart or (_FUSED_IS_SLOWER and query.dtype == torch.bfloat16 and is_short)
 
 
@@ -78,14 +77,14 @@ def attention(
     """
     if not is_taken_apart(query):
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     heads = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     # One product, scaled as it is written; what it could be added to is left out by beta.
     nothing, scale = query.new_zeros(1, 1, 1), query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, heads)
     if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
         scores = scores.add_(mask)
     weights = nn.functional.dropout(scores.softmax(-1), dropout)
     return (weights.flatten(0, 1) @ value).unflatten(0, heads)
