@@ -79,12 +79,15 @@ def attention(
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     heads = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     # One product, scaled as it is written; what it could be added to is left out by beta.
-    nothing, scale = query.new_zeros(1, 1, 1), query.shape[-1] ** -0.5 if scale is None else scale
+    nothing = query.new_zeros(1, 1, 1)
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, heads)
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
-        scores = scores.add_(mask)
+            lowest = torch.finfo(scores.dtype).min
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
+        scores.add_(mask)
     weights = nn.functional.dropout(scores.softmax(-1), dropout)
     return (weights.flatten(0, 1) @ value).unflatten(0, heads)
