@@ -153,7 +153,12 @@ def in_pools(
 
 
 def plan_batches(
-    lengths: Sequence[int], tokens_per_batch: int, computed: Sequence[int] | None = None, in_cache: int | None = None
+    lengths: Sequence[int],
+    tokens_per_batch: int,
+    computed: Sequence[int] | None = None,
+    in_cache: int | None = None,
+    *,
+    packed: bool = False,
 ) -> list[list[int]]:
     """Group sequence indices, longest first, so that no batch's `rows × longest` passes the budget.
 
@@ -163,19 +168,23 @@ def plan_batches(
     Args:
         computed: how many of each sequence's tokens a pass computes, where others are held; those are what is padded,
             so they set the order, and those of a batch stay within `in_cache`.
+        packed: what a pass computes is not padded.
     """
     computed = computed or lengths
     in_cache = in_cache or math.inf
     batches: list[list[int]] = []
-    longest = 0
+    longest = inside = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-computed[i], -lengths[i])):
         longest = max(longest, lengths[index])
         rows = len(batches[-1]) + 1 if batches else 0
-        if rows and rows * longest <= tokens_per_batch and rows * computed[batches[-1][0]] <= in_cache:
+        # In a padded batch each takes what its first one does.
+        more = computed[index if packed or not batches else batches[-1][0]]
+        if rows and rows * longest <= tokens_per_batch and inside + more <= in_cache:
             batches[-1].append(index)
+            inside += more
         else:
             batches.append([index])
-            longest = lengths[index]
+            longest, inside = lengths[index], computed[index]
     return batches
 
 
@@ -221,13 +230,17 @@ class BatchRunner:
     Args:
         tokens_per_batch: null is the device's default.
         in_cache: tokens that a pass of a CPU computes at most, where `tokens_per_batch` is null; null is no such limit.
+        packed: `forward` computes no padding.
     """
 
-    def __init__(self, tokens_per_batch: int | None, device: torch.device, *, in_cache: int | None = None) -> None:
+    def __init__(
+        self, tokens_per_batch: int | None, device: torch.device, *, in_cache: int | None = None, packed: bool = False
+    ) -> None:
         default = _CPU_TOKENS_PER_BATCH if device.type == "cpu" else GPU_TOKENS_PER_BATCH
         self._device = device
         self.tokens_per_batch = tokens_per_batch or default
         self.in_cache = in_cache if tokens_per_batch is None and device.type == "cpu" else None
+        self._packed = packed
         self.computed = Computed()
 
     def run(
@@ -244,7 +257,7 @@ class BatchRunner:
         while waiting:
             shrunk = False
             totals, own = [lengths[i] for i in waiting], [computed[i] for i in waiting]
-            for batch in plan_batches(totals, self.tokens_per_batch, own, self.in_cache):
+            for batch in plan_batches(totals, self.tokens_per_batch, own, self.in_cache, packed=self._packed):
                 indices = [waiting[i] for i in batch]
                 try:
                     results = forward(indices)
@@ -264,7 +277,8 @@ class BatchRunner:
                     outputs[index] = result
                 rows = [computed[i] for i in indices]
                 self.computed.tokens += sum(rows)
-                self.computed.positions += len(rows) * padded_length(max(rows), None)
+                padded = sum(rows) if self._packed else len(rows) * padded_length(max(rows), None)
+                self.computed.positions += padded_length(padded, None)
             waiting = [i for i in waiting if outputs[i] is None] if shrunk else []
         return outputs
 

@@ -15,6 +15,7 @@ from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.packed_decoder import CausalPacking, make_packable
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
@@ -95,10 +96,14 @@ class HFCausal:
             accelerate(self.model.base_model, settings)
         check_positions(self.model, settings.max_length, settings.path)
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
+        # On a GPU packing was not measured; a model that is trained is called by others too.
+        self._packs = loaded and self.device.type == "cpu" and make_packable(self.model, settings.max_length)
+        self.runner = engine.BatchRunner(
+            settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
+        )
         # What is written is computed a token a row at a time, so there the more rows the better.
         self._writer = engine.BatchRunner(settings.tokens_per_batch, self.device)
-        self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device, packed=self._packs)
         self._writer.computed = self._prefix_runner.computed = self.runner.computed
         self._positions = getattr(self.model.config, "max_position_embeddings", None)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
@@ -193,9 +198,14 @@ class HFCausal:
     @torch.inference_mode()
     def _prefixes(self, sequences: list[list[int]]) -> Prefixes:
         """Compute the keys and values of several prefixes in one pass."""
+        if self._packs:
+            packing = CausalPacking(sequences, self.model, keep=True)
+            self._logits([], [], **packing.inputs())
+            lengths = torch.tensor([len(s) for s in sequences], device=self.device)
+            return Prefixes(DynamicCache(packing.kept), lengths)
         ids, lengths = engine.right_pad(sequences, pad_id=0, limit=self._positions)
         cache = DynamicCache()
-        self._logits([], [], input_ids=ids.to(self.device), past_key_values=cache)
+        self._logits([], [], input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
         return Prefixes(cache, lengths.to(self.device))
 
     @torch.inference_mode()
@@ -203,8 +213,10 @@ class HFCausal:
         # The logits after position p predict token p + 1: a prompt's last position, and each continuation token's but
         # the last.
         wanted = [range(len(r.prompt) - 1, len(r.prompt) + max(len(r.continuation) - 1, 0)) for r in rows]
-        cache = None if prefixes is None else self._cache_of(rows, prefixes)
-        logits = self._forward(rows, wanted, cache)
+        if self._packs:
+            logits = self._packed(rows, wanted, prefixes)
+        else:
+            logits = self._forward(rows, wanted, None if prefixes is None else self._cache_of(rows, prefixes))
         starts = [0, *itertools.accumulate(map(len, wanted[:-1]))]
         values = read_scores(logits, starts, [r.tokens.labels for r in rows], [r.continuation for r in rows])
         return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
@@ -251,14 +263,24 @@ class HFCausal:
             [position - row.shared for row, span in zip(rows, wanted, strict=True) for position in span],
             input_ids=ids.to(self.device),
             past_key_values=cache,
+            use_cache=cache is not None,
             **{name: value.to(self.device) for name, value in arguments.items()},
         )
 
-    def _logits(self, rows: list[int], positions: list[int], *, past_key_values: DynamicCache | None, **inputs):
+    def _packed(self, rows: list[_Row], wanted: list[range], prefixes: Prefixes | None) -> torch.Tensor:
+        """Logits [N, vocabulary] at each row's wanted positions, row after row."""
+        packing = CausalPacking([r.computed for r in rows], self.model)
+        if prefixes is not None:
+            packing.behind(prefixes, [r.group for r in rows])
+        own = [range(s.start - r.shared, s.stop - r.shared) for r, s in zip(rows, wanted, strict=True)]
+        places = packing.places(own)
+        return self._logits([0] * len(places), places, **packing.inputs())
+
+    def _logits(self, rows: list[int], positions: list[int], **inputs) -> torch.Tensor:
         """Logits [N, vocabulary] at (row, position) pairs; the output layer computes no others."""
         self._wanted = (torch.tensor(rows, dtype=torch.long), torch.tensor(positions, dtype=torch.long))
         try:
-            output = self.model(past_key_values=past_key_values, use_cache=past_key_values is not None, **inputs)
+            output = self.model(**inputs)
         finally:
             self._wanted = None
         return output.logits[0]

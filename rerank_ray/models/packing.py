@@ -22,7 +22,6 @@ PACKED = "rerank_ray_packed"
 PACKABLE = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 """Model types whose layers attend to the whole sequence and take a token's position from `position_ids` alone."""
 _PACKED_ATTENTION: set[str] = set()
-_ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +32,17 @@ class Packing:
     """[T] indices into the batch's B·L places, ascending."""
     mask: torch.Tensor
     """[B, L] of real tokens, 1 or 0."""
+    multiple: int = 64
+    """Rows of packed tokens are a multiple of this, as kernels keep a compiled plan for each shape."""
+
+    @property
+    def rows(self) -> int:
+        """T', of packed tokens."""
+        return math.ceil(len(self.places) / self.multiple) * self.multiple
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """[B, L, ...] to [1, T', ...]: T real tokens, and zeros up to a multiple of 64, as kernels keep a compiled plan
-        for each shape."""
-        rows = math.ceil(len(self.places) / _ROW_MULTIPLE) * _ROW_MULTIPLE
-        return _Move.apply(padded.flatten(0, 1), self.places, rows, True)[None]
+        """[B, L, ...] to [1, T', ...]: T real tokens, and zeros."""
+        return _Move.apply(padded.flatten(0, 1), self.places, self.rows, True)[None]
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, T', ...] to [B, L, ...] with zeros where padding was."""

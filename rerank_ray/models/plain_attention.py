@@ -71,23 +71,29 @@ def attention(
     more passes over the weights [B, H, L, L]; here such a row attends to all.
 
     Args:
-        query, key, value: [B, H, L, D].
-        mask: [B or 1, H or 1, L or 1, L], True where attention is allowed, or a bias; None allows all.
+        query: [B, H, L, D].
+        key, value: [B, K, S, D]; H is a multiple of K, and as many heads of queries in a row share one of keys.
+        mask: [B or 1, H or 1, L or 1, S], True where attention is allowed, or a bias; None allows all.
         scale: null is 1 / √D.
     """
     if not is_taken_apart(query):
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
-    heads = query.shape[:2]
-    query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+        shares = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=shares
+        )
+    shape = query.shape
+    # Heads that share keys are rows of one product.
+    query = query.reshape(key.shape[0] * key.shape[1], -1, shape[-1])
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     # One product, scaled as it is written; what it could be added to is left out by beta.
     nothing = query.new_zeros(1, 1, 1)
-    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).unflatten(0, heads)
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).view(*shape[:3], -1)
     if mask is not None:
         if mask.dtype == torch.bool:
             lowest = torch.finfo(scores.dtype).min
             mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
         scores.add_(mask)
     weights = nn.functional.dropout(scores.softmax(-1), dropout)
-    return (weights.flatten(0, 1) @ value).unflatten(0, heads)
+    return (weights.view(len(key), -1, weights.shape[-1]) @ value).view(*shape[:3], -1)

@@ -14,17 +14,18 @@ _ROWS = 4096
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer with a bias, for inference in bfloat16 on the CPU, of the same output as the layer it is made of.
+    """A linear layer for inference in bfloat16 on the CPU, of the same output as the layer it is made of.
 
-    oneDNN reorders a weight in every call unless that was done before, and PyTorch writes the bias into the output
-    ahead of the product, which this adds within.
+    oneDNN reorders a weight in every call unless that was done before, which is most of the time where rows are few, as
+    a text's are while it is written; and PyTorch writes a bias into the output ahead of the product, which this adds
+    within.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.out_features = linear.out_features
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
-        self.bias = linear.bias.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -33,14 +34,15 @@ class PrepackedLinear(nn.Module):
 
 
 def prepack(model: nn.Module) -> None:
-    """Put prepacked layers in the place of a model's linear ones where that pays: in bfloat16 on the CPU, with a bias.
-    A CPU without products of bfloat16 has no kernel for them.
+    """Put prepacked layers in the place of a model's linear ones in bfloat16 on the CPU. One without products of
+    bfloat16 has no kernel for them, and an output layer that shares its weights with embeddings would need them twice.
 
     The model can then neither be trained nor saved.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
-    replace_linear(model, lambda _, linear: linear.bias is not None and _is_fit(linear.weight), PrepackedLinear)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    replace_linear(model, lambda _, x: id(x.weight) not in embeddings and _is_fit(x.weight), PrepackedLinear)
 
 
 def replace_linear(

@@ -50,16 +50,21 @@ def test_plan_by_hand():
     lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=40),
     budget=st.integers(1, 2000),
     in_cache=st.integers(1, 1000),
+    packed=st.booleans(),
 )
-def test_what_a_batch_computes_stays_in_the_cache(lengths: list[tuple[int, int]], budget: int, in_cache: int):
-    """Beside the budget, which counts the tokens that are held as well, and no batch could have taken one more."""
+def test_what_a_batch_computes_stays_in_the_cache(
+    lengths: list[tuple[int, int]], budget: int, in_cache: int, packed: bool
+):
+    """Beside the budget, which counts the tokens that are held as well, and no batch could have taken one more. A
+    packed batch computes its tokens and no padding."""
     computed = [own for _, own in lengths]
     total = [held + own for held, own in lengths]
-    batches = plan_batches(total, budget, computed, in_cache)
+    batches = plan_batches(total, budget, computed, in_cache, packed=packed)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
 
     def fits(batch: list[int]) -> bool:
         of_total, of_computed = (len(batch) * max(n[i] for i in batch) for n in (total, computed))
+        of_computed = sum(computed[i] for i in batch) if packed else of_computed
         return of_total <= budget and of_computed <= in_cache
 
     for number, batch in enumerate(batches):

@@ -101,3 +101,16 @@ def test_scoring_takes_it_apart_where_the_products_are_faster(monkeypatch: pytes
     monkeypatch.setattr(plain_attention, "_FUSED_IS_SLOWER", faster)
     for length, dtype, short in ((256, torch.bfloat16, True), (257, torch.bfloat16, False), (20, torch.float32, False)):
         assert is_fused(length, dtype) != (faster and short)
+
+
+@pytest.mark.parametrize("mask", [None, ALLOWED], ids=["all", "padded"])
+def test_heads_that_share_keys(mask: torch.Tensor | None):
+    """Four heads of queries, and two of keys and values: as if each of these were there twice."""
+    query, key, value = inputs(torch.float64)
+    key, value = key[:, ::2], value[:, ::2]
+    expected = scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), attn_mask=mask
+    )
+    torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)
+    with attention_for_training(CPU, 20):
+        torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)

@@ -18,8 +18,9 @@ def layer(inputs: int = 48, outputs: int = 80, *, bias: bool = True, dtype: torc
 
 @needs_bfloat16
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (3, 17, 48), (5, 4096, 48)])
-def test_same_output_for_any_number_of_rows(shape):
-    linear = layer()
+@pytest.mark.parametrize("bias", [True, False])
+def test_same_output_for_any_number_of_rows(shape, bias: bool):
+    linear = layer(bias=bias)
     x = torch.randn(shape).bfloat16()
     with torch.inference_mode():
         expected = linear.float()(x.float())
@@ -43,15 +44,17 @@ def test_replaces_the_layers_that_it_serves_and_no_others():
 
     model = nn.ModuleDict(
         {
-            "served": nn.Sequential(layer(), nn.GELU()),
-            "no_bias": layer(bias=False),
+            "served": nn.Sequential(layer(), nn.GELU(), layer(bias=False)),
             "float32": layer(dtype=torch.float32),
             "own": Own(8, 8).bfloat16(),
+            "tokens": nn.Embedding(80, 48).bfloat16(),
+            "shared": layer(bias=False),
         }
     )
-    kept = {name: model[name] for name in ("no_bias", "float32", "own")}
+    model["shared"].weight = model["tokens"].weight
+    kept = {name: model[name] for name in ("float32", "own", "shared")}
     prepack(model)
-    assert isinstance(model["served"][0], PrepackedLinear)
+    assert [type(m) for m in model["served"]] == [PrepackedLinear, nn.GELU, PrepackedLinear]
     assert {name: model[name] for name in kept} == kept
 
 

@@ -1,0 +1,110 @@
+"""Decoders' sequences without padding: answers are those of one sequence at a time, and padding is not computed."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.tiny_models import tiny_decoder_folder
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
+
+from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.packed_decoder import PACKABLE_DECODERS
+from rerank_ray.models.plain_attention import attention_for_training
+from rerank_ray.models.protocol import LogLikelihood, NextToken, Prompt
+from rerank_ray.settings.models import HFCausalSettings
+
+QUERIES = ["Query: alpha", "Query: the cat of alpha, and which dog is its friend?"]
+PASSAGES = ["cat", "the dog of beta " * 9, "", "café 😀 שלום", "x" * 60, "the dog of beta " * 5]
+PROMPTS = [Prompt(parts=(f"{q}\nPassage: ", "\nYes or No?"), passages=(p,)) for q in QUERIES for p in PASSAGES]
+CONTINUATION = "the cat"
+SHARED = {"num_key_value_heads": 2}
+OWN = {"gemma": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
+CPU = torch.device("cpu")
+
+
+def folder_of(kind: str, path: Path, **more: object) -> Path:
+    return tiny_decoder_folder(path, CONFIG_MAPPING[kind], layers=3, **{**SHARED, **OWN.get(kind, {}), **more})
+
+
+def backend(folder: Path, **settings) -> HFCausal:
+    return HFCausal(HFCausalSettings(path=str(folder), max_length=300, **{"dtype": "float32", **settings}))
+
+
+@torch.no_grad()
+def one_by_one(folder: Path, model: HFCausal) -> list[list[float]]:
+    """The log-probabilities of the continuation's tokens behind each prompt, from transformers' own attention."""
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    behind = model.tokenizer(CONTINUATION, add_special_tokens=False)["input_ids"]
+    values = []
+    for ids in model.encoder.encode(PROMPTS, [len(behind)] * len(PROMPTS)):
+        logits = reference(torch.tensor([[*ids, *behind]])).logits[0, len(ids) - 1 : -1]
+        values.append(logits.log_softmax(-1)[range(len(behind)), behind].tolist())
+    return values
+
+
+@pytest.mark.parametrize("kind", PACKABLE_DECODERS)
+def test_answers_are_those_of_one_sequence_at_a_time(tmp_path: Path, kind: str):
+    """With prefixes of several lengths in a batch and without, with PyTorch's attention and taken apart."""
+    folder = folder_of(kind, tmp_path)
+    calls = [LogLikelihood(prompt=p, continuation=CONTINUATION) for p in PROMPTS]
+    expected = None
+    for share_prefix in (True, False):
+        model = backend(folder, share_prefix=share_prefix)
+        expected = expected or one_by_one(folder, model)
+        assert torch.tensor(expected).std() > 1e-2
+        for attention in (contextlib.nullcontext(), attention_for_training(CPU, 300)):
+            with attention:
+                results = model.run(calls)
+            assert sum(r.usage.cached_tokens for r in results) > 0 or not share_prefix
+            for result, wanted in zip(results, expected, strict=True):
+                assert result.value == pytest.approx(wanted, abs=1e-4)
+
+
+def shapes_of(model: HFCausal) -> list[tuple[int, ...]]:
+    """Rows and columns that the feed-forward block of the second layer computes, pass by pass."""
+    shapes = []
+    layer = model.model.base_model.layers[1]
+    layer.mlp.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape[:2])))
+    model.run([NextToken(prompt=p, labels=("Yes", "No")) for p in PROMPTS])
+    return shapes
+
+
+def test_padding_is_not_computed(tmp_path: Path):
+    """A layer's products are over the real tokens, up to the next multiple of 16."""
+    model = backend(folder_of("llama", tmp_path), share_prefix=False)
+    tokens = sum(len(ids) for ids in model.encoder.encode(PROMPTS, [0] * len(PROMPTS)))
+    shapes = shapes_of(model)
+    assert [rows for rows, _ in shapes] == [1] * len(shapes)
+    computed = sum(columns for _, columns in shapes)
+    assert tokens <= computed < tokens + 16 * len(shapes)
+    assert (model.runner.computed.tokens, model.runner.computed.positions) == (tokens, computed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "settings"),
+    [
+        ("mistral", {"sliding_window": 24}, {}),
+        ("stablelm", {}, {}),
+        ("llama", {}, {"trained": True}),
+    ],
+    ids=["a window shorter than a sequence", "another architecture", "a model that is trained"],
+)
+def test_what_is_not_packed(tmp_path: Path, kind: str, more: dict, settings: dict):
+    folder = folder_of(kind, tmp_path, **more)
+    model = backend(folder)
+    if settings:
+        given = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model = HFCausal(HFCausalSettings(path=str(folder), max_length=300, dtype="float32"), given, model.tokenizer)
+    assert max(rows for rows, _ in shapes_of(model)) > 1
+
+
+def test_a_window_that_no_sequence_fills_is_none(tmp_path: Path):
+    """Of a Mistral, and of a Qwen 2 some of whose layers have one."""
+    mistral = backend(folder_of("mistral", tmp_path / "m", sliding_window=300))
+    assert {rows for rows, _ in shapes_of(mistral)} == {1}
+    some = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 24}
+    qwen = backend(tiny_decoder_folder(tmp_path / "q", Qwen2Config, layers=3, **SHARED, **some))
+    assert max(rows for rows, _ in shapes_of(qwen)) > 1
