@@ -15,7 +15,7 @@ from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
-from rerank_ray.models.packed_decoder import CausalPacking, make_packable
+from rerank_ray.models.packed_decoder import CausalPacking, packs_in_scoring
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
@@ -96,8 +96,8 @@ class HFCausal:
             accelerate(self.model.base_model, settings)
         check_positions(self.model, settings.max_length, settings.path)
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
-        # On a GPU packing was not measured; a model that is trained is called by others too.
-        self._packs = loaded and self.device.type == "cpu" and make_packable(self.model, settings.max_length)
+        # A model that is trained is called by others too.
+        self._packs = loaded and packs_in_scoring(self.model, settings)
         self.runner = engine.BatchRunner(
             settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
         )
@@ -199,7 +199,7 @@ class HFCausal:
     def _prefixes(self, sequences: list[list[int]]) -> Prefixes:
         """Compute the keys and values of several prefixes in one pass."""
         if self._packs:
-            packing = CausalPacking(sequences, self.model, keep=True)
+            packing = CausalPacking.of(sequences, self.device, keep=True)
             self._logits([], [], **packing.inputs())
             lengths = torch.tensor([len(s) for s in sequences], device=self.device)
             return Prefixes(DynamicCache(packing.kept), lengths)
@@ -269,11 +269,13 @@ class HFCausal:
 
     def _packed(self, rows: list[_Row], wanted: list[range], prefixes: Prefixes | None) -> torch.Tensor:
         """Logits [N, vocabulary] at each row's wanted positions, row after row."""
-        packing = CausalPacking([r.computed for r in rows], self.model)
-        if prefixes is not None:
-            packing.behind(prefixes, [r.group for r in rows])
-        own = [range(s.start - r.shared, s.stop - r.shared) for r, s in zip(rows, wanted, strict=True)]
-        places = packing.places(own)
+        groups = [r.group for r in rows]
+        packing = CausalPacking.of([r.computed for r in rows], self.device, prefixes, groups)
+        places = [
+            start + position - row.shared
+            for start, row, span in zip(packing.starts.tolist(), rows, wanted, strict=True)
+            for position in span
+        ]
         return self._logits([0] * len(places), places, **packing.inputs())
 
     def _logits(self, rows: list[int], positions: list[int], **inputs) -> torch.Tensor:

@@ -20,6 +20,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
 from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.packed_decoder import last_states, packs_in_scoring
 from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.settings.models import LayerwiseSettings
@@ -52,11 +53,10 @@ class _LayerwiseModel(GranitePreTrainedModel):
             self.lm_head = nn.ModuleDict({str(config.head_index): self.lm_head})
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Scores [B]: the head on the normed hidden states at positions `last` [B] of `input_ids` [B, L]."""
-        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """Scores [B] of the normed hidden states [B, H] at the pairs' last tokens."""
         head = self.lm_head if self.config.head_index is None else self.lm_head[str(self.config.head_index)]
-        return head.linear_head(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
+        return head.linear_head(states)[:, 0]
 
 
 class Layerwise:
@@ -78,7 +78,10 @@ class Layerwise:
         self.model = model.to(self.device).eval()
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
+        self._packs = packs_in_scoring(self.model, settings)
+        self.runner = engine.BatchRunner(
+            settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
+        )
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         return self.runner.answer(calls, self._encode, self._forward)
@@ -88,9 +91,8 @@ class Layerwise:
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:
-        # A causal model's real tokens never see the padding on their right.
-        ids, lengths = engine.right_pad(sequences, pad_id=0, limit=self.model.config.max_position_embeddings)
-        return self.model(ids.to(self.device), lengths.to(self.device) - 1).float().tolist()
+        states = last_states(self.model.model, sequences, packed=self._packs)
+        return self.model.score(states).float().tolist()
 
 
 def _config(resolved: ResolvedModel, settings: LayerwiseSettings) -> GraniteConfig:

@@ -5,7 +5,6 @@ Of a batch only attention sees the sequences apart, and adds the keys and values
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +18,17 @@ from rerank_ray.models import engine
 from rerank_ray.models.packing import Packing
 from rerank_ray.models.plain_attention import attention, is_taken_apart
 from rerank_ray.models.prefixes import Prefixes
+from rerank_ray.settings.models import TorchSettings
 
 _PACKED = "rerank_ray_packed_decoder"
 PACKABLE_DECODERS = ("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2")
 """Model types that take a token's position from `position_ids` alone, and hand on to attention what they are given."""
+_ROW_MULTIPLE = 16
 
 
 def make_packable(model: PreTrainedModel, max_length: int) -> bool:
-    """Let a decoder take `CausalPacking.inputs`, if it can: its architecture is known, its attention PyTorch's, and no
-    layer's window is shorter than the `max_length` of its sequences."""
+    """Let a decoder take what `CausalPacking` gives, and say whether it can: its architecture is known, its attention
+    PyTorch's, and no layer's window is shorter than the `max_length` of its sequences."""
     config = model.config
     window = getattr(config, "sliding_window", None)
     if config.model_type not in PACKABLE_DECODERS or config._attn_implementation != "sdpa":
@@ -38,74 +39,127 @@ def make_packable(model: PreTrainedModel, max_length: int) -> bool:
     return True
 
 
+def packs_in_scoring(model: PreTrainedModel, settings: TorchSettings) -> bool:
+    """Make a loaded decoder packable where that was measured to be faster, and say whether it is: on CPUs."""
+    return model.device.type == "cpu" and make_packable(model, settings.max_length)
+
+
+def is_packable(model: PreTrainedModel) -> bool:
+    """Whether the model takes what `CausalPacking` gives."""
+    return model.config._attn_implementation == _PACKED
+
+
+def collate_packed(sequences: Sequence[Sequence[int]], limit: int | None = None) -> dict[str, torch.Tensor]:
+    """What a `CausalPacking` is made of: `input_ids` and `attention_mask` [B, L], padded, and `places` [T] of the
+    tokens among the B·L."""
+    ids, lengths = engine.right_pad(sequences, pad_id=0, limit=limit)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "places": mask.flatten().nonzero()[:, 0]}
+
+
 class CausalPacking:
     """One batch, of B sequences of at most L tokens."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]], model: PreTrainedModel, *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        places: torch.Tensor,
+        prefixes: DynamicCache | None = None,
+        shared: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> None:
         """Args:
-        sequences: the tokens to compute of each sequence.
+        input_ids, attention_mask, places: of `collate_packed`.
+        prefixes: keys and values [B, K, P, D] of each layer, of prefixes that end at the last column.
+        shared: how many tokens each sequence's prefix has, [B], at most P.
         keep: also keep the keys and values that are computed, as `kept`.
         """
-        self._lengths = [len(s) for s in sequences]
-        self._tokens = [token for s in sequences for token in s]
-        self._device, self._dtype = model.device, model.dtype
-        width = engine.padded_length(max(self._lengths), None)
-        mask = torch.arange(width) < torch.tensor(self._lengths)[:, None]
-        places = mask.flatten().nonzero()[:, 0]
-        self._packing = Packing(places=places.to(self._device), mask=mask.to(self._device), multiple=16)
-        self._prefixes: DynamicCache | None = None
-        self._shared = torch.zeros(len(sequences), dtype=torch.long)
+        self._ids = input_ids
+        self._packing = Packing(places=places, mask=attention_mask, multiple=_ROW_MULTIPLE)
+        self._prefixes = prefixes
+        self._shared = (
+            torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device) if shared is None else shared
+        )
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep else None
 
-    def behind(self, prefixes: Prefixes, rows: Sequence[int]) -> None:
-        """Put each sequence behind one of the prefixes, by its index."""
-        index = torch.tensor(rows, device=self._device)
-        self._prefixes = prefixes.cache(index)
-        self._shared = prefixes.lengths[index].cpu()
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        device: torch.device,
+        prefixes: Prefixes | None = None,
+        rows: Sequence[int] = (),
+        *,
+        keep: bool = False,
+    ) -> CausalPacking:
+        """Pack the tokens to compute of each sequence.
+
+        Args:
+            rows: which of the prefixes each sequence stands behind.
+        """
+        batch = {name: engine.moved(tensor, device) for name, tensor in collate_packed(sequences).items()}
+        if prefixes is None:
+            return cls(**batch, keep=keep)
+        index = torch.tensor(rows, device=device)
+        return cls(**batch, prefixes=prefixes.cache(index), shared=prefixes.lengths[index], keep=keep)
 
     def inputs(self) -> dict[str, object]:
-        """A model's arguments."""
-        ids, positions = torch.zeros(2, 1, self._packing.rows, dtype=torch.long)
-        ids[0, : len(self._tokens)] = torch.tensor(self._tokens)
-        counted = [range(s, s + n) for s, n in zip(self._shared.tolist(), self._lengths, strict=True)]
-        positions[0, : len(self._tokens)] = torch.tensor([p for span in counted for p in span])
+        """A model's arguments, of T' tokens in one row."""
+        positions = self._shared[:, None] + torch.arange(self._ids.shape[1], device=self._ids.device)
         return {
-            "input_ids": ids.to(self._device),
-            "position_ids": positions.to(self._device),
+            "input_ids": self._packing.pack(self._ids),
+            "position_ids": self._packing.pack(positions),
             # Of four dimensions, so that the model leaves it as it is.
-            "attention_mask": self._bias(),
+            "attention_mask": self._allowed(),
             "use_cache": False,
             "packing": self,
         }
 
-    def places(self, wanted: Sequence[range]) -> list[int]:
-        """Where the wanted positions of each sequence stand in the row, sequence after sequence."""
-        starts = itertools.accumulate(self._lengths[:-1], initial=0)
-        return [start + position for start, span in zip(starts, wanted, strict=True) for position in span]
+    @property
+    def starts(self) -> torch.Tensor:
+        """Where each sequence's first token stands in the row, [B]."""
+        lengths = self._packing.mask.sum(1)
+        return lengths.cumsum(0) - lengths
 
-    def _bias(self) -> torch.Tensor:
-        """[B or 1, 1, L, P + L] to add to the products of queries and keys, of which the first P are the prefixes'."""
-        front = int(self._shared.max())
-        width = self._packing.mask.shape[1]
-        columns = torch.arange(front + width)
-        allowed = (columns <= front + torch.arange(width)[:, None])[None, None]
-        if self._shared.min() < front:
-            allowed = allowed & (columns >= front - self._shared[:, None])[:, None, None]
-        bias = torch.zeros(allowed.shape, dtype=self._dtype).masked_fill(~allowed, torch.finfo(self._dtype).min)
-        return bias.to(self._device)
+    @property
+    def ends(self) -> torch.Tensor:
+        """Where each sequence's last token stands in the row, [B]."""
+        return self._packing.mask.sum(1).cumsum(0) - 1
+
+    def _allowed(self) -> torch.Tensor:
+        """[B or 1, 1, L, P + L], True where a sequence's token may attend to a column, of which the first P are the
+        prefix's."""
+        width, device = self._ids.shape[1], self._ids.device
+        tokens = torch.arange(width, device=device)[:, None]
+        if self._prefixes is None:
+            return (tokens >= tokens.T)[None, None]
+        front = self._prefixes.get_seq_length()
+        columns = torch.arange(front + width, device=device)
+        causal = columns <= front + tokens
+        return (causal & (columns >= front - self._shared[:, None, None]))[:, None]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
     ) -> torch.Tensor:
         """Attention of one layer.
 
         Args:
-            query: [1, H, T, D], packed.
-            key, value: [1, K, T, D], packed; H is a multiple of K.
-            bias: of `inputs`.
+            query: [1, H, T', D], packed.
+            key, value: [1, K, T', D], packed; H is a multiple of K.
+            allowed: of `inputs`.
 
         Returns:
-            [1, T, H, D], packed.
+            [1, T', H, D], packed.
         """
         query, key, value = (self._packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
         if self.kept is not None:
@@ -114,9 +168,28 @@ class CausalPacking:
             cached = self._prefixes.layers[layer]
             key, value = torch.cat([cached.keys, key], 2), torch.cat([cached.values, value], 2)
         elif not is_taken_apart(query):
-            output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            output = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
+            )
             return self._packing.pack(output.transpose(1, 2))
-        return self._packing.pack(attention(query, key, value, bias, scale=scale).transpose(1, 2))
+        output = attention(query, key, value, allowed, scale=scale, dropout=dropout)
+        return self._packing.pack(output.transpose(1, 2))
+
+
+def last_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, packed: bool) -> torch.Tensor:
+    """What a decoder without a head gives [B, H] at the last token of each sequence.
+
+    Args:
+        packed: the model `is_packable`. Others pad on the right and need no mask: a causal model's real tokens never
+            see what follows them.
+    """
+    if packed:
+        packing = CausalPacking.of(sequences, model.device)
+        return model(**packing.inputs()).last_hidden_state[0, packing.ends]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    ids, lengths = (engine.moved(x, model.device) for x in engine.right_pad(sequences, pad_id=0, limit=limit))
+    states = model(input_ids=ids, use_cache=False).last_hidden_state
+    return states[torch.arange(len(lengths), device=model.device), lengths - 1]
 
 
 def _attention(
@@ -127,12 +200,15 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    dropout: float = 0.0,
     packing: CausalPacking | None = None,
     **options,
 ) -> tuple[torch.Tensor, None]:
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return packing.attend(module.layer_idx, query, key, value, attention_mask, scaling), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+        )
+    return packing.attend(module.layer_idx, query, key, value, attention_mask, scale=scaling, dropout=dropout), None
 
 
 AttentionInterface.register(_PACKED, _attention)

@@ -13,6 +13,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.packed_decoder import last_states, packs_in_scoring
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
@@ -23,8 +24,8 @@ from rerank_ray.settings.models import ScalarHeadSettings
 class ScalarHead:
     """Answers `Pair` with the head's output at the pair's last token.
 
-    Pairs are padded on the right and need no attention mask, and the head reads the position that the pair ends at:
-    which token stands for padding plays no part, so none has to be known.
+    The head reads the position that a pair ends at: which token stands for padding plays no part, so none has to be
+    known.
     """
 
     answers = frozenset({Pair})
@@ -46,7 +47,10 @@ class ScalarHead:
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model.base_model, settings)
         check_positions(self.model, settings.max_length, settings.path)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
+        self._packs = packs_in_scoring(self.model, settings)
+        self.runner = engine.BatchRunner(
+            settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
+        )
 
     def run(self, calls: Sequence[Pair]) -> list[Result]:
         return self.runner.answer(calls, self.encode, self._forward)
@@ -69,12 +73,8 @@ class ScalarHead:
 
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:
-        ids, lengths = engine.right_pad(
-            sequences, pad_id=0, limit=getattr(self.model.config, "max_position_embeddings", None)
-        )
-        hidden = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(sequences), device=self.device), lengths.to(self.device) - 1]
-        return self.model.score(last)[:, 0].float().tolist()
+        states = last_states(self.model.base_model, sequences, packed=self._packs)
+        return self.model.score(states)[:, 0].float().tolist()
 
 
 def _load_model(
