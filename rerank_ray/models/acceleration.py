@@ -11,8 +11,6 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.prepacked import prepack, replace_linear
 from rerank_ray.settings.models import TorchSettings
 
-_SMALLEST = 64
-
 
 class Int8Linear(nn.Module):
     """A linear layer whose product is of 8-bit integers: a scale for each output's weights, fixed, and one for each row
@@ -93,15 +91,9 @@ def accelerate(model: nn.Module, settings: TorchSettings) -> None:
 
 
 def _to_int8(model: nn.Module) -> None:
-    """Put 8-bit layers in the place of a model's linear ones; small ones, heads among them, gain nothing and stay.
-
-    So do adapters that are not merged: PEFT casts what they read to the type of their weights.
-    """
-    replace_linear(
-        model,
-        lambda path, linear: "lora_" not in path and min(linear.weight.shape) >= _SMALLEST,
-        Int8Linear,
-    )
+    """Put 8-bit layers in the place of a model's linear ones, but of adapters that are not merged: PEFT casts what they
+    read to the type of their weights."""
+    replace_linear(model, lambda path, _: "lora_" not in path, Int8Linear)
 
 
 def _compile(model: nn.Module, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.acceleration import accelerate
+from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
@@ -39,14 +39,25 @@ class CrossEncoder:
         self.parameters = engine.count_parameters(student)
         # With adaptive exits its parts do the work, and the whole only tokenises.
         self.student = student if self.adaptive else student.to(self.device)
+        self._packs = False
         if self.adaptive is not None:
             self.name += ":layer=adaptive"
             self.adaptive.to(self.device, settings)
         else:
+            # On a GPU packing was not measured, and a compiled whole is of padded batches.
+            in_parts = all(compiles_in_parts(stack) for stack in self.student.stacks)
+            if self.device.type == "cpu" and (in_parts or not settings.compile):
+                self.student.make_packable()
+                self._packs = self.student.packs
             self.student.leave_out_what_is_not_read()
             for stack in self.student.stacks:
                 accelerate(stack, settings)
-        self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
+        self.runner = engine.BatchRunner(
+            settings.tokens_per_batch,
+            self.device,
+            in_cache=engine.LLM_TOKENS_IN_CACHE if student.is_causal else None,
+            packed=self._packs,
+        )
 
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:
         if self.lists is not None:
@@ -67,7 +78,7 @@ class CrossEncoder:
 
     @torch.inference_mode()
     def _forward(self, encoded: list[Encoded]) -> list[float]:
-        return self.student(**self.student.batch(encoded))[-1].float().tolist()
+        return self.student(**self.student.batch(encoded, packed=self._packs))[-1].float().tolist()
 
 
 def _tokens(encoded: Encoded) -> int:

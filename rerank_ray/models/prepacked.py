@@ -11,6 +11,7 @@ from rerank_ray.models.engine import computes_bfloat16
 
 _ROWS = 4096
 """Of the input that the layout is chosen for; any other number is computed as well."""
+_SMALLEST = 64
 
 
 class PrepackedLinear(nn.Module):
@@ -48,11 +49,12 @@ def prepack(model: nn.Module) -> None:
 def replace_linear(
     model: nn.Module, fits: Callable[[str, nn.Linear], bool], make: Callable[[nn.Linear], nn.Module]
 ) -> None:
-    """Put what `make` makes of it in the place of each of a model's linear layers that, with its path, `fits`."""
+    """Put what `make` makes of it in the place of each of a model's linear layers that, with its path, `fits`; small
+    ones, heads among them, gain nothing and stay."""
     for path, module in list(model.named_modules()):
         for name, child in module.named_children():
             # A subclass may do more than its base, so only the base is replaced.
-            if type(child) is nn.Linear and fits(f"{path}.{name}", child):
+            if type(child) is nn.Linear and min(child.weight.shape) >= _SMALLEST and fits(f"{path}.{name}", child):
                 setattr(module, name, make(child))
 
 

@@ -7,18 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.tiny_models import tiny_decoder_folder
+from fixtures.students import DOCUMENTS, QUERIES, start, stirred
+from fixtures.tiny_models import tiny_bert_folder, tiny_decoder_folder
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
 
+from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.packed_decoder import PACKABLE_DECODERS
 from rerank_ray.models.plain_attention import attention_for_training
-from rerank_ray.models.protocol import LogLikelihood, NextToken, Prompt
-from rerank_ray.settings.models import HFCausalSettings
+from rerank_ray.models.protocol import LogLikelihood, NextToken, Pair, Prompt
+from rerank_ray.models.student import Student, StudentPrompt, adapt
+from rerank_ray.settings.models import CrossEncoderSettings, HFCausalSettings
+from rerank_ray.settings.student import StudentSettings
 
-QUERIES = ["Query: alpha", "Query: the cat of alpha, and which dog is its friend?"]
+FRONTS = ["Query: alpha", "Query: the cat of alpha, and which dog is its friend?"]
 PASSAGES = ["cat", "the dog of beta " * 9, "", "café 😀 שלום", "x" * 60, "the dog of beta " * 5]
-PROMPTS = [Prompt(parts=(f"{q}\nPassage: ", "\nYes or No?"), passages=(p,)) for q in QUERIES for p in PASSAGES]
+PROMPTS = [Prompt(parts=(f"{q}\nPassage: ", "\nYes or No?"), passages=(p,)) for q in FRONTS for p in PASSAGES]
 CONTINUATION = "the cat"
 SHARED = {"num_key_value_heads": 2}
 OWN = {"gemma": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
@@ -108,3 +112,61 @@ def test_a_window_that_no_sequence_fills_is_none(tmp_path: Path):
     some = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 24}
     qwen = backend(tiny_decoder_folder(tmp_path / "q", Qwen2Config, layers=3, **SHARED, **some))
     assert max(rows for rows, _ in shapes_of(qwen)) > 1
+
+
+STUDENTS = {
+    "linear": {"head": "linear"},
+    "layer-wise": {"head": "linear", "layers": (1, 3)},
+    "yes_no": {"head": "yes_no"},
+    "adapters": {"head": "linear", "lora": {"rank": 2}},
+    "checkpoints": {"head": "yes_no", "gradient_checkpointing": True},
+}
+WORDS = StudentPrompt(text="{query} | {passage} ?", chat=False, labels=("Yes", "No"))
+
+
+def student(folder: Path, *, head: str, **given) -> Student:
+    """A student as training has it."""
+    settings = StudentSettings(base=str(folder), head=head, max_length=64, max_query_length=16, **given)
+    student = stirred(start(folder, head, prompt=WORDS if head == "yes_no" else None, layers=given.get("layers")))
+    adapt(student, settings)
+    return student.train()
+
+
+def scores_and_gradients(student: Student, *, packed: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Scores [layers, B], and the gradients of a sum of them with weights that are not all alike."""
+    batch = student.batch(student.encode(QUERIES, DOCUMENTS), packed=packed)
+    assert ("places" in batch) == packed
+    student.zero_grad()
+    with attention_for_training(CPU, 64):
+        scores = student(**batch)
+        (scores * torch.linspace(-1, 2, scores.numel()).reshape(scores.shape)).sum().backward()
+    return scores.detach(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("form", STUDENTS)
+def test_students_learn_as_from_padded_batches(tmp_path: Path, kind: str, form: str):
+    learning = student(folder_of(kind, tmp_path), **STUDENTS[form])
+    (scores, gradients), (expected, wanted) = (scores_and_gradients(learning, packed=p) for p in (True, False))
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_cross_encoders_score_without_padding(tmp_path: Path, kind: str):
+    """Decoders and encoders alike, the scores those of one pair at a time."""
+    folder = folder_of("llama", tmp_path / "m") if kind == "llama" else tiny_bert_folder(tmp_path / "m")
+    stirred(start(folder, "linear")).save(tmp_path / "s")
+    model = CrossEncoder(CrossEncoderSettings(path=str(tmp_path / "s"), max_length=64, dtype="float32"))
+    calls = [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)]
+    together = [a.value for a in model.run(calls)]
+    (computed, tokens), alone = (model.runner.computed.positions, model.runner.computed.tokens), []
+    for call in calls:
+        (answer,) = model.run([call])
+        alone.append(answer.value)
+    assert torch.tensor(alone).std() > 1e-3
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert tokens <= computed < tokens + 16 * 2

@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not computes_bfloat16(CPU), reason="this processor has no bfloat16 products")
 
 
-def layer(inputs: int = 48, outputs: int = 80, *, bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+def layer(inputs: int = 96, outputs: int = 80, *, bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs, bias=bias).to(dtype)
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (3, 17, 48), (5, 4096, 48)])
+@pytest.mark.parametrize("shape", [(1, 96), (7, 96), (3, 17, 96), (5, 4096, 96)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_same_output_for_any_number_of_rows(shape, bias: bool):
     linear = layer(bias=bias)
@@ -32,7 +32,7 @@ def test_same_output_for_any_number_of_rows(shape, bias: bool):
 
 @needs_bfloat16
 def test_an_input_that_does_not_lie_in_rows():
-    linear, x = layer(), torch.randn(6, 48, 9).bfloat16().transpose(1, 2)
+    linear, x = layer(), torch.randn(6, 96, 9).bfloat16().transpose(1, 2)
     with torch.inference_mode():
         torch.testing.assert_close(PrepackedLinear(linear)(x), linear(x), rtol=2**-7, atol=2**-7)
 
@@ -47,7 +47,7 @@ def test_replaces_the_layers_that_it_serves_and_no_others():
             "served": nn.Sequential(layer(), nn.GELU(), layer(bias=False)),
             "float32": layer(dtype=torch.float32),
             "own": Own(8, 8).bfloat16(),
-            "tokens": nn.Embedding(80, 48).bfloat16(),
+            "tokens": nn.Embedding(80, 96).bfloat16(),
             "shared": layer(bias=False),
         }
     )

@@ -6,7 +6,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.packing import make_packable
 from rerank_ray.models.student import lora
 from rerank_ray.models.student.base import Student
 from rerank_ray.models.student.source import embeddings_of, layers_of
@@ -22,7 +21,7 @@ def adapt(student: Student, settings: StudentSettings) -> None:
     """
     if settings.dropout is not None:
         set_dropout(student, settings.dropout)
-    make_packable(student.pretrained)
+    student.make_packable()
     student.leave_out_what_is_not_read()
     _freeze(student.pretrained, settings.freeze)
     if settings.lora is not None:

@@ -17,6 +17,7 @@ from rerank_ray import storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.packing import make_packable
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.models.student import lora
@@ -83,6 +84,8 @@ class Student(nn.Module):
 
     packs = False
     """Whether batches can be packed."""
+    is_causal = False
+    """Whether it is a decoder."""
     reads_lists = False
     """Whether a pair's score depends on the other pairs of its list."""
     saves_adapter = False
@@ -130,6 +133,13 @@ class Student(nn.Module):
         mask = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
         return batch if mask.all() else batch | {"attention_mask": mask.long()}
 
+    def collate_packed(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """What `collate` makes, with `places` of the real tokens where others are padding."""
+        batch = self.collate(encoded)
+        if "attention_mask" in batch:
+            batch["places"] = batch["attention_mask"].flatten().nonzero()[:, 0]
+        return batch
+
     def batch(self, encoded: Sequence[Encoded], *, packed: bool = False) -> dict[str, torch.Tensor]:
         """What `collate` makes, on the student's device.
 
@@ -137,11 +147,13 @@ class Student(nn.Module):
             packed: with `places` of the real tokens, which alone are then computed, where the student `packs`.
         """
         device = next(self.parameters()).device
-        batch = self.collate(encoded)
-        if packed and self.packs and "attention_mask" in batch:
-            # On the CPU: how many they are is the shape of what follows.
-            batch["places"] = batch["attention_mask"].flatten().nonzero()[:, 0]
+        # On the CPU: how many places there are is the shape of what follows.
+        batch = self.collate_packed(encoded) if packed and self.packs else self.collate(encoded)
         return {name: engine.moved(tensor, device) for name, tensor in batch.items()}
+
+    def make_packable(self) -> None:
+        """Let batches be packed, where the architecture can."""
+        make_packable(self.pretrained)
 
     def leave_out_what_is_not_read(self) -> None:
         """Compute of the last layer no more than the head reads, where that is less: scores stay as they are, and the

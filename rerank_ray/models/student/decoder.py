@@ -9,7 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models import packed_decoder
 from rerank_ray.models.instructed_pairs import InstructedPairs
+from rerank_ray.models.packed_decoder import CausalPacking
 from rerank_ray.models.student.base import StudentDescription, collate_causal
 from rerank_ray.models.student.linear import LinearStudent
 from rerank_ray.models.student.source import final_norm
@@ -74,18 +76,34 @@ class DecoderStudent(LinearStudent):
         documents = [self.description.document_prefix + d for d in documents]
         return [{"input_ids": ids} for ids in self.instructed.encode(queries, documents)]
 
+    is_causal = True
+
+    @property
+    def packs(self) -> bool:
+        return packed_decoder.is_packable(self.model)
+
+    def make_packable(self) -> None:
+        packed_decoder.make_packable(self.model, self.description.max_length)
+
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return collate_causal(encoded, self.positions)
 
-    def forward(self, *, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def collate_packed(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return packed_decoder.collate_packed([e["input_ids"] for e in encoded])
+
+    def forward(self, *, input_ids, last=None, attention_mask=None, places=None) -> torch.Tensor:
+        if places is None:
+            inputs = {"input_ids": input_ids, "use_cache": False}
+            at = (torch.arange(len(last), device=last.device), last)
+        else:
+            packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
+            inputs, at = packing.inputs(), (0, packing.ends)
         early = len(self.early_heads) > 0
-        base = self.model.base_model
-        output = base(input_ids=input_ids, use_cache=False, output_hidden_states=early)
-        rows = torch.arange(len(last), device=last.device)
-        scores = [self.model.score(output.last_hidden_state[rows, last])[:, 0]]
+        output = self.model.base_model(**inputs, output_hidden_states=early)
+        scores = [self.model.score(output.last_hidden_state[at])[:, 0]]
         if early:
             norm = final_norm(self.model)
             # hidden_states[0] is the embedding layer's, so index n is the output of layer n.
-            hidden = {n: norm(output.hidden_states[n][rows, last]) for n in self.layers[:-1]}
+            hidden = {n: norm(output.hidden_states[n][at]) for n in self.layers[:-1]}
             scores = [self.early_heads[str(n)](h)[:, 0] for n, h in hidden.items()] + scores
         return torch.stack(scores)

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models import packed_decoder
 from rerank_ray.models.continuations import continuation_ids, label_ids
+from rerank_ray.models.packed_decoder import CausalPacking
 from rerank_ray.models.protocol import NextToken
 from rerank_ray.models.student.base import Student, StudentDescription, clipped, collate_causal
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
@@ -51,33 +53,51 @@ class PromptedStudent(Student):
             raise ModelError(f"student: {failed}")
         return [{"input_ids": ids} for ids in encoded]
 
+    @property
+    def is_causal(self) -> bool:
+        return not self.is_seq2seq
+
+    @property
+    def packs(self) -> bool:
+        return packed_decoder.is_packable(self.model)
+
+    def make_packable(self) -> None:
+        packed_decoder.make_packable(self.model, self.description.max_length)
+
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return super().collate(encoded) if self.is_seq2seq else collate_causal(encoded, self.positions)
 
-    def forward(self, *, input_ids: torch.Tensor, last=None, attention_mask=None) -> torch.Tensor:
+    def collate_packed(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return packed_decoder.collate_packed([e["input_ids"] for e in encoded])
+
+    def forward(self, *, input_ids: torch.Tensor, last=None, attention_mask=None, places=None) -> torch.Tensor:
         if self.is_seq2seq:
             begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
             output = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun, use_cache=False
             )
             logits = output.logits[:, -1]
+        elif places is None:
+            rows = torch.arange(len(last), device=last.device)
+            logits = self._causal_logits({"input_ids": input_ids, "use_cache": False}, (rows, last))
         else:
-            logits = self._causal_logits(input_ids, last)
+            packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
+            logits = self._causal_logits(packing.inputs(), (0, packing.ends))
         labels = logits[:, self.label_ids].float()
         return (labels[:, 0] - labels[:, 1] if len(self.label_ids) == 2 else labels[:, 0])[None]
 
-    def _causal_logits(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] at positions `last` [B]; the output layer computes no others.
+    def _causal_logits(self, inputs: dict[str, object], at: tuple) -> torch.Tensor:
+        """Logits [B, V] at some places of the model's states; the output layer computes no others.
 
         A hook, because models do more to logits than this layer (scales, soft caps), each in its own way.
         """
 
-        def select(_output_layer: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            return (inputs[0][torch.arange(len(last), device=last.device), last][:, None],)
+        def select(_output_layer: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            return (states[0][at][:, None],)
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
-            return self.model(input_ids=input_ids, use_cache=False).logits[:, 0]
+            return self.model(**inputs).logits[:, 0]
         finally:
             hook.remove()
 
