@@ -13,6 +13,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.engine import BatchRunner
 from rerank_ray.models.exit_margins import Stage, goes_on, merged, segments_of
+from rerank_ray.models.packing import Packing
 from rerank_ray.models.student import Encoded, Student
 from rerank_ray.models.student.source import layers_of
 from rerank_ray.models.whole_lists import in_parts
@@ -30,6 +31,11 @@ class AdaptiveExit:
         self.margins = [margin for margin in margins if margin is not None]
         self._scored = [0] * len(self.segments)
         self._check(student)
+
+    @property
+    def packs(self) -> bool:
+        """Whether no padding is computed."""
+        return all(segment.packs for segment in self.segments)
 
     @property
     def layers_computed(self) -> float:
@@ -58,7 +64,9 @@ class AdaptiveExit:
 
     def to(self, device: torch.device, settings: TorchSettings) -> AdaptiveExit:
         for segment in self.segments:
-            accelerate(segment.student.to(device).pretrained, settings)
+            segment.student.to(device)
+            segment.pack(settings)
+            accelerate(segment.student.pretrained, settings)
         return self
 
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
@@ -128,6 +136,11 @@ class _Segment:
             layers[index] = self.held
         layers[shared - 1].register_forward_hook(self._keep)
         self._end: torch.Tensor | None = None
+        self.packs = False
+
+    def pack(self, settings: TorchSettings) -> None:
+        """Compute no padding where that is faster; a decoder's states are not taken apart."""
+        self.packs = not self.student.is_causal and self.student.pack_in_scoring(settings)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         if isinstance(output, tuple):
@@ -143,12 +156,13 @@ class _Segment:
         Args:
             states: [tokens, H] of each pair after layer `first`; None from the first layer on.
         """
-        inputs = self.student.batch(encoded)
+        inputs = self.student.batch(encoded, packed=self.packs)
+        packing = Packing(places=inputs["places"], mask=inputs["attention_mask"]) if "places" in inputs else None
         if states is not None:
             padded = states[0].new_zeros((*inputs["input_ids"].shape, states[0].shape[-1]))
             for row, state in zip(padded, states, strict=True):
                 row[: len(state)] = state
-            self.held.output = padded
+            self.held.output = padded if packing is None else packing.pack(padded)
         scores = self.student(**inputs)[-1].float().tolist()
         end, self._end, self.held.output = self._end, None, None
-        return scores, end
+        return scores, end if packing is None else packing.unpack(end)

@@ -8,7 +8,7 @@ import torch
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
-from rerank_ray.models.acceleration import accelerate, compiles_in_parts
+from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.protocol import Answer, Pair, PairList, Result
 from rerank_ray.models.resolve import resolve
@@ -44,11 +44,7 @@ class CrossEncoder:
             self.name += ":layer=adaptive"
             self.adaptive.to(self.device, settings)
         else:
-            # On a GPU packing was not measured, and a compiled whole is of padded batches.
-            in_parts = all(compiles_in_parts(stack) for stack in self.student.stacks)
-            if self.device.type == "cpu" and (in_parts or not settings.compile):
-                self.student.make_packable()
-                self._packs = self.student.packs
+            self._packs = self.student.pack_in_scoring(settings)
             self.student.leave_out_what_is_not_read()
             for stack in self.student.stacks:
                 accelerate(stack, settings)
@@ -56,7 +52,7 @@ class CrossEncoder:
             settings.tokens_per_batch,
             self.device,
             in_cache=engine.LLM_TOKENS_IN_CACHE if student.is_causal else None,
-            packed=self._packs,
+            packed=self._packs or (self.adaptive is not None and self.adaptive.packs),
         )
 
     def run(self, calls: Sequence[Pair] | Sequence[PairList]) -> list[Result]:

@@ -67,6 +67,8 @@ def student(request: pytest.FixtureRequest, tiny_bert: Path, tiny_llama: Path, t
 
 def run(student: Student, margins: list[float | None], tokens_per_batch: int = 256):
     adaptive = AdaptiveExit(student, margins)
+    adaptive.to(torch.device("cpu"), CrossEncoderSettings(path="unused", dtype="float32"))
+    assert adaptive.packs == (student.pretrained.config.model_type == "bert")
     lists = [student.encode([q] * len(d), d) for q, d in zip(ASKED, LISTS, strict=True)]
     runner = BatchRunner(tokens_per_batch, torch.device("cpu"))
     return adaptive, adaptive.run(lists, runner)

@@ -17,11 +17,13 @@ from rerank_ray import storage
 from rerank_ray.config import Settings
 from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import compiles_in_parts
 from rerank_ray.models.packing import make_packable
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.models.student import lora
 from rerank_ray.models.text_tokens import TextTokens
+from rerank_ray.settings.models import TorchSettings
 from rerank_ray.settings.student import StudentHead
 
 DESCRIPTION = "student.json"
@@ -154,6 +156,15 @@ class Student(nn.Module):
     def make_packable(self) -> None:
         """Let batches be packed, where the architecture can."""
         make_packable(self.pretrained)
+
+    def pack_in_scoring(self, settings: TorchSettings) -> bool:
+        """Let batches be packed where that is known to be faster, and say whether they can be: on CPUs, unless the
+        whole is compiled."""
+        compiles_whole = settings.compile and not all(map(compiles_in_parts, self.stacks))
+        if compiles_whole or next(self.parameters()).device.type != "cpu":
+            return False
+        self.make_packable()
+        return self.packs
 
     def leave_out_what_is_not_read(self) -> None:
         """Compute of the last layer no more than the head reads, where that is less: scores stay as they are, and the
