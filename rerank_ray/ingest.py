@@ -89,7 +89,7 @@ def ingest_beir(
         queries = [q for q in queries if q.query_id in qrels]
 
     corpus = ((d.doc_id, d.contents) for d in beir.read_corpus(corpus_path, bad))
-    index = bm25.BM25Index.build(corpus, k1=k1, b=b)
+    index = bm25.BM25Index.build(corpus, k1=k1, b=b, source=corpus_path)
     retrieved = [index.top(q.text, depth) for q in queries]
     needed = {index.doc_ids[p] for positions, _ in retrieved for p in positions}
     # The index's pass has reported the corpus' bad lines already.

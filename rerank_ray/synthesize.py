@@ -118,7 +118,7 @@ def retrieve(
     the texts of what was found, which memory holds.
     """
     corpus = ((d.doc_id, d.contents) for d in read_documents(settings.corpus))
-    index = BM25Index.build(corpus, k1=settings.k1, b=settings.b)
+    index = BM25Index.build(corpus, k1=settings.k1, b=settings.b, source=settings.corpus)
     kept: list[tuple[WrittenQuery, list[tuple[str, float]]]] = []
     for query, ranking in zip(queries, index.search((q.text for q in queries), settings.depth), strict=True):
         if query.doc_id in [doc_id for doc_id, _ in ranking[: settings.bm25_top]]:

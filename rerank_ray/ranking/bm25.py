@@ -19,7 +19,7 @@ class BM25:
 
     def __init__(self, settings: BM25Settings, backend: None) -> None:
         documents = ((d.doc_id, d.contents) for d in read_collection(settings.corpus, BadLines()))
-        self.index = BM25Index.build(documents, k1=settings.k1, b=settings.b)
+        self.index = BM25Index.build(documents, k1=settings.k1, b=settings.b, source=settings.corpus)
         self.name = f"bm25:{settings.corpus}:k1={settings.k1}:b={settings.b}"
 
     def rank(self, request: CandidateList) -> Steps:

@@ -34,8 +34,13 @@ class BM25Index:
         self._position: dict[str, int] | None = None
 
     @classmethod
-    def build(cls, docs: Iterable[tuple[str, str]], k1: float = K1, b: float = B) -> BM25Index:
+    def build(
+        cls, docs: Iterable[tuple[str, str]], k1: float = K1, b: float = B, *, source: str = "the collection"
+    ) -> BM25Index:
         """Index (doc id, contents) pairs in one pass; texts are dropped once they are tokenised.
+
+        Args:
+            source: where they come from, for what is raised.
 
         Raises:
             ConfigError: a parameter out of range.
@@ -51,7 +56,7 @@ class BM25Index:
 
         tokens = _tokenize(contents())
         if not doc_ids:
-            raise InputError("the collection has no documents: there is nothing to retrieve from")
+            raise InputError(f"{source}: no documents: there is nothing to retrieve from")
         if not tokens.vocab:
             return cls(None, doc_ids)
         # Named so that the result does not depend on which optional packages bm25s finds.

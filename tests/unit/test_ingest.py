@@ -92,6 +92,13 @@ def test_a_judged_query_without_text_and_a_missing_split_are_errors(tmp_path, be
     assert not (tmp_path / "out").exists()
 
 
+def test_a_collection_without_documents_is_named(tmp_path, beir_folder):
+    (beir_folder / "corpus.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"corpus\.jsonl: no documents"):
+        ingest_beir(str(beir_folder), "test", 10, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_skipped_bad_lines_are_counted_once_and_listed_though_the_collection_is_read_twice(tmp_path, beir_folder):
     with (beir_folder / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "d1", "text": "cat again"}\nnot json\n')
