@@ -49,10 +49,10 @@ def is_packable(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == _PACKED
 
 
-def collate_packed(sequences: Sequence[Sequence[int]], limit: int | None = None) -> dict[str, torch.Tensor]:
+def collate_packed(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
     """What a `CausalPacking` is made of: `input_ids` and `attention_mask` [B, L], padded, and `places` [T] of the
     tokens among the B·L."""
-    ids, lengths = engine.right_pad(sequences, pad_id=0, limit=limit)
+    ids, lengths = engine.right_pad(sequences, pad_id=0)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     return {"input_ids": ids, "attention_mask": mask.long(), "places": mask.flatten().nonzero()[:, 0]}
 
@@ -70,11 +70,12 @@ class CausalPacking:
         shared: torch.Tensor | None = None,
         keep: bool = False,
     ) -> None:
-        """Args:
-        input_ids, attention_mask, places: of `collate_packed`.
-        prefixes: keys and values [B, K, P, D] of each layer, of prefixes that end at the last column.
-        shared: how many tokens each sequence's prefix has, [B], at most P.
-        keep: also keep the keys and values that are computed, as `kept`.
+        """Take what `collate_packed` gives.
+
+        Args:
+            prefixes: keys and values [B, K, P, D] of each layer, of prefixes that end at the last column.
+            shared: how many tokens each sequence's prefix has, [B], at most P.
+            keep: also keep the keys and values that are computed, as `kept`.
         """
         self._ids = input_ids
         self._packing = Packing(places=places, mask=attention_mask, multiple=_ROW_MULTIPLE)
