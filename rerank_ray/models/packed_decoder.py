@@ -24,6 +24,8 @@ _PACKED = "rerank_ray_packed_decoder"
 PACKABLE_DECODERS = ("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2")
 """Model types that take a token's position from `position_ids` alone, and hand on to attention what they are given."""
 _ROW_MULTIPLE = 16
+_BLOCK = 64
+"""Tokens that attend together."""
 
 
 def make_packable(model: PreTrainedModel, max_length: int) -> bool:
@@ -173,8 +175,29 @@ class CausalPacking:
                 query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
             )
             return self._packing.pack(output.transpose(1, 2))
-        output = attention(query, key, value, allowed, scale=scale, dropout=dropout)
+        output = _by_blocks(query, key, value, allowed, scale, dropout)
         return self._packing.pack(output.transpose(1, 2))
+
+
+def _by_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Causal attention [B, H, L, D] of L tokens behind others; as plain products, without most of the
+    columns that a block of tokens may not attend to."""
+    length, width = query.shape[2], key.shape[2]
+    if not is_taken_apart(query):
+        return attention(query, key, value, allowed, scale=scale, dropout=dropout)
+    blocks = []
+    for start in range(0, length, _BLOCK):
+        rows, columns = slice(start, start + _BLOCK), slice(width - length + min(start + _BLOCK, length))
+        seen = key[:, :, columns], value[:, :, columns], allowed[..., rows, columns]
+        blocks.append(attention(query[:, :, rows], *seen, scale=scale, dropout=dropout))
+    return torch.cat(blocks, 2)
 
 
 def last_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, packed: bool) -> torch.Tensor:

@@ -15,6 +15,8 @@ from rerank_ray.models.engine import computes_bfloat16, multiplies_tiles
 _CPU = torch.device("cpu")
 _LONGEST_IN_TRAINING, _LONGEST_IN_SCORING = 512, 256
 """Tokens of a sequence above which the products take much memory, or as long as the fused kernel."""
+_WEIGHTS_IN_CACHE = 2**20
+"""Bytes of attention weights that a core's cache holds: in scoring, so many are computed at a time."""
 _FUSED_IS_SLOWER = computes_bfloat16(_CPU) and not multiplies_tiles(_CPU)
 """In scoring, in bfloat16; with AMX it was not measured."""
 
@@ -81,12 +83,37 @@ def attention(
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=shares
         )
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    sequences = len(query)
+    if not (query.requires_grad or torch.compiler.is_compiling()):
+        one = query[0, :, :, 0].numel() * key.shape[2] * query.element_size()
+        sequences = max(1, _WEIGHTS_IN_CACHE // one)
+    if sequences >= len(query):
+        return _products(query, key, value, mask, scale, dropout)
+    parts = [slice(start, start + sequences) for start in range(0, len(query), sequences)]
+    of_all = mask is None or mask.dim() < 4 or len(mask) == 1
+    masks = [mask if of_all else mask[part] for part in parts]
+    return torch.cat(
+        [
+            _products(query[part], key[part], value[part], own, scale, dropout)
+            for part, own in zip(parts, masks, strict=True)
+        ]
+    )
+
+
+def _products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
     shape = query.shape
     # Heads that share keys are rows of one product.
     query = query.reshape(key.shape[0] * key.shape[1], -1, shape[-1])
     key, value = key.flatten(0, 1), value.flatten(0, 1)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
     # One product, scaled as it is written; what it could be added to is left out by beta.
     nothing = query.new_zeros(1, 1, 1)
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scale).view(*shape[:3], -1)

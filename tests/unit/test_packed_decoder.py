@@ -11,6 +11,7 @@ from fixtures.students import DOCUMENTS, QUERIES, start, stirred
 from fixtures.tiny_models import tiny_bert_folder, tiny_decoder_folder
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
 
+from rerank_ray.models import packed_decoder
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.packed_decoder import PACKABLE_DECODERS
@@ -50,8 +51,9 @@ def one_by_one(folder: Path, model: HFCausal) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("kind", PACKABLE_DECODERS)
-def test_answers_are_those_of_one_sequence_at_a_time(tmp_path: Path, kind: str):
-    """With prefixes of several lengths in a batch and without, with PyTorch's attention and taken apart."""
+def test_answers_are_those_of_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str):
+    """With prefixes of several lengths in a batch and without, with PyTorch's attention and taken apart, by blocks."""
+    monkeypatch.setattr(packed_decoder, "_BLOCK", 24)
     folder = folder_of(kind, tmp_path)
     calls = [LogLikelihood(prompt=p, continuation=CONTINUATION) for p in PROMPTS]
     expected = None

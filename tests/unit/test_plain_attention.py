@@ -114,3 +114,16 @@ def test_heads_that_share_keys(mask: torch.Tensor | None):
     torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)
     with attention_for_training(CPU, 20):
         torch.testing.assert_close(attention(query, key, value, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [None, ALLOWED, BIAS], ids=["all", "padded", "biased"])
+@pytest.mark.parametrize("weights", [1, 20 * 20 * 4 * 8, 2**20])
+def test_in_scoring_some_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch, mask, weights: int):
+    """One, as its weights take more than the cache has, two or all."""
+    monkeypatch.setattr(plain_attention, "_WEIGHTS_IN_CACHE", weights)
+    query, key, value = (torch.cat([x, x.flip(2), 2 * x]).detach() for x in inputs(torch.float64))
+    mask = mask.double() if mask is BIAS else mask if mask is None else mask.repeat(3, 1, 1, 1)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with attention_for_training(CPU, 20):
+        found = attention(query, key, value, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
