@@ -59,6 +59,15 @@ def collate_packed(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": mask.long(), "places": mask.flatten().nonzero()[:, 0]}
 
 
+def collate_padded(sequences: Sequence[Sequence[int]], limit: int | None) -> dict[str, torch.Tensor]:
+    """`input_ids` [B, L], padded on the right, and `last` [B], the position that each sequence ends at.
+
+    No mask is needed: a causal model's real tokens never see the padding on their right.
+    """
+    ids, lengths = engine.right_pad(sequences, pad_id=0, limit=limit)
+    return {"input_ids": ids, "last": lengths - 1}
+
+
 class CausalPacking:
     """One batch, of B sequences of at most L tokens."""
 
@@ -170,12 +179,14 @@ class CausalPacking:
         if self._prefixes is not None:
             cached = self._prefixes.layers[layer]
             key, value = torch.cat([cached.keys, key], 2), torch.cat([cached.values, value], 2)
-        elif not is_taken_apart(query):
+        if is_taken_apart(query):
+            output = _by_blocks(query, key, value, allowed, scale, dropout)
+        elif self._prefixes is None:
             output = scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True
             )
-            return self._packing.pack(output.transpose(1, 2))
-        output = _by_blocks(query, key, value, allowed, scale, dropout)
+        else:
+            output = attention(query, key, value, allowed, scale=scale, dropout=dropout)
         return self._packing.pack(output.transpose(1, 2))
 
 
@@ -187,11 +198,9 @@ def _by_blocks(
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention [B, H, L, D] of L tokens behind others; as plain products, without most of the
-    columns that a block of tokens may not attend to."""
+    """Causal attention [B, H, L, D] of L tokens behind others, as plain products without most of the columns that a
+    block of tokens may not attend to."""
     length, width = query.shape[2], key.shape[2]
-    if not is_taken_apart(query):
-        return attention(query, key, value, allowed, scale=scale, dropout=dropout)
     blocks = []
     for start in range(0, length, _BLOCK):
         rows, columns = slice(start, start + _BLOCK), slice(width - length + min(start + _BLOCK, length))
@@ -200,20 +209,31 @@ def _by_blocks(
     return torch.cat(blocks, 2)
 
 
+def inputs_and_ends(
+    *,
+    input_ids: torch.Tensor,
+    last: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+) -> tuple[dict[str, object], tuple]:
+    """A decoder's arguments for what `collate_padded` or `collate_packed` gives, and the index of each sequence's last
+    token in its states."""
+    if places is None:
+        return {"input_ids": input_ids, "use_cache": False}, (torch.arange(len(last), device=last.device), last)
+    packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
+    return packing.inputs(), (0, packing.ends)
+
+
 def last_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, packed: bool) -> torch.Tensor:
     """What a decoder without a head gives [B, H] at the last token of each sequence.
 
     Args:
-        packed: the model `is_packable`. Others pad on the right and need no mask: a causal model's real tokens never
-            see what follows them.
+        packed: the model `is_packable`.
     """
-    if packed:
-        packing = CausalPacking.of(sequences, model.device)
-        return model(**packing.inputs()).last_hidden_state[0, packing.ends]
     limit = getattr(model.config, "max_position_embeddings", None)
-    ids, lengths = (engine.moved(x, model.device) for x in engine.right_pad(sequences, pad_id=0, limit=limit))
-    states = model(input_ids=ids, use_cache=False).last_hidden_state
-    return states[torch.arange(len(lengths), device=model.device), lengths - 1]
+    batch = collate_packed(sequences) if packed else collate_padded(sequences, limit)
+    inputs, ends = inputs_and_ends(**{name: engine.moved(tensor, model.device) for name, tensor in batch.items()})
+    return model(**inputs).last_hidden_state[ends]
 
 
 def _attention(

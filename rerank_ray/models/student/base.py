@@ -271,12 +271,3 @@ def encode_pairs(
         query = head[:longest]
         encoded.append(texts.pair.fill(query, tail[: room - len(query)]))
     return encoded
-
-
-def collate_causal(encoded: Sequence[Encoded], limit: int | None) -> dict[str, torch.Tensor]:
-    """Token ids [B, L] of pairs for a decoder, and `last` [B], the position that each ends at.
-
-    No mask is needed: a causal model's real tokens never see the padding on their right.
-    """
-    ids, lengths = engine.right_pad([e["input_ids"] for e in encoded], pad_id=0, limit=limit)
-    return {"input_ids": ids, "last": lengths - 1}

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models import packed_decoder
 from rerank_ray.models.instructed_pairs import InstructedPairs
-from rerank_ray.models.packed_decoder import CausalPacking
-from rerank_ray.models.student.base import StudentDescription, collate_causal
+from rerank_ray.models.student.base import StudentDescription
 from rerank_ray.models.student.linear import LinearStudent
 from rerank_ray.models.student.source import final_norm
 
@@ -86,18 +85,13 @@ class DecoderStudent(LinearStudent):
         packed_decoder.make_packable(self.model, self.description.max_length)
 
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return collate_causal(encoded, self.positions)
+        return packed_decoder.collate_padded([e["input_ids"] for e in encoded], self.positions)
 
     def collate_packed(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return packed_decoder.collate_packed([e["input_ids"] for e in encoded])
 
-    def forward(self, *, input_ids, last=None, attention_mask=None, places=None) -> torch.Tensor:
-        if places is None:
-            inputs = {"input_ids": input_ids, "use_cache": False}
-            at = (torch.arange(len(last), device=last.device), last)
-        else:
-            packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
-            inputs, at = packing.inputs(), (0, packing.ends)
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        inputs, at = packed_decoder.inputs_and_ends(**batch)
         early = len(self.early_heads) > 0
         output = self.model.base_model(**inputs, output_hidden_states=early)
         scores = [self.model.score(output.last_hidden_state[at])[:, 0]]

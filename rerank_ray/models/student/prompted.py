@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models import packed_decoder
 from rerank_ray.models.continuations import continuation_ids, label_ids
-from rerank_ray.models.packed_decoder import CausalPacking
 from rerank_ray.models.protocol import NextToken
-from rerank_ray.models.student.base import Student, StudentDescription, clipped, collate_causal
+from rerank_ray.models.student.base import Student, StudentDescription, clipped
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 
 
@@ -65,24 +64,26 @@ class PromptedStudent(Student):
         packed_decoder.make_packable(self.model, self.description.max_length)
 
     def collate(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return super().collate(encoded) if self.is_seq2seq else collate_causal(encoded, self.positions)
+        return (
+            super().collate(encoded)
+            if self.is_seq2seq
+            else packed_decoder.collate_padded([e["input_ids"] for e in encoded], self.positions)
+        )
 
     def collate_packed(self, encoded: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return packed_decoder.collate_packed([e["input_ids"] for e in encoded])
 
-    def forward(self, *, input_ids: torch.Tensor, last=None, attention_mask=None, places=None) -> torch.Tensor:
+    def forward(self, *, input_ids: torch.Tensor, attention_mask=None, **batch: torch.Tensor) -> torch.Tensor:
         if self.is_seq2seq:
             begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
             output = self.model(
                 input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun, use_cache=False
             )
             logits = output.logits[:, -1]
-        elif places is None:
-            rows = torch.arange(len(last), device=last.device)
-            logits = self._causal_logits({"input_ids": input_ids, "use_cache": False}, (rows, last))
         else:
-            packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
-            logits = self._causal_logits(packing.inputs(), (0, packing.ends))
+            logits = self._causal_logits(
+                *packed_decoder.inputs_and_ends(input_ids=input_ids, attention_mask=attention_mask, **batch)
+            )
         labels = logits[:, self.label_ids].float()
         return (labels[:, 0] - labels[:, 1] if len(self.label_ids) == 2 else labels[:, 0])[None]
 
