@@ -5,8 +5,9 @@
 NovelEval: its 21 questions, each with its own 20 passages in BM25 order. Cranfield: the first `--queries` test queries
 with BM25's top `--depth`. Methods that write long answers, which take minutes a query here, have a table of their own:
 the first `--few` queries of each. Both collections are found through RERANK_RAY_DATA. A method that
-docs/benchmarks/methods*.json already hold with the same settings and lists is not run again, so an interrupted run goes
-on where it stopped. The heads of CoRe are found first, on Cranfield's training queries.
+docs/benchmarks/methods*.json already hold with the same settings and lists, of such a machine and such versions, is not
+run again, so an interrupted run goes on where it stopped; without these files all are. The heads of CoRe are found
+first, on Cranfield's training queries.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from harness import DOCS, Qrels, publish
+from harness import DOCS, Qrels, machine, publish
 from pydantic import TypeAdapter
 
 from rerank_ray.formats.lines import BadLines
@@ -147,7 +148,8 @@ def table(
 ) -> None:
     """Run what is not in the table yet, and publish it after each method."""
     path = DOCS / "benchmarks" / f"{name}.json"
-    known = json.loads(path.read_text())["runs"] if path.exists() else {}
+    record = json.loads(path.read_text()) if path.exists() else {}
+    known = record["runs"] if record.get("machine") == machine() else {}
     queries = {collection: len(lists) for collection, (lists, _) in collections.items()}
     runs = {method: _same(known.get(method), methods[method], queries, options.depth) for method in methods}
     for method in methods:

@@ -49,7 +49,7 @@ class TorchSettings(ModelSettings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """`auto` is bfloat16 where the device computes it natively and float32 elsewhere. `int8` is float32 with linear
-    layers in 8-bit integers (dynamic quantisation), for CPUs without bfloat16; it pays with `compile`."""
+    layers in 8-bit integers (dynamic quantisation), for CPUs without AMX; it pays with `compile`."""
     compile: bool = False
     """Let torch.compile make one program of an encoder, or of each norm and each feed-forward block of an LLM: for long
     runs, as the first batches take half a minute or more."""
