@@ -80,8 +80,7 @@ class BiEncoder:
             if not chosen:
                 continue
             texts = [self.prefix[role] + calls[i].text for i in chosen]
-            encoded = self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-            for i, tokens in zip(chosen, encoded, strict=True):
+            for i, tokens in zip(chosen, token_ids(self.tokenizer, texts, limit), strict=True):
                 ids[i] = tokens
         return ids
 
@@ -124,6 +123,13 @@ def _max_lengths(student: StudentDescription | None, given: int) -> dict[str, in
     if student is None:
         return {"query": given, "document": given}
     return {"query": student.max_query_length, "document": student.max_length - student.max_query_length}
+
+
+def token_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """Each text's tokens, cut to `max_length`. An empty text is the token that ends texts where the tokenizer has no
+    special tokens to put around it, as Qwen 2's has none: of nothing there is no vector."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    return [ids or [end] for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]]
 
 
 def embedded(model: torch.nn.Module, ids: torch.Tensor, lengths: torch.Tensor, pooling: str) -> torch.Tensor:

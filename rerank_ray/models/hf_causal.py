@@ -16,7 +16,7 @@ from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.packed_decoder import CausalPacking, packs_in_scoring
-from rerank_ray.models.positions import check_positions
+from rerank_ray.models.positions import check_causal, check_positions
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
     Answer,
@@ -95,6 +95,7 @@ class HFCausal:
         if loaded:
             accelerate(self.model.base_model, settings)
         check_positions(self.model, settings.max_length, settings.path)
+        check_causal(self.model, settings.path, "use kind: bi_encoder")
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
         # A model that is trained is called by others too.
         self._packs = loaded and packs_in_scoring(self.model, settings)
@@ -118,7 +119,10 @@ class HFCausal:
             self.answers -= {Attention}
         self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._select)
-        self._reader = AttentionReader(self.model, self.encoder, self.runner)
+        # Attention is read from padded batches.
+        reads = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
+        reads.computed = self.runner.computed
+        self._reader = AttentionReader(self.model, self.encoder, reads)
 
     @property
     def attention_shape(self) -> tuple[int, int]:

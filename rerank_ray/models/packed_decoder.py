@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rerank_ray.models import engine
+from rerank_ray.models.acceleration import compiles_in_parts
 from rerank_ray.models.packing import Packing
 from rerank_ray.models.plain_attention import attention, is_taken_apart
 from rerank_ray.models.prefixes import Prefixes
@@ -35,15 +36,18 @@ def make_packable(model: PreTrainedModel, max_length: int) -> bool:
     window = getattr(config, "sliding_window", None)
     if config.model_type not in PACKABLE_DECODERS or config._attn_implementation != "sdpa":
         return False
-    if window is not None and window < max_length:
+    # A checkpoint's own code may have the name of an architecture that transformers has.
+    if (window is not None and window < max_length) or not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(_PACKED)
-    return True
+    return is_packable(model)
 
 
 def packs_in_scoring(model: PreTrainedModel, settings: TorchSettings) -> bool:
-    """Make a loaded decoder packable where that was measured to be faster, and say whether it is: on CPUs."""
-    return model.device.type == "cpu" and make_packable(model, settings.max_length)
+    """Make a loaded decoder packable where that was measured to be faster, and say whether it is: on CPUs, unless the
+    whole is compiled."""
+    compiles_whole = settings.compile and not compiles_in_parts(model)
+    return not compiles_whole and model.device.type == "cpu" and make_packable(model, settings.max_length)
 
 
 def is_packable(model: PreTrainedModel) -> bool:

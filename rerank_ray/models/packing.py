@@ -60,13 +60,18 @@ class Packing:
 
 def is_packable(model: PreTrainedModel) -> bool:
     """Whether the model takes `packing`."""
-    return model.config.model_type in PACKABLE and model.config._attn_implementation in _PACKED_ATTENTION
+    return _can_pack(model) and model.config._attn_implementation in _PACKED_ATTENTION
 
 
 def make_packable(model: PreTrainedModel) -> None:
     """Let the model take `packing`, if its architecture can and its attention is PyTorch's."""
-    if model.config.model_type in PACKABLE and model.config._attn_implementation == "sdpa":
+    if _can_pack(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED)
+
+
+def _can_pack(model: PreTrainedModel) -> bool:
+    # An encoder's architecture may be a decoder by its config, whose tokens don't see all others.
+    return model.config.model_type in PACKABLE and not getattr(model.config, "is_decoder", False)
 
 
 class _Move(torch.autograd.Function):

@@ -1,6 +1,8 @@
-"""How many tokens a model has positions for."""
+"""Which tokens a model can place, and which ones a token sees."""
 
 from __future__ import annotations
+
+import math
 
 from transformers import PreTrainedModel
 
@@ -16,7 +18,13 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def check_positions(model: PreTrainedModel, max_length: int, path: str) -> None:
-    """Raise `ModelError` where sequences of `max_length` tokens, special tokens included, have no positions."""
+    """Raise `ModelError` where sequences of `max_length` tokens, special tokens included, have no positions, or others
+    than they would have by themselves."""
+    if max_length > (limit := _rotated_alike(model)):
+        raise ModelError(
+            f"{path}: max_length is {max_length}, but beyond {limit} tokens LongRoPE rotates the positions of a whole "
+            f"batch otherwise, so that a score would hang on what it is computed with: set max_length to {limit}"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     # XLNet, which has no such table, says -1.
     if positions is None or positions < 0:
@@ -24,3 +32,28 @@ def check_positions(model: PreTrainedModel, max_length: int, path: str) -> None:
     limit = positions - first_position(model)
     if max_length > limit:
         raise ModelError(f"{path}: max_length is {max_length}, but the model ends at {limit} tokens")
+
+
+def check_causal(model: PreTrainedModel, name: str, instead: str) -> None:
+    """Raise `ModelError` for a decoder whose tokens see those on their right: they would see padding, where causal ones
+    need no mask for it, and what prompts share would not be the same in each.
+
+    Args:
+        instead: what such a model can be.
+    """
+    config = model.config.get_text_config()
+    for key, looks_both_ways in (("is_causal", (False,)), ("use_bidirectional_attention", (True, "all"))):
+        if getattr(config, key, None) in looks_both_ways:
+            raise ModelError(
+                f"{name}: with {key}: {getattr(config, key)} in its config its tokens see those on their right, and "
+                f"only a causal decoder's last token can be read here: {instead}"
+            )
+
+
+def _rotated_alike(model: PreTrainedModel) -> float:
+    """The length up to which every sequence has the same rotary frequencies, whatever stands beside it."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    return min(
+        (k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"), default=math.inf
+    )

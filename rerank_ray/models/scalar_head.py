@@ -14,7 +14,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load, refuse_random
 from rerank_ray.models.packed_decoder import last_states, packs_in_scoring
-from rerank_ray.models.positions import check_positions
+from rerank_ray.models.positions import check_causal, check_positions
 from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
 from rerank_ray.models.student.lora import saved_names
@@ -47,6 +47,7 @@ class ScalarHead:
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model.base_model, settings)
         check_positions(self.model, settings.max_length, settings.path)
+        check_causal(self.model, settings.path, "use kind: bi_encoder")
         self._packs = packs_in_scoring(self.model, settings)
         self.runner = engine.BatchRunner(
             settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
@@ -101,6 +102,11 @@ def _load_model(
     try:
         refuse_random(missing - saved_names(adapter.source), f"{settings.path} with {settings.adapter}")
         tuned = PeftModel.from_pretrained(model, adapter.source)
+        if getattr(tuned.active_peft_config, "use_dora", False) and not settings.merge_adapter:
+            raise ModelError(
+                f"{settings.adapter}: is of DoRA, which reads the weights that it adapts at every call, and their "
+                "layout is changed here for speed: leave out merge_adapter: false"
+            )
         return tuned.merge_and_unload() if settings.merge_adapter else tuned.get_base_model()
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -75,8 +75,8 @@ def quickstart(folder: Path, console: Console, *, full: bool = False) -> None:
     storage.write_text(page, _page(systems, results["report"], folder / "pipeline"))
     console.print(
         f"Finished in {time.monotonic() - started:.0f} s. The report: {page}\n\n"
-        "With your own data: copy rerank_ray/quickstart/pipeline.yaml, point its two ingest steps and the report's qrels "
-        "at a BEIR folder (or ingest hits or a TREC run), choose a larger teacher, and start it:\n"
+        "With your own data: copy rerank_ray/quickstart/pipeline.yaml, point its two ingest steps and the report's "
+        "qrels at a BEIR folder (or ingest hits or a TREC run), choose a larger teacher, and start it:\n"
         "  rerank-ray pipeline my.yaml --run runs/mine\n"
         f"Use the student by itself: rerank-ray rerank with ranker.model.path={folder}/pipeline/student/student"
     )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
 from fixtures.tiny_models import tiny_bert_folder, tiny_decoder_folder
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config
 
-from rerank_ray.models import packed_decoder
+from rerank_ray.errors import ModelError
+from rerank_ray.models import acceleration, packed_decoder
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.packed_decoder import PACKABLE_DECODERS
 from rerank_ray.models.plain_attention import attention_for_training
-from rerank_ray.models.protocol import LogLikelihood, NextToken, Pair, Prompt
+from rerank_ray.models.protocol import Attention, LogLikelihood, NextToken, Pair, Prompt
 from rerank_ray.models.student import Student, StudentPrompt, adapt
 from rerank_ray.settings.models import CrossEncoderSettings, HFCausalSettings
 from rerank_ray.settings.student import StudentSettings
@@ -95,13 +97,17 @@ def test_padding_is_not_computed(tmp_path: Path):
         ("mistral", {"sliding_window": 24}, {}),
         ("stablelm", {}, {}),
         ("llama", {}, {"trained": True}),
+        # Its norms are LayerNorms: it is compiled as a whole.
+        ("starcoder2", {}, {"compile": True}),
     ],
-    ids=["a window shorter than a sequence", "another architecture", "a model that is trained"],
+    ids=["a window shorter than a sequence", "another architecture", "a model that is trained", "one program"],
 )
-def test_what_is_not_packed(tmp_path: Path, kind: str, more: dict, settings: dict):
+def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, more: dict, settings: dict):
     folder = folder_of(kind, tmp_path, **more)
-    model = backend(folder)
-    if settings:
+    if settings.get("compile"):
+        monkeypatch.setattr(acceleration, "_compile", lambda model, device: None)
+    model = backend(folder, compile=settings.get("compile", False))
+    if settings.get("trained"):
         given = AutoModelForCausalLM.from_pretrained(folder).eval()
         model = HFCausal(HFCausalSettings(path=str(folder), max_length=300, dtype="float32"), given, model.tokenizer)
     assert max(rows for rows, _ in shapes_of(model)) > 1
@@ -114,6 +120,48 @@ def test_a_window_that_no_sequence_fills_is_none(tmp_path: Path):
     some = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 24}
     qwen = backend(tiny_decoder_folder(tmp_path / "q", Qwen2Config, layers=3, **SHARED, **some))
     assert max(rows for rows, _ in shapes_of(qwen)) > 1
+
+
+def test_a_checkpoint_whose_own_code_can_t_pack_is_padded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(LlamaForCausalLM, "_can_set_attn_implementation_cached_value", False, raising=False)
+    assert max(rows for rows, _ in shapes_of(backend(folder_of("llama", tmp_path)))) > 1
+
+
+def test_attention_is_read_from_padded_batches_and_counted_so(tmp_path: Path):
+    model = backend(folder_of("llama", tmp_path))
+    assert {rows for rows, _ in shapes_of(model)} == {1}
+    model.runner.computed.tokens = model.runner.computed.positions = 0
+    prompts = [Prompt(parts=("A: ", "\nQuery: cat"), passages=(p,)) for p in PASSAGES]
+    lengths = [len(ids) for ids in model.encoder.encode(prompts, [0] * len(prompts))]
+    model.run([Attention(prompt=p, query="cat") for p in prompts])
+    computed = model.runner.computed
+    assert (computed.tokens, computed.positions) == (sum(lengths), len(prompts) * math.ceil(max(lengths) / 16) * 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {"is_causal": False}),
+        ("qwen2", {"is_causal": False}),
+        ("gemma", {"use_bidirectional_attention": True}),
+    ],
+)
+def test_a_decoder_that_looks_both_ways_is_refused(tmp_path: Path, kind: str, more: dict):
+    """Its tokens would see the padding."""
+    folder = folder_of(kind, tmp_path, **more)
+    for make in (backend, lambda folder: student(folder, head="linear"), lambda folder: student(folder, head="yes_no")):
+        with pytest.raises(ModelError, match=rf"with {next(iter(more))}: .* in its config its tokens see"):
+            make(folder)
+
+
+def test_long_rope_is_refused_where_a_batch_would_change_a_score(tmp_path: Path):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    folder = folder_of("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(ModelError, match=r"max_length is 300, but beyond 64 tokens LongRoPE .* set max_length to 64"):
+        backend(folder)
+    assert HFCausal(HFCausalSettings(path=str(folder), max_length=64, dtype="float32")).run(
+        [NextToken(prompt=PROMPTS[0], labels=("Yes", "No"))]
+    )
 
 
 STUDENTS = {

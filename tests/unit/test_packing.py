@@ -106,6 +106,12 @@ def test_another_architecture_is_padded(tmp_path: Path):
         assert "places" not in padded.batch(padded.encode(QUERIES, DOCUMENTS), packed=True)
 
 
+def test_an_encoder_that_is_a_decoder_by_its_config_is_padded(tmp_path: Path):
+    """Its attention is causal."""
+    built = student(tiny_encoder_folder(tmp_path, *ENCODERS["bert"], layers=3, is_decoder=True), "linear", {})
+    assert "places" not in built.batch(built.encode(QUERIES, DOCUMENTS), packed=True)
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), width=st.integers(1, 3))
 def test_packing_is_undone_by_unpacking(lengths: list[int], width: int):
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

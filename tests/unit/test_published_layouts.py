@@ -119,6 +119,18 @@ def test_rankllama(rankllama_folders: tuple[Path, Path], merge: bool, tokens_per
     assert f"+{adapter}@" in ranker.name
 
 
+def test_a_dora_adapter_is_merged_or_refused(tmp_path: Path):
+    base, adapter = rankllama(tmp_path, use_dora=True)
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), adapter
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    settings = {"path": str(base), "adapter": str(adapter), "dtype": "float32"}
+    check(cross_encoder(ScalarHeadSettings(**settings)), lambda q, d: rankllama_reference(model, tokenizer, q, d))
+    with pytest.raises(ModelError, match=r"is of DoRA, which reads the weights .* leave out merge_adapter: false"):
+        load_backend(ScalarHeadSettings(**settings, merge_adapter=False))
+
+
 def merged(rankllama_folders: tuple[Path, Path], folder: Path, **config) -> Path:
     """The adapter in the weights, as a sequence-classification checkpoint of its own."""
     base, adapter = rankllama_folders

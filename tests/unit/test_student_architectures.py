@@ -348,7 +348,9 @@ def test_a_decoder_that_looks_both_ways_is_refused(tmp_path: Path):
     """EmbeddingGemma's: without a mask its tokens would see the padding, and scores would hang on the batch."""
     more = {"num_key_value_heads": 2, "head_dim": 8, "use_bidirectional_attention": True}
     folder = tiny_decoder_folder(tmp_path / "base", Gemma3TextConfig, layers=3, **more)
-    with pytest.raises(ModelError, match="use_bidirectional_attention its tokens see those on their right"):
+    with pytest.raises(
+        ModelError, match="use_bidirectional_attention: True in its config its tokens see those on their right"
+    ):
         start(folder, "linear")
     assert start(folder, "bi_encoder").layers == (3,)
 

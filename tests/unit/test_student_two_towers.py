@@ -10,9 +10,10 @@ import pytest
 import torch
 from fixtures.published import colbert
 from fixtures.students import DOCUMENTS, QUERIES, load, scores, start
-from fixtures.tiny_models import tiny_t5_folder
+from fixtures.tiny_models import tiny_decoder_folder, tiny_llama_tokenizer, tiny_t5_folder
 from safetensors.torch import load_file, save_file
-from transformers import T5EncoderModel
+from tokenizers import processors
+from transformers import LlamaConfig, T5EncoderModel
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.bi_encoder import BiEncoder
@@ -149,6 +150,22 @@ def test_padding_and_neighbours_do_not_matter(tiny_colbert: Path, head: str):
     torch.testing.assert_close(scores(student), alone, atol=1e-5, rtol=1e-5)
     shuffled = scores(student, QUERIES[::-1], DOCUMENTS[::-1])
     torch.testing.assert_close(scores(student), shuffled.flip(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_an_empty_text_of_a_tokenizer_without_special_tokens(tmp_path: Path, pooling: str):
+    """As Qwen 2's: it is the token that ends texts, whatever stands beside it."""
+    folder = tiny_decoder_folder(tmp_path / "base", LlamaConfig, layers=2)
+    tokenizer = tiny_llama_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save_pretrained(folder)
+    settings = BiEncoderSettings(path=str(folder), dtype="float32", pooling=pooling)
+    (queries, documents) = embedded(BiEncoder(settings), Embed, ["", "cat"], ["", "</s>", "bird dog " * 9])
+    for vector in (queries[0], documents[0]):
+        torch.testing.assert_close(vector, documents[1], atol=1e-6, rtol=0)
+    student = start(folder, "bi_encoder")
+    assert scores(student, ["cat", "cat"], ["", "dog"]).isfinite().all()
+    assert [e["input_ids"] for e in student.encode(["cat"], [""])] == [[tokenizer.eos_token_id]]
 
 
 def test_a_t5_encoder_student(tmp_path: Path):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models import packed_decoder
 from rerank_ray.models.instructed_pairs import InstructedPairs
+from rerank_ray.models.positions import check_causal
 from rerank_ray.models.student.base import StudentDescription
 from rerank_ray.models.student.linear import LinearStudent
 from rerank_ray.models.student.source import final_norm
@@ -30,11 +31,7 @@ class DecoderStudent(LinearStudent):
                 f"{type(model).__name__}: a decoder's scalar head is a linear layer on its last token, called 'score', "
                 "as Llama's kind has it, and this one's is another: use head: yes_no, or another model"
             )
-        if getattr(model.config, "use_bidirectional_attention", False):
-            raise ModelError(
-                f"{type(model).__name__}: with use_bidirectional_attention its tokens see those on their right (as "
-                "EmbeddingGemma's), and a decoder's head is on the last token of causal ones: use head: bi_encoder"
-            )
+        check_causal(model, type(model).__name__, "use head: bi_encoder")
         super().__init__(description, tokenizer, model)
         if len(self.layers) > 1 and final_norm(model) is None:
             raise ModelError(f"{type(model).__name__}: can't find its last norm: earlier layers can't have heads")

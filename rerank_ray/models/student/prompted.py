@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models import packed_decoder
 from rerank_ray.models.continuations import continuation_ids, label_ids
+from rerank_ray.models.positions import check_causal
 from rerank_ray.models.protocol import NextToken
 from rerank_ray.models.student.base import Student, StudentDescription, clipped
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
@@ -36,6 +37,7 @@ class PromptedStudent(Student):
             self.begun = [model.config.decoder_start_token_id, *prefill]
             self.label_ids = label_ids(tokenizer, prompt.labels, [prompt.prefill] * len(prompt.labels))
         else:
+            check_causal(model, type(model).__name__, "use head: bi_encoder")
             self.label_ids = list(self.encoder.label_ids(prompt.fill("query", "word"), prompt.labels))
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.models import engine
-from rerank_ray.models.bi_encoder import embedded
+from rerank_ray.models.bi_encoder import embedded, token_ids
 from rerank_ray.models.late_interaction import METADATA, ColBERTModel, TextEncoder
 from rerank_ray.models.student.base import Student, StudentDescription
 
@@ -64,12 +64,11 @@ class BiEncoderStudent(TwoTowerStudent):
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[dict[str, list[int]]]:
         description = self.description
-        heads = self._ids([description.query_prefix + q for q in queries], description.max_query_length)
-        tails = self._ids([description.document_prefix + d for d in documents], self.max_document_length)
+        heads = [description.query_prefix + q for q in queries]
+        heads = token_ids(self.tokenizer, heads, description.max_query_length)
+        tails = [description.document_prefix + d for d in documents]
+        tails = token_ids(self.tokenizer, tails, self.max_document_length)
         return [{"input_ids": d, "query_ids": q} for q, d in zip(heads, tails, strict=True)]
-
-    def _ids(self, texts: list[str], max_length: int) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
     def forward(self, *, input_ids, lengths, query_ids, query_lengths, query_of) -> torch.Tensor:
         queries = embedded(self.model, query_ids, query_lengths, self.pooling)
