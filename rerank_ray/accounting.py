@@ -223,7 +223,8 @@ def delete_uncommitted(data_uri: str, checkpoint_uri: str) -> None:
     fs, _ = storage.open_filesystem(checkpoint_uri)
     checkpoints = set(storage.list_files(checkpoint_uri, ".parquet"))
     pending = [path for path in checkpoints if path.endswith(_PENDING)]
-    prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(_PENDING) for p in pending)
+    # A data file is called as its checkpoint and has a number of its own, behind a hyphen.
+    prefixes = tuple(p.rsplit("/", 1)[-1].removesuffix(_PENDING) + "-" for p in pending)
     for path in storage.list_files(data_uri, ".parquet") if prefixes else ():
         if path.rsplit("/", 1)[-1].startswith(prefixes):
             fs.delete_file(path)

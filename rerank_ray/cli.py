@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--method", default="zscore", choices=["zscore", "minmax", "rrf", "borda", "kemeny"])
     combine.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a run (default: all alike)")
     combine.add_argument("--out", required=True, metavar="FOLDER", help="run folder to write")
+    combine.add_argument("--max-error-rate", type=float, metavar="R", help="rows with error that are accepted (0.05)")
     combine.set_defaults(command=_combine)
     _add_convert(commands)
     _add_evaluate(commands)
@@ -300,6 +301,8 @@ def _combine(options: argparse.Namespace, console: Console) -> None:
     from rerank_ray.settings.jobs import CombineSettings
 
     content = {"inputs": options.runs, "method": options.method, "weights": options.weights}
+    if options.max_error_rate is not None:
+        content["limits"] = {"max_error_rate": options.max_error_rate}
     combine_runs(config.validate(CombineSettings, content, source="combine"), options.out, console)
 
 

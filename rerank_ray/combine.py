@@ -53,7 +53,8 @@ def _rows(settings: CombineSettings, sources: Sequence[str], weights: Sequence[f
 
 def _entry(row: dict) -> dict:
     """Teacher, doc ids, scores and error, without texts."""
-    doc_ids = [c["doc_id"] for c in row["candidates"] or []]
+    # What is no candidate is its row's error.
+    doc_ids = [c["doc_id"] for c in row["candidates"] or [] if c]
     return {"teacher": row["teacher"], "doc_ids": doc_ids, "scores": row["scores"], "error": row["error"]}
 
 

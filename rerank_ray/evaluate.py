@@ -286,7 +286,10 @@ def _doc_ids(row: dict, kind: SourceKind, path: str) -> tuple[str, ...]:
     where = f"{path}: query {row['query_id']!r}"
     if kind is SourceKind.RANKINGS:
         return tuple(row["doc_ids"] or ())
-    ids = tuple(c["doc_id"] for c in row["candidates"] or ())
+    candidates = row["candidates"] or ()
+    if None in candidates:
+        raise InputError(f"{where}: candidate {candidates.index(None)} is null: leave it out")
+    ids = tuple(c["doc_id"] for c in candidates)
     if kind is SourceKind.CANDIDATES:
         return ids
     if row["scores"] is None:

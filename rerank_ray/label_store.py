@@ -91,6 +91,8 @@ class StoreCounts:
     hits: int = 0
     misses: int = 0
     corrupt_segments: int = 0
+    failed_reads: int = 0
+    """Segments that are there and could not be read: what they hold was computed again."""
     failed_writes: int = 0
     not_stored: int = 0
     """Answers for which there was no room within `max_gb`."""
@@ -107,18 +109,26 @@ class LabelStore:
         self._own: list[str] = []
         self._segments: dict[str, _Index] = {}
         self._bytes = 0
-        for name, size in _list_segments(self._uri):
-            self._bytes += size
-            table = _read(self._uri, name, self.counts)
-            if table is not None:
-                self._segments[name] = _Index(table)
+        self._index()
 
     def get(self, digests: Sequence[bytes]) -> list[Answer | None]:
         """The answers under these digests; None where there is none. An answer's usage says that no call was made."""
         answers: list[Answer | None] = [None] * len(digests)
-        wanted, left = _first_halves(b"".join(digests)), np.arange(len(digests))
+        known = list(self._segments)
+        self._look_up(digests, known, answers)
+        if len(self._segments) < len(known):
+            # Another process has merged those that are gone.
+            self._look_up(digests, self._index(), answers)
+        self.counts.misses += sum(a is None for a in answers)
+        self.counts.hits += sum(a is not None for a in answers)
+        return answers
+
+    def _look_up(self, digests: Sequence[bytes], names: Sequence[str], answers: list[Answer | None]) -> None:
+        """Put what these segments have into `answers` where there is none yet."""
+        wanted = _first_halves(b"".join(digests))
+        left = np.array([i for i, answer in enumerate(answers) if answer is None], dtype=np.int64)
         # The latest segments first: a run that is done again finds its batches in few of them.
-        for name in reversed(list(self._segments)):
+        for name in reversed(names):
             if not len(left):
                 break
             found, rows = self._segments[name].find(wanted[left])
@@ -132,9 +142,18 @@ class LabelStore:
                 if digest == digests[i]:
                     answers[i] = _decode(text)
             left = left[[answers[i] is None for i in left.tolist()]]
-        self.counts.misses += sum(a is None for a in answers)
-        self.counts.hits += sum(a is not None for a in answers)
-        return answers
+
+    def _index(self) -> list[str]:
+        """Read the index of the segments that are there and not known yet; returns their names."""
+        segments = _list_segments(self._uri)
+        self._bytes = sum(size for _, size in segments)
+        added = []
+        for name, _ in segments:
+            table = None if name in self._segments else self._read(name)
+            if table is not None:
+                self._segments[name] = _Index(table)
+                added.append(name)
+        return added
 
     def put(self, answers: Mapping[bytes, Answer]) -> None:
         """Keep answers, all of them in one new segment.
@@ -174,18 +193,28 @@ class LabelStore:
         self._bytes = sum(size for _, size in _list_segments(self._uri))
 
     def _table(self, name: str) -> pa.Table | None:
-        """A segment's rows, held while there is room; a segment that is gone or damaged leaves the index."""
+        """A segment's rows, held while there is room; a segment that is gone or damaged leaves the index, and one that
+        could not be read is asked for again next time."""
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
-        table = _read(self._uri, name, self.counts)
+        failed = self.counts.failed_reads
+        table = self._read(name)
         if table is None:
-            self._segments.pop(name, None)
+            if self.counts.failed_reads == failed:
+                self._segments.pop(name, None)
             return None
         self._held[name] = table
         while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > _HELD_BYTES:
             self._held.popitem(last=False)
         return table
+
+    def _read(self, name: str) -> pa.Table | None:
+        try:
+            return _read(self._uri, name, self.counts)
+        except OSError:
+            self.counts.failed_reads += 1
+            return None
 
 
 def prepare(settings: StoreSettings) -> None:
@@ -207,7 +236,7 @@ def prepare(settings: StoreSettings) -> None:
 def tidy(settings: StoreSettings) -> None:
     """Merge small segments, drop the oldest ones beyond `max_gb`, and delete what killed writers left behind.
 
-    Any process may do so at any time: an open store that misses a segment then computes what was in it.
+    Any process may do so at any time: an open store that misses a segment then looks for the one that it went into.
     """
     # A store that can't be tidied now is tidied after the next job.
     with contextlib.suppress(OSError, RunError):
@@ -338,10 +367,14 @@ def _write(uri: str, table: pa.Table, at_ns: int) -> tuple[str, int]:
 
 def _read(uri: str, name: str, counts: StoreCounts) -> pa.Table | None:
     """A segment's rows; None when it is gone, or when its bytes are not what its name says. Such a damaged one is
-    counted and deleted: what it held is computed and written again."""
+    counted and deleted: what it held is computed and written again.
+
+    Raises:
+        OSError: it is there, and can't be read now.
+    """
     try:
         data = storage.read_bytes(storage.join(uri, name))
-    except OSError:
+    except FileNotFoundError:
         return None
     if _checksum(data) != _NAME.fullmatch(name)[1]:
         _delete(uri, name)

@@ -103,14 +103,18 @@ def _ranked_rows(run: RunFolder):
     return (row for row in read_rows(run.data, columns) if row["error"] is None)
 
 
-def finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict) -> None:
-    """Record the totals; a run past its bounds is failed, with its output kept."""
+def finish(run: RunFolder, counts: Counts, limits: LimitSettings, timings: dict, again: str | None = None) -> None:
+    """Record the totals; a run past its bounds is failed, with its output kept.
+
+    Args:
+        again: how rows are done again, where that is not with --retry-errors.
+    """
     over = passed_bounds(counts, limits)
     run.update(state="failed" if over else "done", counts=counts.to_dict(), rates=counts.rates(), timings=timings)
     if over:
         examples = "".join(f"\n  {e}" for e in counts.examples[:5])
         # That does rows with an error again, and would leave those with defects as they are.
-        again = "use --retry-errors" if counts.errors else "rank anew in another --run folder"
+        again = again or ("use --retry-errors" if counts.errors else "rank anew in another --run folder")
         raise RunError(
             f"{run.uri}: {'; '.join(over)}. The output is kept in {run.data}; raise the bound to accept it, or mend "
             f"the cause and {again}.{examples}"
@@ -150,6 +154,7 @@ def _store_line(store: dict | None) -> str:
     calls = store["hits"] + store["misses"]
     faults = {
         "corrupt_segments": "corrupt segments",
+        "failed_reads": "failed reads",
         "failed_writes": "failed writes",
         "not_stored": "answers not stored: raise store.max_gb",
     }
@@ -187,5 +192,5 @@ def combine_runs(settings: CombineSettings, run_uri: str, console: Console) -> R
         counts = count_output(run.data, summaries[0].rows)
         timings = {"seconds_of_last_start": round(time.monotonic() - started, 2)}
         _print_counts(console, run, counts, timings)
-        finish(run, counts, LimitSettings(max_error_rate=1.0, max_defect_rate=1.0), timings)
+        finish(run, counts, settings.limits, timings, again="combine again")
     return run

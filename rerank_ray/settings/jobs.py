@@ -142,6 +142,8 @@ class CombineSettings(Settings):
     least with all of them."""
     weights: list[PositiveFloat] | None = None
     """One weight a run; null weighs all alike."""
+    limits: LimitSettings = LimitSettings(max_error_rate=0.05)
+    """A query that any run failed on, or of which it labelled other candidates, is a row with `error`."""
 
     @model_validator(mode="after")
     def _a_weight_for_each_input(self) -> CombineSettings:

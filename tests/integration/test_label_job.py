@@ -19,7 +19,7 @@ from fixtures.tiny_models import tiny_cross_encoder_folder
 
 from rerank_ray import config
 from rerank_ray.audit import audit
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import jobs
 from rerank_ray.parquet import read_rows, write_rows
 from rerank_ray.planning import plan
@@ -363,10 +363,18 @@ def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates,
             "hits": hits,
             "misses": calls,
             "corrupt_segments": 0,
+            "failed_reads": 0,
             "failed_writes": 0,
             "not_stored": 0,
             "hit_rate": hits / (hits + calls),
         }
+
+
+@pytest.mark.parametrize("name", ["what?", "query_id=1"])
+def test_a_folder_that_ray_could_not_read_below_is_refused(make_candidates, tmp_path, console, name):
+    """A resume would not find the checkpoint there."""
+    with pytest.raises(InputError, match="with '\\?' or 'query_id=' in its name: rename it"):
+        jobs.label(label_settings(make_candidates(2)), str(tmp_path / name / "run"), console)
 
 
 def test_a_finished_job_is_compared_with_its_plan(make_candidates, tmp_path, console):

@@ -198,15 +198,16 @@ def test_files_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, Path]:
-    """Three data files (one with an error among good rows, one of errors alone, one without) and their checkpoint."""
+    """Three data files (one with an error among good rows, one of errors alone, one without) and their checkpoint, with
+    names as Ray's."""
     data, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
     files = {"a": [good("q1"), bad("q2"), good("q3")], "b": [bad("q4"), bad("q5")], "c": [good("q6")]}
     for folder in (data, checkpoint):
         folder.mkdir()
     for name, rows in files.items():
-        pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), data / f"{name}_000.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), data / f"{name}_000000-0.parquet")
         ids = pa.table({"query_id": [r["query_id"] for r in rows]})
-        pq.write_table(ids, checkpoint / f"{name}.parquet")
+        pq.write_table(ids, checkpoint / f"{name}_000000.parquet")
     return data, checkpoint
 
 
@@ -215,7 +216,7 @@ def test_only_good_rows_stay_in_data_and_checkpoint(run: tuple[Path, Path]):
     assert drop_errors(str(data), str(checkpoint)) == 3
     assert sorted(ids_in(data)) == ["q1", "q3", "q6"]
     assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
-    assert sorted(p.name for p in data.iterdir()) == ["a_000.parquet", "c_000.parquet"]
+    assert sorted(p.name for p in data.iterdir()) == ["a_000000-0.parquet", "c_000000-0.parquet"]
     assert next(parquet.read_rows(str(data), LABELS.names))["scores"] == [1.0, 2.0, 3.0]
 
 
@@ -237,8 +238,8 @@ def test_a_folder_may_be_called_as_the_files_are(run: tuple[Path, Path]):
 def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
     """A pending checkpoint names the file that a crash may have left half written: both go, its rows are redone."""
     data, checkpoint = run
-    (checkpoint / "c.parquet").rename(checkpoint / "c_000.pending.parquet")
-    (data / "c_000.parquet").write_bytes(b"PAR1 half a file")
+    (checkpoint / "c_000000.parquet").rename(checkpoint / "c_000000.pending.parquet")
+    (data / "c_000000-0.parquet").write_bytes(b"PAR1 half a file")
     assert drop_errors(str(data), str(checkpoint)) == 3
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3"]
     assert not list(checkpoint.glob("*.pending.parquet"))
@@ -247,13 +248,25 @@ def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
 def test_what_was_committed_and_begun_again_is_done_again(run: tuple[Path, Path]):
     """A write is repeated where its result got lost on the way: its data may be half of the second time."""
     data, checkpoint = run
-    (checkpoint / "c.pending.parquet").write_bytes((checkpoint / "c.parquet").read_bytes())
+    (checkpoint / "c_000000.pending.parquet").write_bytes((checkpoint / "c_000000.parquet").read_bytes())
     before = set(ids_in(checkpoint))
     delete_uncommitted(str(data), str(checkpoint))
     left = set(ids_in(checkpoint))
     assert left < before
     assert left == set(ids_in(data))
     assert not list(checkpoint.glob("*.pending.parquet"))
+
+
+def test_a_task_s_number_may_begin_as_another_s(run: tuple[Path, Path]):
+    """From the millionth write on numbers have seven digits."""
+    data, checkpoint = run
+    for folder, ending in ((data, "-0.parquet"), (checkpoint, ".parquet")):
+        (folder / f"c_000000{ending}").rename(folder / f"u_1000003{ending}")
+    (checkpoint / "u_100000.pending.parquet").write_bytes(b"")
+    (data / "u_100000-0.parquet").write_bytes(b"PAR1 half a file")
+    delete_uncommitted(str(data), str(checkpoint))
+    assert "q6" in ids_in(data)
+    assert sorted(ids_in(data)) == sorted(ids_in(checkpoint))
 
 
 class Killed(BaseException):

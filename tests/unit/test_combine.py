@@ -22,7 +22,7 @@ from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.ranking.fusion import fuse
 from rerank_ray.records import CandidateList
 from rerank_ray.schema import LABELS, labels_from_row
-from rerank_ray.settings.jobs import CombineSettings
+from rerank_ray.settings.jobs import CombineSettings, LimitSettings
 
 NAN = math.nan
 IDS = ["a", "b", "c"]
@@ -201,6 +201,34 @@ def test_other_candidates_are_an_error_of_the_row(tmp_path: Path):
         run(tmp_path / "b", [label_row(make_list("q1", 2), [0.0, 1.0], teacher="B")]),
     ]
     assert combined(sources, tmp_path / "out")["q1"]["error"] == "B labelled other candidates of this query"
+
+
+def test_a_row_whose_candidate_is_null_keeps_its_error(tmp_path: Path):
+    """As a label job leaves it."""
+    broken = label_row(make_list("q1", 3), None, teacher="A", error="candidate 1 is null")
+    broken["candidates"][1] = None
+    rows = [broken, label_row(make_list("q2", 3), [0.0, 1.0, 2.0], teacher="A")]
+    sources = [run(tmp_path / name, rows) for name in ("a", "b")]
+    combination = combined(sources, tmp_path / "out")
+    assert combination["q1"]["error"] == "A: candidate 1 is null"
+    assert combination["q2"]["error"] is None
+
+
+def test_a_combination_of_too_few_rows_fails(tmp_path: Path):
+    """Half of the queries have other candidates in the second run."""
+    sources = [
+        run(
+            tmp_path / name,
+            [label_row(make_list(q, n), list(range(n)), teacher=name) for q, n in zip("pq", sizes, strict=True)],
+        )
+        for name, sizes in (("a", [3, 3]), ("b", [2, 3]))
+    ]
+    out = str(tmp_path / "out")
+    with pytest.raises(RunError, match=r"error rate 0.5000 is above limits.max_error_rate 0.05.* and combine again"):
+        combine_runs(CombineSettings(inputs=sources), out, Console(quiet=True))
+    assert len(list(read_rows(f"{out}/data", ["query_id"]))) == 2
+    raised = CombineSettings(inputs=sources, limits=LimitSettings(max_error_rate=0.5))
+    assert combine_runs(raised, out, Console(quiet=True)).state()["state"] == "done"
 
 
 @pytest.mark.parametrize("scores", [None, [0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])

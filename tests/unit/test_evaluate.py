@@ -159,6 +159,9 @@ def test_refusals_name_the_fix(tmp_path: Path, qrels: str) -> None:
     unscored = write_run(tmp_path / "unscored", [labels_row("q1", None)], schema.LABELS)
     with pytest.raises(InputError, match="although 'error' is null"):
         load_rankings(unscored)
+    null = {"query_id": "q1", "query": "q", "candidates": [{"doc_id": "a", "text": "a"}, None]}
+    with pytest.raises(InputError, match="'q1': candidate 1 is null"):
+        load_rankings(write_run(tmp_path / "null", [null], schema.CANDIDATES))
     other = write_run(tmp_path / "other", [ranking_row("z", ["a"])], schema.RANKINGS)
     with pytest.raises(InputError, match="another set's qrels"):
         evaluate_sources([other], qrels=qrels)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rerank_ray import label_store
 from rerank_ray.errors import InputError
-from rerank_ray.label_store import LabelStore, StoredBackend, model_key, prepare, tidy
+from rerank_ray.label_store import LabelStore, StoreCounts, StoredBackend, model_key, prepare, tidy
 from rerank_ray.models.fake import Fake
 from rerank_ray.models.protocol import (
     Answer,
@@ -336,6 +336,33 @@ def test_a_full_store_takes_no_more_and_keeps_what_it_has(tmp_path, monkeypatch,
         found = again.get(batch)
         again.put({d: answer(1) for d, a in zip(batch, found, strict=True) if a is None})
     assert (again.counts.hits, again.counts.misses, again.counts.not_stored) == (50, 15, 15)
+
+
+def test_an_open_store_finds_what_another_process_has_merged(tmp_path):
+    writer = opened(tmp_path)
+    for n in range(6):
+        writer.put({digest(n): answer(n)})
+    reader = opened(tmp_path)
+    tidy(StoreSettings(uri=str(tmp_path)))
+    assert len(segments(tmp_path)) == 1
+    assert [a.value for a in reader.get([digest(n) for n in range(6)])] == [answer(n).value for n in range(6)]
+    assert reader.counts == StoreCounts(hits=6)
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["at a look-up", "at the start"])
+def test_a_segment_that_can_t_be_read_for_a_moment_is_counted(tmp_path, monkeypatch, indexed):
+    opened(tmp_path).put({digest(1): answer(1)})
+    if indexed:
+        store = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(label_store.storage, "read_bytes", lambda uri: (_ for _ in ()).throw(OSError("503")))
+        if not indexed:
+            store = opened(tmp_path)
+        assert store.get([digest(1)]) == [None]
+    assert store.counts == StoreCounts(misses=1, failed_reads=1)
+    if indexed:
+        assert store.get([digest(1)])[0].value == answer(1).value
+    assert len(segments(tmp_path)) == 1
 
 
 def test_room_is_made_before_a_job(tmp_path):
