@@ -49,6 +49,7 @@ def threshold_for(run: str, budget: float, k: int, criterion: UncertaintyCriteri
         raise InputError(f"{run}: no row has scores")
     falling = np.sort(values[:count])[::-1]
     # Queries above the threshold are sent, so the first one that the budget does not hold sets it.
-    affordable = math.floor(budget * count)
+    # 0.29 · 100 is a little less than 29.
+    affordable = math.floor(budget * count + 1e-9)
     threshold = float(falling[affordable]) if affordable < count else -1.0
     return Selectivity(threshold=threshold, selected=int((falling > threshold).sum()), queries=count)

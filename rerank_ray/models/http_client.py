@@ -23,6 +23,7 @@ from rerank_ray.settings.models import OpenAIHTTPSettings
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 # Every other call would fare alike: the job stops instead of turning each row into an error.
 _HOPELESS = frozenset({401, 402, 404})
+_NO_CREDIT = "insufficient_quota"
 # Hopeless before the first answer. Later it is about one call: gateways and moderation refuse texts with it too.
 _FORBIDDEN = 403
 _QUOTED_CHARACTERS = 300
@@ -77,6 +78,8 @@ class HTTPClient:
         # A server that never answered is a wrong address more often than one that is away for a moment.
         self._reached = False
         self._answered = False
+        # Whether an answer has said how many tokens it took.
+        self._counts = False
         self._key = _api_key(settings.api_key_env)
         self._pace = Pace(settings.queries_per_second)
         self._slots = asyncio.Semaphore(settings.concurrency)
@@ -154,7 +157,7 @@ class HTTPClient:
             return _Again(reason=f"no answer within timeout_s ({self.settings.timeout_s:g} s)")
         except httpx2.ConnectError as error:
             return _Again(reason=f"can't connect: {self._quoted(str(error))}", gone=True)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             return _Again(reason=f"connection lost: {self._quoted(f'{type(error).__name__}: {error}')}")
         self._reached = True
         content = _content(response)
@@ -162,21 +165,26 @@ class HTTPClient:
         if status == 200:
             return self._counted(response, content)
         reason = f"HTTP {response.status_code}: {self._quoted(_message(response, content))}"
-        if status in _HOPELESS or (status == _FORBIDDEN and not self._answered):
+        forbidden = status == _FORBIDDEN and not self._answered
+        if status in _HOPELESS or forbidden or _says_no_credit(content):
             raise UnavailableError(f"{url}: {reason}")
         if status in _RETRIED:
             return _Again(reason=reason, after=_retry_after(response.headers.get("Retry-After")))
         return Failure(reason=reason)
 
-    def _counted(self, response: httpx2.Response, reply: Any) -> dict | _Again:
+    def _counted(self, response: httpx2.Response, reply: Any) -> dict | Failure | _Again:
         if not isinstance(reply, dict):
             return _Again(reason=f"the answer is no JSON object: {self._quoted(response.text)}")
         self._answered = True
         usage = reply.get("usage")
         if isinstance(usage, dict):
+            self._counts = True
             self.tokens += sum(usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
         elif self.settings.max_total_tokens is not None:
-            raise ConfigError("max_total_tokens: this server's answers do not say how many tokens they took; remove it")
+            reason = "max_total_tokens: this server's answers do not say how many tokens they took"
+            if not self._counts:
+                raise ConfigError(f"{reason}; remove it")
+            return Failure(reason=f"{reason}, or this one does not")
         return reply
 
     def _quoted(self, text: str) -> str:
@@ -206,8 +214,14 @@ def _content(response: httpx2.Response) -> Any:
     """The response's JSON; None where it is none."""
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def _says_no_credit(content: Any) -> bool:
+    """Whether an error is OpenAI's for an account without credit, which comes as a 429."""
+    error = content.get("error") if isinstance(content, dict) else None
+    return isinstance(error, dict) and _NO_CREDIT in (error.get("type"), error.get("code"))
 
 
 def _status(response: httpx2.Response, content: Any) -> int:

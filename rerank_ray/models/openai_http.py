@@ -75,6 +75,7 @@ class OpenAIHTTP:
                 f"{len(labels)} labels need as many log-probabilities, and top_logprobs is "
                 f"{self.settings.top_logprobs}: raise it, if the server allows, or compare fewer passages in one call"
             )
+        self._check_chat(prompt)
         if self._encoder is not None:
             ids = self._encoder.label_ids(prompt, labels)
             if not self._tells_ids:
@@ -82,9 +83,16 @@ class OpenAIHTTP:
 
     def check_fits(self, prompt: Prompt, max_tokens: int = 0) -> None:
         """Raise `ModelError` unless the prompt, each passage cut to a token, and an answer fit the context, where there
-        is a tokenizer to tell."""
+        is a tokenizer to tell, and `ConfigError` where the server's API can't take the template."""
+        self._check_chat(prompt)
         if self._encoder is not None:
             self._encoder.check_fits(self._cut(prompt), max_tokens, _GENERATED)
+
+    def _check_chat(self, prompt: Prompt) -> None:
+        if self.settings.api == "chat":
+            request = self._chat_request(Generate(prompt=prompt, max_tokens=1))
+            if isinstance(request, Failure):
+                raise ConfigError(f"{self.settings.url}: {request.reason}")
 
     def run(self, calls: Sequence[Call]) -> list[Result]:
         """Answer the calls, in their order; an `UnavailableError` brings those that were answered before it."""

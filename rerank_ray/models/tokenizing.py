@@ -70,6 +70,11 @@ class PromptEncoder:
     def __init__(self, tokenizer, max_length: int, chat: bool | None) -> None:
         if chat and not tokenizer.chat_template:
             raise ModelError("chat: true, but the tokenizer has no chat template; set chat: false")
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{type(tokenizer).__name__} is written in Python, and prompts are cut by where a text's tokens begin, "
+                "which tokenizers tell that transformers runs with the tokenizers library: take another model"
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.chat = bool(tokenizer.chat_template) if chat is None else chat

@@ -67,6 +67,8 @@ _NEEDS = {
     "write_query": _Needs(slots=frozenset({"passage"})),
 }
 # Methods whose labels are two, and what they say.
+_NUMBER, _LETTER, _WORD = re.compile(r"0|[1-9][0-9]*"), re.compile(r"[A-Za-z]"), re.compile(r"\w+")
+"""What parsers find in texts: the first two in rankings, the last elsewhere."""
 _TWO_LABELS = {
     "yes_no": "[relevant, not relevant]",
     "prp": "[passage A, passage B]",
@@ -206,6 +208,23 @@ class Template(Settings):
                 f"{len(self.labels)}: show fewer passages at once or add labels"
             )
         return self.labels[:count]
+
+    def check_readable(self) -> None:
+        """Raise `ConfigError` where a text that names a label, in whatever case, might not be read as that one."""
+        labels = self.labels or ()
+        folded = [label.upper() for label in labels]
+        if repeated := next((a for a, name in zip(labels, folded, strict=True) if folded.count(name) > 1), None):
+            raise ConfigError(
+                f"prompt: labels: {repeated!r} differs from another label in case alone, which a model's text does not "
+                f"keep: use other labels in a {self.method} template whose answers are read from text"
+            )
+        kinds = [_NUMBER, _LETTER] if self.method == "rank_gpt" else [_WORD]
+        if labels and not any(all(kind.fullmatch(label) for label in labels) for kind in kinds):
+            needed = "numbers or letters" if self.method == "rank_gpt" else "words"
+            raise ConfigError(
+                f"prompt: labels: {', '.join(map(repr, labels[:3]))}, … can't be found in a text: labels of a "
+                f"{self.method} template are single {needed}"
+            )
 
     def query_prompt(self, query: Query, count: int) -> Prompt:
         """The prompt that shows no passage, and asks for `count` of something."""

@@ -104,9 +104,11 @@ def read_permutation(template: Template, result: Result, count: int) -> tuple[st
 
 
 def check_fits(backend: Backend, template: Template, count: int, max_tokens: int = 0) -> None:
-    """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known, or
-    when the template has fewer labels."""
+    """Raise `ConfigError` when a prompt over `count` passages of a word can't fit the model's context, if known, when
+    the template has fewer labels, or, of a text, when its labels can't be read from one."""
     prompt = template.example(count)
+    if max_tokens:
+        template.check_readable()
     if hasattr(backend, "check_fits"):
         try:
             backend.check_fits(prompt, max_tokens)

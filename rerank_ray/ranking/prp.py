@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from rerank_ray.models.protocol import Backend, Call, Generate, NextToken, Result
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.comparisons import Comparisons, read_choice
+from rerank_ray.ranking.listwise import check_fits
 from rerank_ray.ranking.orders import scores_of_order
 from rerank_ray.ranking.pointwise import Steps
 from rerank_ray.ranking.sorting import Group, bubblesort, duels, heapsort, run_sort
@@ -31,6 +32,8 @@ class PRP:
         self.needs = frozenset({NextToken if settings.mode == "scoring" else Generate})
         if settings.mode == "scoring" and hasattr(backend, "check_labels"):
             backend.check_labels(self.template.labels, self.template.example())
+        if settings.mode == "generation":
+            check_fits(backend, self.template, 2, settings.max_tokens)
         how = settings.strategy if settings.strategy == "allpair" else f"{settings.strategy}:k={settings.k}"
         self.name = f"prp:{backend.name}:prompt={self.template.digest}:{settings.mode}:{how}"
 

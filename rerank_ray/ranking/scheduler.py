@@ -61,6 +61,9 @@ class _Progress:
         except RerankRayError as error:
             self.error = str(error)
             self.defects = getattr(error, "defects", ())
+        except Exception as error:
+            # The method's own, of this query alone: what its neighbours have paid for is not asked again.
+            self.error = f"{type(error).__name__}: {error}"
 
     def _finish(self, scores: Scores) -> None:
         if len(scores.scores) != len(self.request):

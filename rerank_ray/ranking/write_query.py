@@ -25,6 +25,8 @@ class QueryWriter:
     def __init__(self, settings: QueryWriterSettings, backend: Backend) -> None:
         self.settings = settings
         self.template = load_template(settings.prompt, "write_query")
+        if hasattr(backend, "check_fits"):
+            backend.check_fits(self.template.example(), settings.max_tokens)
         self.name = (
             f"write_query:{backend.name}:prompt={self.template.digest}"
             f":temperature={settings.temperature:g}:max_tokens={settings.max_tokens}"

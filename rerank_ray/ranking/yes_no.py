@@ -30,6 +30,10 @@ class YesNo:
         self.needs = frozenset({Generate if self.generates else NextToken})
         if hasattr(backend, "check_labels") and not self.generates:
             backend.check_labels(self.template.labels, self.template.example())
+        if self.generates:
+            self.template.check_readable()
+            if hasattr(backend, "check_fits"):
+                backend.check_fits(self.template.example(), max_tokens=1)
         if self.generates and not getattr(backend, "tells_log_probabilities", True):
             raise ConfigError(
                 f"score: sampled: {backend.name} is not asked for the log-probability of what it writes: set logprobs: "

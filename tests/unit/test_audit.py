@@ -366,6 +366,8 @@ def test_a_threshold_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         found = threshold_for(run, budget, 2, "margin")
         assert (found.threshold, found.selected) == (pytest.approx(expected, abs=1e-7), selected)
     assert threshold_for(run, 1.0, 2, "margin").threshold == -1.0
+    hundred = cheap_run(tmp_path / "hundred", [0.01 * i for i in range(100)])
+    assert threshold_for(hundred, 0.29, 2, "margin").selected == 29
     assert main(["selectivity", run, "--budget", "0.75", "--k", "2", "--criterion", "margin"]) == 0
     printed = capsys.readouterr().out
     assert f"threshold: {threshold_for(run, 0.75, 2, 'margin').threshold!r}" in printed

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -483,3 +484,24 @@ def test_preflight_finds_a_template_with_too_few_labels(tmp_path: Path, method: 
     settings = {"method": method, "model": {"kind": "fake"}, "prompt": str(path), **size}
     with pytest.raises(ConfigError, match="3 passages at once need as many labels"):
         preflight(TypeAdapter(RankerSettings).validate_python(settings))
+
+
+@pytest.mark.parametrize(
+    ("labels", "refused"),
+    [
+        ([*"ABCD"], None),
+        (["1", "2", "10"], None),
+        ([*"ABa"], "'A' differs"),
+        (["A", "B", "AA"], "can't be found"),
+        (["01", "02", "03"], "can't be found"),
+        (["1", "2", "A"], "can't be found"),
+    ],
+)
+def test_labels_that_a_ranking_can_not_be_read_with_are_refused(tmp_path: Path, labels: list[str], refused: str | None):
+    path = tmp_path / "mine.yaml"
+    content = {"method": "rank_gpt", "about": "mine", "text": "{query} {passages}", "passage": "{identifier} {passage}"}
+    path.write_text(json.dumps(content | {"labels": labels}), encoding="utf-8")
+    for settings_class in (RankGPTSettings, PermutationSelfConsistencySettings):
+        chosen = settings_class(model=FAKE, prompt=str(path), window=len(labels), step=1)
+        with nullcontext() if refused is None else pytest.raises(ConfigError, match=refused):
+            Ranker(chosen)

@@ -12,6 +12,7 @@ from fixtures.openai_http import PROMPT, YES_NO, always, backend, generate, sett
 from fixtures.rows import make_list
 from fixtures.stub_server import Exchange, Stub, chat_reply
 from fixtures.tiny_models import tiny_llama_tokenizer, tiny_sentencepiece_tokenizer
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +23,7 @@ from rerank_ray.models.protocol import Answer, Failure, Generate, LogLikelihood,
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Usage
 from rerank_ray.settings.jobs import StoreSettings
-from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
+from rerank_ray.settings.rankers import QueryLikelihoodSettings, RankerSettings, YesNoSettings
 
 # What is sent
 
@@ -71,6 +72,22 @@ def test_what_a_chat_server_would_misread_is_not_sent(serve):
     assert "prefill" in results[0].reason
     assert "api: completions" in results[1].reason
     assert stub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("rank_gpt", {"prompt": "rank_gpt_reasoning"}, "prefill"),
+        ("yes_no", {"prompt": "bge_reranker_llm"}, "api: completions"),
+    ],
+)
+def test_a_template_that_the_server_can_not_take_is_refused_before_any_row(serve, method, options, said):
+    stub = serve(always(chat_reply("Yes", top={"Yes": -0.5, "No": -1.5})))
+    model = settings(stub, top_logprobs=2).model_dump()
+    chosen = TypeAdapter(RankerSettings).validate_python({"method": method, "model": model, **options})
+    with pytest.raises(ConfigError, match=said):
+        Ranker(chosen)
+    assert len(stub.requests) <= 2
 
 
 def test_completions_without_a_tokenizer_send_the_text(serve):

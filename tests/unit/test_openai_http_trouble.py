@@ -71,6 +71,8 @@ TROUBLES: dict[str, Behaviour] = {
     "half a document": lambda e: e.send('{"choices": [{"mess'),
     "not an object": lambda e: e.send("[]"),
     "a 502 sent as an answer": lambda e: e.send({"error": {"code": 502, "message": "Provider returned error"}}),
+    "compressed, it says": lambda e: e.send("<html>bad gateway</html>", 502, Content_Encoding="gzip"),
+    "nested without end": lambda e: e.send("[" * 100_000),
     "an error sent as an answer": lambda e: e.send({"error": "overloaded", "choices": []}),
 }
 
@@ -212,6 +214,15 @@ def test_a_budget_of_tokens_needs_a_server_that_counts_them(serve):
         post(serve(always({"choices": []})), 1, max_total_tokens=20)
 
 
+def test_one_answer_that_does_not_count_is_a_failure_of_its_own(serve):
+    """The server counts as a rule: the others' answers are paid for."""
+    stub = serve(lambda e: e.send({"choices": []} if e.body["n"] == 3 else chat_reply("ok")))
+    results = post(stub, 8, concurrency=1, max_total_tokens=10_000)
+    assert len(stub.requests) == 8
+    assert [i for i, r in enumerate(results) if isinstance(r, Failure)] == [3]
+    assert "how many tokens they took, or this one does not" in results[3].reason
+
+
 def test_a_spent_budget_is_a_rows_error(serve):
     stub = serve(always(chat_reply("No", top={"No": -0.5, "Yes": -1.5})))
     stage = RankStage(YesNoSettings(model=settings(stub, top_logprobs=2, max_requests=4, concurrency=1)), "labels")
@@ -254,14 +265,21 @@ def test_a_key_that_is_revoked_is_no_rows_error(serve, count: int):
         stage(pa.Table.from_pylist(rows, schema=CANDIDATES))
 
 
-def test_what_was_answered_before_the_server_said_stop_is_stored(serve, tmp_path):
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (402, {"message": "no credit"}, "HTTP 402: no credit"),
+        (429, {"message": "You exceeded your quota", "type": "insufficient_quota", "code": None}, "HTTP 429: You exc"),
+    ],
+)
+def test_what_was_answered_before_the_server_said_stop_is_stored(serve, tmp_path, status, error, said):
     """Credit that ends after four calls, or a key that is revoked: what is paid for is not asked again."""
     calls = [NextToken(prompt=replace(PROMPT, passages=(f"passage {i}",)), labels=("Yes", "No")) for i in range(7)]
     answered: list[str] = []
 
     def behaviour(exchange: Exchange) -> None:
         if len(answered) == 4:
-            exchange.send({"error": {"message": "no credit"}}, 402)
+            exchange.send({"error": error}, status)
         else:
             answered.append(exchange.body["messages"][0]["content"])
             exchange.send(chat_reply("Yes", top={"Yes": -1.0, "No": -2.0}))
@@ -271,7 +289,7 @@ def test_what_was_answered_before_the_server_said_stop_is_stored(serve, tmp_path
     made = OpenAIHTTP(model)
     stub.behaviour = behaviour
     uri = StoreSettings(uri=str(tmp_path))
-    with pytest.raises(UnavailableError, match="HTTP 402: no credit"):
+    with pytest.raises(UnavailableError, match=said):
         StoredBackend(made, model, LabelStore(uri)).run(calls)
     assert len(answered) == 4
     again = StoredBackend(made, model, LabelStore(uri))

@@ -254,6 +254,12 @@ def test_a_pronoun_is_no_label():
     assert parse_label("I", letters).index == 8
 
 
+@pytest.mark.parametrize("text", ["Passage \u212a", "[\u212a]", "[\u0130]", "\u212a"])
+def test_a_letter_that_is_one_in_another_case_alone_is_no_label(text: str):
+    """The Kelvin sign's lower case is k, that of I with a dot begins with i; a pattern that ignores case takes them."""
+    assert parse_label(text, list("ABCDEFGHIJKLMNOPQRST")).index is None
+
+
 def test_numbers_as_labels():
     assert parse_label("12", NUMBERS).index == 11
     assert parse_label("[12]", NUMBERS).index == 11

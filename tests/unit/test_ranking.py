@@ -280,6 +280,22 @@ def test_a_method_that_loses_a_score_is_caught():
     assert outcome.error == "AssertionError: the method returned 2 scores for 3 candidates"
 
 
+def test_an_error_of_a_method_is_its_query_s_alone():
+    """What is asked for the others is not asked again."""
+    requests = [make_list("q1"), make_list("q2")]
+    backend = Oracle(dict.fromkeys(texts_of(requests[0]), 1.0))
+    method = relevance(backend)
+
+    class Picky:
+        def rank(self, request: CandidateList):
+            scores = yield from method.rank(request)
+            return {"q1": scores}[request.query.query_id]
+
+    outcomes = scheduler.run(Picky(), backend, requests)
+    assert [o.error for o in outcomes] == [None, "KeyError: 'q2'"]
+    assert len(backend.batches) == 1
+
+
 # The scheduler
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -346,6 +347,23 @@ def test_labels_of_several_tokens_are_refused_at_the_start(tiny_llama, tmp_path)
     )
     with pytest.raises(ModelError, match="label 'passage three' is"):
         Ranker(SetwiseSettings(model=HFCausalSettings(path=str(tiny_llama)), prompt=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([*"ABCa"], "'A' differs from another label in case alone"),
+        (["A", "B", "passage three"], "'A', 'B', 'passage three', … can't be found in a text"),
+    ],
+)
+def test_labels_that_no_text_tells_apart_are_refused_where_texts_are_read(tmp_path, labels: list[str], said: str):
+    path = tmp_path / "mine.yaml"
+    content = {"method": "setwise", "about": "mine", "text": "{query} {passages}", "passage": "{identifier} {passage}"}
+    path.write_text(json.dumps(content | {"labels": labels}), encoding="utf-8")
+    options = {"model": FakeSettings(), "prompt": str(path), "children": len(labels) - 1}
+    with pytest.raises(ConfigError, match=said):
+        Ranker(SetwiseSettings(**options, mode="generation"))
+    Ranker(SetwiseSettings(**options))
 
 
 def test_a_set_that_does_not_fit_is_an_error_of_its_row(tiny_llama):

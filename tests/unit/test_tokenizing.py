@@ -8,6 +8,7 @@ from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers import ByT5Tokenizer
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
@@ -15,6 +16,11 @@ from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 
 LLAMA, PLAIN, BERT = tiny_llama_tokenizer(), tiny_llama_tokenizer(chat=False), tiny_bert_tokenizer()
 passages = st.one_of(st.text(max_size=80), st.sampled_from(["", "cat dog " * 60, "😀" * 30, "x" * 300, "a\n\n b"]))
+
+
+def test_a_tokenizer_that_does_not_tell_where_tokens_begin_is_refused():
+    with pytest.raises(ModelError, match="ByT5Tokenizer is written in Python"):
+        PromptEncoder(ByT5Tokenizer(), 64, False)
 
 
 # What is written around the passages

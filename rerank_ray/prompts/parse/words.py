@@ -69,7 +69,9 @@ def parse_label(text: str, labels: Sequence[str], *, cut_off: bool = False) -> P
         named: set[int] = set()
         for mention in re.finditer(pattern, answer, re.I):
             if len(named) < 2 and not mention[1] and not _DENIED.match(answer, mention.end()):
-                named |= {index_of[mention[2].upper()], *_joined_to(answer, mention.end(), index_of)}
+                # A pattern that ignores case takes the Kelvin sign for a K, which it is not in upper case.
+                here = index_of.get(mention[2].upper())
+                named |= {*([] if here is None else [here]), *_joined_to(answer, mention.end(), index_of)}
         if len(named) == 1:
             return ParsedLabel(index=named.pop())
         stranger = re.fullmatch(r"\W*+(?:(?i:passage)\s++)?\[?([A-Z]|[0-9]++)\]?\W*+", answer)
