@@ -199,6 +199,8 @@ def labels_from_row(row: dict) -> Labels:
             raise RowError(f"{where}: '{field}' has {len(row[field])} entries for {len(candidate_list)} candidates")
     if row["scores"] is None:
         raise RowError(f"{where}: 'scores' is null although 'error' is null")
+    if any(score is not None and math.isinf(score) for score in row["scores"]):
+        raise RowError(f"{where}: a score is infinite: a candidate that has none is null or NaN")
     return Labels(
         candidate_list=candidate_list,
         teacher=row["teacher"],

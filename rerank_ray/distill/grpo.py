@@ -331,10 +331,11 @@ def open_labels(settings: ReinforceSettings) -> LabelSet:
             f"{', '.join(settings.input)}: the teacher's scores go from {lowest:g} to {highest:g}; the reward erank "
             "compares the policy's integers with them, so they must lie between 0 and 10: label with the method erank"
         )
-    if data.gains_alike == len(data.train):
+    if data.without_contrast == len(data.train):
         raise InputError(
-            f"{', '.join(settings.input)}: no training query ({len(data.train)} of them) has candidates with different "
-            "known gains, so every answer would be worth the same: ingest with qrels, which set the candidates' 'label'"
+            f"{', '.join(settings.input)}: no training query ({len(data.train)} of them) has candidates with a known "
+            "gain above 0 and others without, so every answer would be worth the same: ingest with qrels, which set "
+            "the candidates' 'label'"
         )
     data.require_held_out_gains(settings.input, "raise validation.fraction")
     return _with_shown_scores(data, template, settings) if template.shows_scores else data

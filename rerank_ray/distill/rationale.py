@@ -42,6 +42,8 @@ _OF_SHUFFLES = ("group_rank:", "permutation_self_consistency:")
 # The method whose score of a passage is the grade that this passage's text ends with. Others' texts compare passages,
 # and a composition passes texts on beside scores of its own; either's scores may look like grades.
 _OF_GRADES = "erank:"
+# What its teacher is called where scores are grades times probabilities, of which 0 alone looks like a grade.
+_NO_GRADES = ":score=weighted:"
 
 
 class Term(Protocol):
@@ -103,7 +105,8 @@ class ExplanationTerm:
         return any(self._explained(labels, i) for i in range(len(labels.candidate_list)))
 
     def _explained(self, labels: Labels, index: int) -> bool:
-        texts = (labels.rationales or ()) if labels.teacher.startswith(_OF_GRADES) else ()
+        graded = labels.teacher.startswith(_OF_GRADES) and _NO_GRADES not in labels.teacher
+        texts = (labels.rationales or ()) if graded else ()
         aligned = len(texts) == len(labels.candidate_list)
         return aligned and bool(labels.rationales[index].strip()) and labels.scores[index] in range(11)
 

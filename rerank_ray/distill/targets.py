@@ -185,14 +185,15 @@ def _teaches(prepared: _Prepared, term: LossSettings) -> torch.Tensor:
         return differ(prepared.order, mask & ~positives)
     if needs == "differing gains":
         return differ(prepared.values.clamp(min=0.0), mask)
+    contrast = positives.any(1) & (mask & ~positives).any(1)
     if term.target != "gains" or needs == "differing targets":
         # Without a preference of the teacher, which candidates come first is chance.
-        return differ(prepared.values, mask)
-    if needs == "positive and negative":
-        return positives.any(1) & (mask & ~positives).any(1)
-    return mask.any(1)
+        preferred = differ(prepared.values, mask)
+        return preferred & contrast if term.loss in _OF_POSITIVES else preferred
+    return contrast if needs == "positive and negative" else mask.any(1)
 
 
+_OF_POSITIVES = ("ce", "lce", "bce")
 NEEDS = dict.fromkeys(_LOSSES, "differing targets") | {
     "ce": "positive and negative",
     "lce": "positive and negative",

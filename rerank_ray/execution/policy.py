@@ -58,7 +58,7 @@ def _worker(config: dict) -> None:
     def loop(world: World, report: Report, resume: Path | None = None) -> None:
         trainer_class(settings, world, resume, config["data"]).run(report)
 
-    work(metrics_log(config["run"]), settings.execution, loop)
+    work(config["run"], metrics_log(config["run"]), settings.execution, loop)
 
 
 def with_absolute_paths(settings: ReinforceSettings | RationaleSettings) -> ReinforceSettings | RationaleSettings:

@@ -28,7 +28,7 @@ from rerank_ray.distill.metrics_log import FILE, MetricsLog, summary_line, writt
 from rerank_ray.distill.parallel import World
 from rerank_ray.distill.start import with_inputs
 from rerank_ray.distill.train import train
-from rerank_ray.errors import RunError
+from rerank_ray.errors import RerankRayError, RunError, UnavailableError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.models import engine
 from rerank_ray.prompts.render import names_a_file
@@ -36,6 +36,8 @@ from rerank_ray.runs import RunFolder
 from rerank_ray.settings.distill import DistillSettings, TrainingExecutionSettings
 
 _SCORE = "validation_ndcg@10"
+_FAILURE = "failure.txt"
+"""In the run folder: the error for which training is not tried again."""
 _ECHO_EVERY_S = 1.0
 
 
@@ -94,6 +96,7 @@ def fit(
                 ),
             ),
         )
+        _forget_failure(run.uri)
         try:
             with _echo(run, summary):
                 result = trainer.fit()
@@ -101,6 +104,8 @@ def fit(
             raise RunError(
                 f"{run.uri}: training stopped: {root_cause(error)}\nStart the same command again to resume"
             ) from error
+        finally:
+            _forget_failure(run.uri)
         checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: best(pair[1]))
         _publish(checkpoint, run)
     return metrics
@@ -196,7 +201,7 @@ def _worker(config: dict) -> None:
     settings = DistillSettings.model_validate(config["settings"])
     log = metrics_log(config["run"])
     own = {"log": log.write} if log is not None else {}
-    work(log, settings.execution, partial(train, settings, data=config["labels"], **own))
+    work(config["run"], log, settings.execution, partial(train, settings, data=config["labels"], **own))
 
 
 def metrics_log(run_uri: str) -> MetricsLog | None:
@@ -204,9 +209,16 @@ def metrics_log(run_uri: str) -> MetricsLog | None:
     return MetricsLog(run_uri) if ray.train.get_context().get_world_rank() == 0 else None
 
 
-def work(log: MetricsLog | None, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:
+def work(run_uri: str, log: MetricsLog | None, execution: TrainingExecutionSettings, loop: Callable[..., None]) -> None:
     """What every worker runs: a Ray-free training loop, with Ray Train's ranks, checkpoints and reports, whose metrics
-    the first worker logs."""
+    the first worker logs.
+
+    An error that would come again is raised again at once: Ray Train starts the loop anew whatever it was, and would
+    take the steps since the last checkpoint only to meet it.
+    """
+    failure = storage.join(run_uri, _FAILURE)
+    if storage.exists(failure):
+        raise RunError(storage.read_text(failure))
     engine.use_threads(execution.cpus_per_worker, execution.gpus_per_worker)
     if execution.gpus_per_worker:
         # Workers of one node see all of its GPUs; "cuda" then means this worker's own.
@@ -223,8 +235,24 @@ def work(log: MetricsLog | None, execution: TrainingExecutionSettings, loop: Cal
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if folder else None)
 
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        loop(world, report)
-    else:
-        with checkpoint.as_directory() as folder:
-            loop(world, report, resume=Path(folder))
+    try:
+        if checkpoint is None:
+            loop(world, report)
+        else:
+            with checkpoint.as_directory() as folder:
+                loop(world, report, resume=Path(folder))
+    except RerankRayError as error:
+        if not _may_pass(error):
+            storage.write_text(failure, str(error))
+        raise
+
+
+def _may_pass(error: RerankRayError) -> bool:
+    """Whether the same loop may do without the error next time: a lost GPU, or a disk or a network that failed."""
+    return isinstance(error, UnavailableError) or isinstance(error.__cause__, OSError)
+
+
+def _forget_failure(run_uri: str) -> None:
+    failure = storage.join(run_uri, _FAILURE)
+    if storage.exists(failure):
+        storage.delete_file(failure)

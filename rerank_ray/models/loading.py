@@ -55,14 +55,14 @@ def load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, *
     Raises:
         ModelError: the checkpoint lacks a weight, which transformers would make up at random.
     """
-    model, missing = _load_adapted(auto_class, resolved, settings, **given)
+    model, missing = load_with_missing(auto_class, resolved, settings, **given)
     missing = {name for name in missing if unread is None or not name.startswith(unread)}
     refuse_random(missing, settings.path, f": it was not saved as a {type(model).__name__}")
     return model
 
 
-def _load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
-    """The model, and the names of its weights that neither checkpoint nor adapters have."""
+def load_with_missing(auto_class, resolved: ResolvedModel, settings: ModelSettings, **arguments):
+    """As `load_adapted`, with the names of the weights that neither checkpoint nor adapters have."""
     if resolved.adapter_file is None:
         model, info = load(auto_class, resolved, settings, output_loading_info=True, **arguments)
         return model, set(info["missing_keys"])
@@ -71,7 +71,7 @@ def _load_adapted(auto_class, resolved: ResolvedModel, settings: ModelSettings, 
     adapter = json.loads(resolved.adapter_file.read_text(encoding="utf-8"))
     location = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
     base = settings.model_copy(update=location)
-    model, missing = _load_adapted(auto_class, resolve(base), base, **arguments)
+    model, missing = load_with_missing(auto_class, resolve(base), base, **arguments)
     return with_adapter(model, resolved.folder), missing - saved_names(resolved.folder)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rerank_ray.config import Settings
-from rerank_ray.settings.objective import ObjectiveSettings
+from rerank_ray.settings.objective import ObjectiveSettings, check_group
 from rerank_ray.settings.optimizer import OptimizerSettings
 from rerank_ray.settings.resources import Needs, Resources
 from rerank_ray.settings.sampling import SamplingSettings
@@ -167,6 +167,11 @@ class DistillSettings(Settings):
             raise ValueError(
                 f"objective.orthogonality is for student.head mvp, and the head is {self.student.head}: leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_have_negatives(self) -> DistillSettings:
+        check_group(self.objective, self.sampling.group_size, "sampling.group_size")
         return self
 
     @model_validator(mode="after")

@@ -85,6 +85,17 @@ class LossSettings(Settings):
         return self
 
 
+def check_group(objective: ObjectiveSettings, group_size: int, name: str) -> None:
+    """Raise `ValueError` where a term would find no negative in any group of `group_size` candidates, the setting of
+    that name."""
+    for number, term in enumerate(objective.losses):
+        if term.target != "gains" and term.positives >= group_size:
+            raise ValueError(
+                f"objective.losses.{number}: {term.loss} tells the teacher's first {term.positives} from others, and a "
+                f"group has no more ({name}: {group_size}): raise that"
+            )
+
+
 class ObjectiveSettings(Settings):
     """Σ weight · loss, on every layer that has a head, plus what the last layer teaches the others and what keeps the
     views of a list apart."""

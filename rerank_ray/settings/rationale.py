@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from rerank_ray.config import Settings
 from rerank_ray.settings.distill import TrainingExecutionSettings
-from rerank_ray.settings.objective import ObjectiveSettings
+from rerank_ray.settings.objective import ObjectiveSettings, check_group
 from rerank_ray.settings.optimizer import OptimizerSettings
 from rerank_ray.settings.reinforce import PolicySettings
 from rerank_ray.settings.sampling import SamplingSettings
@@ -58,6 +58,11 @@ class ScoreTermSettings(_TermSettings):
     """Passages of a query that are scored in one step."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """As of `rerank-ray distill`."""
+
+    @model_validator(mode="after")
+    def _groups_have_negatives(self) -> ScoreTermSettings:
+        check_group(self.objective, self.sampling.group_size, "sampling.group_size")
+        return self
 
 
 TermSettings = Annotated[

@@ -83,7 +83,8 @@ class StudentSettings(Settings):
     """The student and how it starts."""
 
     base: str
-    """Pretrained model to start from: hub id, folder, `package://` or GGUF file."""
+    """Pretrained model to start from: hub id, folder, `package://` or GGUF file. A student of ours with the same head
+    goes on from that, whatever gate, scale and interaction are."""
     revision: str | None = None
     """Hub commit or tag."""
     head: StudentHead = "linear"

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from rerank_ray import config
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import training_jobs
+from rerank_ray.execution.train import fit, work
 from rerank_ray.models.student import load_student
 from rerank_ray.parquet import write_candidates
-from rerank_ray.settings.distill import DistillSettings
+from rerank_ray.runs import RunFolder
+from rerank_ray.settings.distill import DistillSettings, TrainingExecutionSettings
 from rerank_ray.settings.models import ModelSettings
 
 
@@ -187,3 +189,26 @@ def test_what_can_not_work_is_said_before_anything_starts(labels, base, tmp_path
     with pytest.raises(Exception, match="give ascending layers"):
         training_jobs.distill(chosen.model_copy(update={"student": wrong}), str(tmp_path / "run"), console)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    ("error", "starts"), [(InputError("nothing to learn"), 1), (RunError("the disk was full"), 2), (OSError("busy"), 2)]
+)
+def test_an_error_that_would_come_again_is_not_waited_for(tmp_path, error, starts):
+    """The loop is started once more after what may pass alone."""
+    execution, count = TrainingExecutionSettings(max_failures=1), tmp_path / "starts"
+
+    def worker(given: dict) -> None:
+        def loop(world, report, resume=None):
+            with count.open("a") as file:
+                file.write("x")
+            raise error from (OSError("no space left") if isinstance(error, RunError) else None)
+
+        work(given["run"], None, execution, loop)
+
+    run = RunFolder(uri=str(tmp_path / "run"))
+    for _ in range(2):
+        with pytest.raises(RunError, match=str(error)):
+            fit(run, worker, {}, execution, score="s", best=dict.get, summary=str)
+    assert count.read_text() == "x" * 2 * starts

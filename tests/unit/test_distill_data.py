@@ -19,11 +19,11 @@ from rerank_ray.distill.labels import LabelSet, TextLists
 from rerank_ray.distill.sampling import sample_group, teacher_order
 from rerank_ray.distill.targets import Targets, validation_ndcg
 from rerank_ray.distill.tasks import gains_of
-from rerank_ray.errors import InputError
+from rerank_ray.errors import InputError, RowError
 from rerank_ray.formats.training_data import TrainingLists
 from rerank_ray.parquet import write_candidates
 from rerank_ray.records import Candidate, Query
-from rerank_ray.schema import LABELS
+from rerank_ray.schema import LABELS, labels_from_row
 from rerank_ray.settings.sampling import BandSettings, FalseNegativeSettings, SamplingSettings
 
 # Rows
@@ -54,6 +54,24 @@ def test_teachers_of_the_training_rows_are_told_up_to_20(tmp_path: Path):
     )
     trained = sorted(f"t{int(query_id[1:]):02}" for query_id in query_ids(many, many.train))
     assert many.teachers == (*trained[:20], f"and {len(trained) - 20} more")
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([1.0, 2.0], "'scores' has 2 entries for 3 candidates"),
+        ([1.0, 2.0, -math.inf], "a score is infinite"),
+    ],
+)
+def test_rows_that_training_would_stop_at_are_found_before_it(tmp_path: Path, scores: list[float], said: str):
+    """Of label Parquet that another program wrote."""
+    rows = [label_row(make_list(f"q{i}"), [1.0, 2.0, 3.0]) for i in range(20)]
+    rows[7] |= {"scores": scores}
+    folder = write_labels(tmp_path / "a", rows)
+    with pytest.raises(RowError, match=rf"part-00000.parquet: query 'q7': {said}"):
+        LabelSet.open([folder], 0.2, seed=0)
+    with pytest.raises(RowError, match=said):
+        labels_from_row(rows[7])
 
 
 def test_text_lists_are_the_training_rows_and_the_other_files_rows_that_are_not_held_out(tmp_path: Path):

@@ -357,6 +357,12 @@ def test_what_can_not_be_rewarded_is_refused(tmp_path: Path, tiny_llama: Path):
     without = write_labels(tmp_path / "without", [row(i, gains=False) for i in range(8)])
     with pytest.raises(InputError, match="every answer would be worth the same: ingest with qrels"):
         GRPOTrainer(settings(without, tiny_llama), World(), None)
+    alike = [row(i) for i in range(8)]
+    for labels in alike:
+        for number, candidate in enumerate(labels["candidates"]):
+            candidate["label"] = 1.0 + number % 2
+    with pytest.raises(InputError, match="with a known gain above 0 and others without"):
+        open_labels(settings(write_labels(tmp_path / "relevant", alike), tiny_llama))
     some = write_labels(tmp_path / "fit", [row(i) for i in range(8)])
     short = {"base": str(tiny_llama), "max_length": 20, "dtype": "float32"}
     with pytest.raises(ModelError, match="max_length leaves 18: raise max_length"):

@@ -12,9 +12,10 @@ import torch
 from fixtures.rows import label_row, make_labels, make_list, write_labels
 from pydantic import ValidationError
 
+from rerank_ray.config import validate
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import NEEDS, Targets, check_objective, objective, term_names
-from rerank_ray.errors import InputError
+from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.losses.cross_entropy import binary_cross_entropy, localized_contrastive, softmax_cross_entropy
 from rerank_ray.losses.divergence import kl
 from rerank_ray.losses.lambdaloss import lambdarank, ndcg_loss2, ndcg_loss2pp
@@ -59,7 +60,8 @@ def test_the_objective_is_the_weighted_sum_of_its_terms():
     expected = {
         "kl": sum(kl(s, TARGETS.teacher, mask, 2.0) for s in LAYERS) / 2,
         "ranknet": sum(ranknet(s, TARGETS.gains, mask) for s in LAYERS) / 2,
-        "ce": sum(softmax_cross_entropy(s, first_two, mask) for s in LAYERS) / 2,
+        # The second query's group has two candidates, and so no negative.
+        "ce": sum(softmax_cross_entropy(s, first_two, mask) for s in LAYERS) / 2 * torch.tensor([1.0, 0.0]),
         "self_distillation": kl(LAYERS[0], LAYERS[1], mask),
     }
     weights = {"kl": 2.0, "ranknet": 0.5, "ce": 3.0, "self_distillation": 0.25}
@@ -357,3 +359,34 @@ def test_ties_that_would_leave_no_negative_are_no_positives():
     one(targets, scores, loss="ce", positives=2).sum().backward()
     assert scores.grad[0, 0] < 0
     assert (scores.grad[0, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("loss", ["ce", "lce", "bce"])
+def test_a_group_of_positives_alone_teaches_nothing(loss: str):
+    """Scores 5 and 1 and two positives: cross-entropy would draw the two together, against the teacher."""
+    targets = Targets(
+        teacher=torch.tensor([[5.0, 1.0, 0.0], [5.0, 3.0, 1.0]]),
+        gains=torch.zeros(2, 3),
+        mask=torch.tensor([[True, True, False], [True, True, True]]),
+        confidence=torch.ones(2),
+    )
+    scores = torch.zeros(2, 3, requires_grad=True)
+    one(targets, scores, loss=loss, positives=2).sum().backward()
+    assert not scores.grad[0].any()
+    assert scores.grad[1].any()
+
+
+@pytest.mark.parametrize(("loss", "positives", "group_size"), [("ce", 4, 4), ("kl", 1, 1), ("cprd", 9, 8)])
+def test_groups_that_can_hold_no_negative_are_refused(loss: str, positives: int, group_size: int):
+    given = {"loss": loss, **({} if positives == 1 else {"positives": positives})}
+    content = {
+        "input": ["runs/labels"],
+        "student": {"base": "m"},
+        "objective": {"losses": [given]},
+        "sampling": {"group_size": group_size},
+    }
+    with pytest.raises(
+        ConfigError, match=f"tells the teacher's first {positives} from others, and a group has no more"
+    ):
+        validate(DistillSettings, content, source="test")
+    validate(DistillSettings, content | {"sampling": {"group_size": 10}}, source="test")

@@ -242,6 +242,14 @@ def test_lists_without_what_a_term_learns_from_are_left_out(tiny_llama: Path, tm
     (data,) = open_terms(settings(tiny_llama, {"kind": "permutation", "input": [mixed]}))
     assert len(data.train) + len(data.validation) == 9
     weighted = write_labels(tmp_path / "weighted", [graded(i, ("a", "b", "c"), (6.3, 0.5, 1.1)) for i in range(9)])
+    # Grades of 0 times their probability look like grades.
+    named = [
+        graded(i, ("a", "b", "c"), (6.3, 0.0, 1.1)) | {"teacher": "erank:m:score=weighted:temperature=0:seed=0"}
+        for i in range(9)
+    ]
+    zeros = write_labels(tmp_path / "zeros", named)
+    with pytest.raises(InputError, match=r"explanation.* 0 and 0 have"):
+        open_terms(settings(tiny_llama, {"kind": "explanation", "input": [zeros]}))
     for kind, wanted in (("permutation", "ranked in one window"), ("explanation", "an integer 0 to 10")):
         with pytest.raises(InputError, match=rf"terms.0 \({kind}\): of \d training .* 0 and 0 have .*{wanted}"):
             open_terms(settings(tiny_llama, {"kind": kind, "input": [weighted]}))

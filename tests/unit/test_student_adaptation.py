@@ -277,3 +277,40 @@ def test_dropout_that_is_a_number_in_attention_is_set_too(tmp_path: Path):
     student.train()
     with torch.no_grad():
         torch.testing.assert_close(student(**batch), student(**batch), rtol=0, atol=0)
+
+
+# Training on
+
+GO_ON = {
+    "layer-wise": ("bert", {"head": "linear", "layers": (1, 3)}),
+    "similarity": ("bert", {"head": "similarity", "layers": (2, 3), "branch_layers": 1, "interaction": 1.0}),
+    "bi_encoder": ("bert", {"head": "bi_encoder"}),
+    "decoder": ("llama", {"head": "linear", "layers": (1, 2)}),
+    "T5's encoder": ("t5", {"head": "linear"}),
+    "adapters": ("llama", {"head": "linear", "lora": {"rank": 2, "save": "adapter"}}),
+}
+
+
+@pytest.mark.parametrize("name", GO_ON)
+def test_a_student_that_is_trained_on_begins_as_it_was(name: str, tiny_bert: Path, tiny_llama: Path, tmp_path: Path):
+    kind, given = GO_ON[name]
+    base = {"bert": tiny_bert, "llama": tiny_llama}.get(kind) or tiny_t5_folder(tmp_path / "t5")
+    student = trained(adapted(base, **given))
+    student.save(tmp_path / "s")
+    again = start(tmp_path / "s", **{k: v for k, v in given.items() if k != "lora"})
+    torch.testing.assert_close(scores(again), scores(load(tmp_path / "s")), atol=1e-5, rtol=1e-5)
+    assert scores(again).std() > 1e-3
+
+
+def test_a_trained_head_of_other_layers_is_refused(tiny_bert: Path, tmp_path: Path):
+    """Before weights are read, too."""
+    stirred(start(tiny_bert, "linear", layers=(1, 3))).save(tmp_path / "s")
+    sizes = {"max_length": 64, "max_query_length": 16}
+    chosen = StudentSettings(base=str(tmp_path / "s"), head="linear", layers=(2, 3), **sizes)
+    for weights in (True, False):
+        with pytest.raises(
+            ModelError, match=r"head linear was trained with layers: \(1, 3\), and \(2, 3\) is asked for"
+        ):
+            new_student(chosen, weights=weights)
+    (tmp_path / "s" / "student.json").unlink()
+    assert new_student(chosen).layers == (2, 3)

@@ -194,6 +194,9 @@ class Student(nn.Module):
         """What the student has beside the transformers model, by its name in `heads.safetensors`."""
         return {}
 
+    def load_head_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what `head_tensors` of a student with the same head and layers gave."""
+
     def new_parameters(self) -> list[nn.Parameter]:
         """Parameters that the pretrained checkpoint did not have."""
         raise NotImplementedError  # abstract

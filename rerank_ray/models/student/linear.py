@@ -37,6 +37,9 @@ class LinearStudent(Student):
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return self.early_heads.state_dict()
 
+    def load_head_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.early_heads.load_state_dict(tensors)
+
     def save(self, folder: Path) -> None:
         # Where sentence-transformers' CrossEncoder cuts pairs.
         self.tokenizer.model_max_length = self.description.max_length

@@ -31,7 +31,7 @@ from rerank_ray.models.student.prompted import PromptedStudent
 from rerank_ray.models.student.similarity import SimilarityStudent, is_gated
 from rerank_ray.models.student.source import Source
 from rerank_ray.models.student.t5_encoder import T5EncoderStudent
-from rerank_ray.models.student.two_towers import BiEncoderStudent, ColBERTStudent, TwoTowerStudent
+from rerank_ray.models.student.two_towers import BiEncoderStudent, ColBERTStudent
 from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.student import StudentHead, StudentSettings
 
@@ -56,9 +56,7 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32, views: int | N
     if description is not None:
         if views is not None:
             raise ModelError(f"{settings.path}: views: a student of ours tells how many it has, if any: leave it out")
-        file = source.resolved.folder / HEADS
-        heads = load_file(file) if file.exists() else {}
-        return _READ[description.head](source, description, heads, dtype).eval()
+        return _READ[description.head](source, description, _saved_heads(source), dtype).eval()
     if views is not None:
         _check_is_t5(source)
         model = source.read(AutoModelForSeq2SeqLM, dtype, key_mapping=_WRAPPED)
@@ -85,18 +83,41 @@ def load_student(settings: ModelSettings, *, dtype=torch.float32, views: int | N
 
 
 def new_student(settings: StudentSettings, prompt: StudentPrompt | None = None, *, weights: bool = True) -> Student:
-    """Start a student from a pretrained model: weights in float32, heads new.
+    """Start a student from a pretrained model: weights in float32, heads new; from a student of ours with the same
+    head, that head too.
 
     Args:
         prompt: of heads yes_no and token_logit.
         weights: without, no weight is read, and the student is good for finding what is wrong with it.
 
     Raises:
-        ModelError: a head that the architecture can't carry, or a layer that it does not have.
+        ModelError: a head that the architecture can't carry, or a layer that it does not have; or a trained head of
+            other layers.
     """
     source = Source.open(settings.model_settings(), weights=weights)
     _check_tokenizer(source, settings.head)
-    return _START[settings.head](source, settings, prompt)
+    student = _START[settings.head](source, settings, prompt)
+    trained = saved_description(source.resolved)
+    if trained is not None and trained.head == settings.head and (heads := _saved_heads(source)):
+        _check_trained_head(trained, student.description, settings.base)
+        if weights:
+            student.load_head_tensors(heads)
+    return student
+
+
+def _saved_heads(source: Source) -> Heads:
+    file = source.resolved.folder / HEADS
+    return load_file(file) if file.exists() else {}
+
+
+def _check_trained_head(trained: StudentDescription, wanted: StudentDescription, path: str) -> None:
+    for name in ("layers", "branch_layers"):
+        was, asked = getattr(trained, name), getattr(wanted, name)
+        if was != asked:
+            raise ModelError(
+                f"{path}: is a student whose head {trained.head} was trained with {name}: {was}, and {asked} is asked "
+                "for: give the same, or a copy of the folder without student.json, to train a new head"
+            )
 
 
 def _check_tokenizer(source: Source, head: StudentHead) -> None:
@@ -172,12 +193,12 @@ def _check_exits(student: Student, path: str, read: Callable[..., Sequence[torch
 def _read_linear(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
     if source.config.model_type in T5_FAMILY:
         encoder = T5EncoderStudent(description, source.tokenizer, source.read(AutoModelForTextEncoding, dtype))
-        encoder.linear.load_state_dict(heads)
+        encoder.load_head_tensors(heads)
         encoder.linear.to(dtype)
         return encoder
     model = source.read(AutoModelForSequenceClassification, dtype)
     student = _linear_class(source)(description, source.tokenizer, model)
-    student.early_heads.load_state_dict(heads)
+    student.load_head_tensors(heads)
     student.early_heads.to(dtype)
     return student
 
@@ -286,7 +307,8 @@ def _start_bi_encoder(source: Source, settings: StudentSettings, _: None) -> Stu
 def _read_bi_encoder(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
     model = source.read(AutoModel, dtype)
     student = BiEncoderStudent(description, source.tokenizer, model, saved_pooling(source.resolved))
-    return _with_scale(student, heads)
+    student.load_head_tensors(heads)
+    return student
 
 
 def _start_colbert(source: Source, settings: StudentSettings, _: None) -> Student:
@@ -302,11 +324,8 @@ def _start_colbert(source: Source, settings: StudentSettings, _: None) -> Studen
 def _read_colbert(source: Source, description: StudentDescription, heads: Heads, dtype: torch.dtype) -> Student:
     model = source.read(ColBERTModel, dtype)
     metadata, path = read_metadata(source.resolved), source.settings.path
-    return _with_scale(ColBERTStudent(description, source.tokenizer, model, metadata, path), heads)
-
-
-def _with_scale(student: TwoTowerStudent, heads: Heads) -> Student:
-    student.log_scale.data.copy_(heads["log_scale"])
+    student = ColBERTStudent(description, source.tokenizer, model, metadata, path)
+    student.load_head_tensors(heads)
     return student
 
 

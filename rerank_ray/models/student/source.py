@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.loading import load, load_adapted, load_with_missing
 from rerank_ray.models.positions import check_positions
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.models.student.base import saved_description
@@ -75,12 +75,20 @@ class Source:
         Raises:
             ModelError: they are not those of the architecture that the config names, or lack a layer.
         """
-        if self.weights:
-            model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
+        missing: Collection[str] = ()
+        if not self.weights:
+            model = self._skeleton(auto_class, **arguments)
+        elif self.resolved.adapter_file:
+            # What a config says can't be said beside it.
+            config = copy.deepcopy(arguments.pop("config", self.config))
+            config.num_labels = arguments.pop("num_labels", config.num_labels)
+            of_base = {"config": config, "dtype": torch.float32} | arguments
+            model, missing = load_with_missing(auto_class, self.resolved, self.settings, **of_base)
         else:
-            model, info = self._skeleton(auto_class, **arguments), {"missing_keys": set()}
+            model, info = self.load(auto_class, torch.float32, output_loading_info=True, **arguments)
+            missing = info["missing_keys"]
         stack = {f"{prefix}.{name}" for prefix, module in _layer_lists(model) for name, _ in module.named_parameters()}
-        if lost := sorted(stack & set(info["missing_keys"])):
+        if lost := sorted(stack & set(missing)):
             raise ModelError(
                 f"{self.settings.path}: the checkpoint has no weights for {len(lost)} parameters of its layers "
                 f"({lost[0]}, …), which would be random: its weights are of another architecture than its config, "
@@ -90,7 +98,7 @@ class Source:
         # Weights that were stored packed (GGUF) are not any more.
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
-        model.new_names = frozenset(info["missing_keys"])
+        model.new_names = frozenset(missing)
         if layers is not None:
             chosen = _chosen(layers, len(layers_of(model)))
             take_layers(model, chosen)

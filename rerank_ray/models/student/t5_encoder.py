@@ -29,6 +29,9 @@ class T5EncoderStudent(Student):
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return self.linear.state_dict()
 
+    def load_head_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.linear.load_state_dict(tensors)
+
     def new_parameters(self) -> list[nn.Parameter]:
         return list(self.linear.parameters())
 

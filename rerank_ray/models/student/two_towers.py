@@ -34,6 +34,9 @@ class TwoTowerStudent(Student):
     def head_tensors(self) -> dict[str, torch.Tensor]:
         return {"log_scale": self.log_scale}
 
+    def load_head_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.log_scale.data.copy_(tensors["log_scale"])
+
     def new_parameters(self) -> list[nn.Parameter]:
         return [self.log_scale]
 
