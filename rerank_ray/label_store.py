@@ -118,7 +118,12 @@ class LabelStore:
         self._look_up(digests, known, answers)
         if len(self._segments) < len(known):
             # Another process has merged those that are gone.
-            self._look_up(digests, self._index(), answers)
+            try:
+                added = self._index()
+            except OSError:
+                self.counts.failed_reads += 1
+            else:
+                self._look_up(digests, added, answers)
         self.counts.misses += sum(a is None for a in answers)
         self.counts.hits += sum(a is not None for a in answers)
         return answers
