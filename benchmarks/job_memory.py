@@ -1,12 +1,13 @@
 """Memory of the label job's driver and actors over 1× and 20× the rows.
 
-    python benchmarks/job_memory.py [--rows 100] [--depth 10]
+    python benchmarks/job_memory.py [--rows 150] [--depth 10]
 
-Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). Twice a second the
-resident sets of the driver and of Ray's workers are read; the figures are the largest of each. What counts is the ratio
-between the jobs: a job that held its rows would grow with them. The larger one has the smaller one's rows as often,
-under other query ids; nothing is cached, so that each time is work. Over its first hundred rows a replica's heap comes
-to hold what batches of all sizes leave free, which is why there are so many.
+Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). The figures are the largest
+resident sets that Linux has seen of the driver and of Ray's workers (VmHWM): a longer job read now and then would show
+more of its peaks. What counts is the ratio between the jobs: a job that held its rows would grow with them. The larger
+one has the smaller one's rows as often, under other query ids; nothing is cached, so that each time is work. Over its
+first hundred rows a replica's heap comes to hold what batches of all sizes leave free, and the driver counts 32 files of
+32 rows at a time at the end, which is why there are so many.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FACTOR = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--depth", type=int, default=10)
     options = parser.parse_args()
     rows = {}
@@ -70,13 +71,20 @@ def label(source: str, place: Path) -> dict[str, float]:
         for process in (driver, *workers(driver)):
             who = "driver, MiB" if process == driver else "actor, MiB"
             try:
-                largest[who] = max(largest[who], process.memory_info().rss / 2**20)
-            except psutil.NoSuchProcess:
+                largest[who] = max(largest[who], peak_mib(process.pid))
+            except OSError:
                 continue
         time.sleep(0.5)
     if job.returncode:
         raise SystemExit(f"the label job ended with exit code {job.returncode}")
     return largest
+
+
+def peak_mib(pid: int) -> float:
+    """The largest resident set that a process has had. Raises `OSError` when it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) / 1024 if found else 0.0
 
 
 def workers(driver: psutil.Process) -> list[psutil.Process]:
