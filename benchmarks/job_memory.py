@@ -2,12 +2,12 @@
 
     python benchmarks/job_memory.py [--rows 150] [--depth 10]
 
-Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). The figures are the largest
-resident sets that Linux has seen of the driver and of Ray's workers (VmHWM): a longer job read now and then would show
-more of its peaks. What counts is the ratio between the jobs: a job that held its rows would grow with them. The larger
-one has the smaller one's rows as often, under other query ids; nothing is cached, so that each time is work. Over its
-first hundred rows a replica's heap comes to hold what batches of all sizes leave free, and the driver counts 32 files of
-32 rows at a time at the end, which is why there are so many.
+Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). The figures are the
+largest resident sets that Linux has seen of the driver and of Ray's workers (VmHWM): a longer job read now and then
+would show more of its peaks. What counts is the ratio between the jobs: a job that held its rows would grow with
+them. The larger one has the smaller one's rows as often, under other query ids; nothing is cached, so that each time
+is work. Over its first hundred rows a replica's heap comes to hold what batches of all sizes leave free, and the
+driver counts 32 files of 32 rows at a time at the end, which is why there are so many.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
         "job_memory",
         title=f"Memory of the label job over 1× and {FACTOR}× the rows",
         about=f"Rows of {options.depth} candidates, MiniLM bi-encoder, one replica of one thread; the largest resident "
-        "set of the driver, and of the process of Ray's that has the largest, in MiB.",
+        "set of the driver, and of the process of Ray's that has the largest, in MiB, as Linux has kept them (VmHWM).",
         rows=rows,
     )
 
