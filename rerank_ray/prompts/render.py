@@ -14,7 +14,8 @@ A template file has these keys:
     passage: a list's entry: {passage}, its identifier {identifier} and, where the method has one, its {score}
     separator: what stands between a list's entries
     prefill: how the model's own turn begins
-    labels: answer words, each one token
+    labels: answer words, each one token, or a word, number or letter that differs in more than case where a model's
+        text is read
     continuation: the text whose likelihood is taken; {query} is its slot
 """
 
