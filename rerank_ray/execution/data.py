@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import os
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -91,6 +94,7 @@ class RankWorker:
             # Only a new replica has a model again, and only this one's end lets the crash guard count the rows.
             print(error, file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
+        _give_back_heap()
         ended = time.time()
         usage = self._stage.usage
         self._counter.add.remote(
@@ -114,6 +118,22 @@ class RankWorker:
             if (computed := self._stage.ranker.computed) != told:
                 self._counter.computed.remote(self._id, computed)
                 told = computed
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        # Another C library than glibc.
+        return None
+
+
+def _give_back_heap() -> None:
+    """Hand what is free in the heap back to the system. Activations of ever other sizes leave holes, which glibc keeps,
+    and which grow over the first hundreds of batches; this takes some 6 ms after one of seconds."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
 
 
 def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:
