@@ -22,7 +22,7 @@ from rerank_ray.settings.jobs import LimitSettings
 Found = TypeVar("Found")
 
 _EXAMPLES = 20
-_FILES_AT_A_TIME = 32
+_FILES_AT_A_TIME = 16
 _REBUILT = "rebuilt-"
 """How the names of checkpoints begin that stand for all finished rows, after failed ones were taken out."""
 _PENDING = ".pending.parquet"
