@@ -7,7 +7,7 @@ largest resident sets that Linux has seen of the driver and of Ray's workers (Vm
 would show more of its peaks. What counts is the ratio between the jobs: a job that held its rows would grow with
 them. The larger one has the smaller one's rows as often, under other query ids; nothing is cached, so that each time
 is work. Over its first hundred rows a replica's heap comes to hold what batches of all sizes leave free, and the
-driver counts 32 files of 32 rows at a time at the end, which is why there are so many.
+driver counts 16 files of 32 rows at a time at the end, which is why there are so many.
 """
 
 from __future__ import annotations
