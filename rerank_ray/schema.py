@@ -184,6 +184,15 @@ def _candidate(item: dict | None, index: int, where: str) -> Candidate:
     return Candidate(**item)
 
 
+def check_scores(row: dict) -> None:
+    """Raise `RowError` where scores, if there are any, are not as many as candidates, or one is infinite."""
+    scores, count = row["scores"], len(row["candidates"] or ())
+    if scores is not None and len(scores) != count:
+        raise RowError(f"query {row['query_id']!r}: 'scores' has {len(scores)} entries for {count} candidates")
+    if any(score is not None and math.isinf(score) for score in scores or ()):
+        raise RowError(f"query {row['query_id']!r}: a score is infinite: a candidate that has none is null or NaN")
+
+
 def labels_from_row(row: dict) -> Labels:
     """Build labels from a row of the `labels` columns.
 
@@ -194,13 +203,12 @@ def labels_from_row(row: dict) -> Labels:
         raise RowError(f"query {row['query_id']!r} was not labelled: {row['error']}")
     candidate_list = candidate_list_from_row(row)
     where = f"query {row['query_id']!r}"
-    for field in ("scores", "uncertainty"):
-        if row[field] is not None and len(row[field]) != len(candidate_list):
-            raise RowError(f"{where}: '{field}' has {len(row[field])} entries for {len(candidate_list)} candidates")
+    check_scores(row)
+    if row["uncertainty"] is not None and len(row["uncertainty"]) != len(candidate_list):
+        given = len(row["uncertainty"])
+        raise RowError(f"{where}: 'uncertainty' has {given} entries for {len(candidate_list)} candidates")
     if row["scores"] is None:
         raise RowError(f"{where}: 'scores' is null although 'error' is null")
-    if any(score is not None and math.isinf(score) for score in row["scores"]):
-        raise RowError(f"{where}: a score is infinite: a candidate that has none is null or NaN")
     return Labels(
         candidate_list=candidate_list,
         teacher=row["teacher"],

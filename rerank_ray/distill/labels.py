@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rerank_ray import storage
-from rerank_ray.errors import InputError, RowError
+from rerank_ray.errors import InputError
 from rerank_ray.parquet import doc_id_path, inspect_input, open_parquet, record_of
 from rerank_ray.records import CandidateList, Labels
-from rerank_ray.schema import CANDIDATES, LABELS, candidate_list_from_row, labels_from_row
+from rerank_ray.schema import CANDIDATES, LABELS, candidate_list_from_row, check_scores, labels_from_row
 
 _GROUPS_PER_WINDOW = 16
 _MAX_TEACHERS = 20
@@ -315,14 +315,9 @@ def _columns_of_facts(file: pq.ParquetFile, path: str) -> list[str]:
 
 def _facts(row: dict) -> _RowFacts:
     """Raises `RowError` where training would stop at the row."""
-    scores, candidates = row["scores"] or [], row["candidates"] or []
-    if row["error"] is None and row["scores"] is not None:
-        if len(scores) != len(candidates):
-            said = f"'scores' has {len(scores)} entries for {len(candidates)} candidates"
-            raise RowError(f"query {row['query_id']!r}: {said}")
-        if any(score is not None and math.isinf(score) for score in scores):
-            raise RowError(f"query {row['query_id']!r}: a score is infinite: a candidate that has none is null or NaN")
-    pairs = zip(scores, candidates, strict=False)
+    if row["error"] is None:
+        check_scores(row)
+    pairs = zip(row["scores"] or [], row["candidates"] or [], strict=False)
     scored = [(s, (c and c["label"]) or 0.0) for s, c in pairs if s is not None and not math.isnan(s)]
     scores = {score for score, _ in scored}
     known = {gain for _, gain in scored}

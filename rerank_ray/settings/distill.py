@@ -171,7 +171,7 @@ class DistillSettings(Settings):
 
     @model_validator(mode="after")
     def _groups_have_negatives(self) -> DistillSettings:
-        check_group(self.objective, self.sampling.group_size, "sampling.group_size")
+        check_group(self.objective, self.sampling.group_size)
         return self
 
     @model_validator(mode="after")

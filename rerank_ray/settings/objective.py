@@ -85,14 +85,13 @@ class LossSettings(Settings):
         return self
 
 
-def check_group(objective: ObjectiveSettings, group_size: int, name: str) -> None:
-    """Raise `ValueError` where a term would find no negative in any group of `group_size` candidates, the setting of
-    that name."""
+def check_group(objective: ObjectiveSettings, group_size: int) -> None:
+    """Raise `ValueError` where a term would find no negative in any group of `sampling.group_size` candidates."""
     for number, term in enumerate(objective.losses):
         if term.target != "gains" and term.positives >= group_size:
             raise ValueError(
                 f"objective.losses.{number}: {term.loss} tells the teacher's first {term.positives} from others, and a "
-                f"group has no more ({name}: {group_size}): raise that"
+                f"group has no more (sampling.group_size: {group_size}): raise that"
             )
 
 

@@ -61,7 +61,7 @@ class ScoreTermSettings(_TermSettings):
 
     @model_validator(mode="after")
     def _groups_have_negatives(self) -> ScoreTermSettings:
-        check_group(self.objective, self.sampling.group_size, "sampling.group_size")
+        check_group(self.objective, self.sampling.group_size)
         return self
 
 
