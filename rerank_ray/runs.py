@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from rerank_ray import storage
 from rerank_ray.config import Settings, differences, dump
-from rerank_ray.errors import RunError
+from rerank_ray.errors import InputError, RunError
 
 CONFIG, STATE = "config.yaml", "run.json"
 _VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
@@ -164,6 +164,18 @@ class RunFolder:
                 file.truncate(0)
                 file.write(f"pid {os.getpid()} on {platform.node()} since {_now()}\n".encode())
             yield
+
+
+def check_ray_reads_below(uri: str) -> None:
+    """Ray takes what is behind a question mark for no part of a file's name, and a folder `query_id=…` for that column,
+    in a run's checkpoint too.
+
+    Raises:
+        InputError: the folder, or one above it, has such a name.
+    """
+    _, path = storage.open_filesystem(uri)
+    if "?" in path or "query_id=" in path:
+        raise InputError(f"{uri}: Ray can't read files below a folder with '?' or 'query_id=' in its name: rename it")
 
 
 def resolve_input(uri: str) -> str:

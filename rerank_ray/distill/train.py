@@ -411,10 +411,10 @@ class Trainer:
         share, by_layer = self._validate_shares()
         # A layer-wise student is kept for the sake of all its exits.
         ndcg = statistics.fmean(by_layer)
-        if ndcg > progress.best_score:
-            progress.best_score, progress.best_step, progress.validations_without_best = ndcg, progress.step, 0
-        else:
-            progress.validations_without_best += 1
+        progress.validations_without_best = 0 if ndcg > progress.best_score else progress.validations_without_best + 1
+        # Ray Train keeps the last of equal ones.
+        if ndcg >= progress.best_score:
+            progress.best_score, progress.best_step = ndcg, progress.step
         metrics = {
             **training,
             "validation_ndcg@10": ndcg,

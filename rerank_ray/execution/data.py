@@ -24,7 +24,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
 from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors, of_each_file
-from rerank_ray.errors import InputError, LostError, RunError
+from rerank_ray.errors import LostError, RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
 from rerank_ray.execution.shares import Shares, share_out
@@ -143,12 +143,9 @@ def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:
         The output's totals and this start's timings.
 
     Raises:
-        InputError: a folder has a name that Ray can't read below.
         RunError: the cluster gave up; what was finished is kept, and starting again goes on from there.
     """
     run = job.run
-    for uri in (job.source_uri, run.uri):
-        _check_name(uri)
     _finish_retry(run, retry_errors)
     delete_uncommitted(run.data, run.checkpoint)
     done = _checkpointed(run)
@@ -159,14 +156,6 @@ def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:
         timings = run.state().get("timings") or nothing_done()
     storage.delete_directory(run.path("attempts"))
     return count_output(run.data, job.source.rows), timings
-
-
-def _check_name(uri: str) -> None:
-    """Ray takes what is behind a question mark for no part of a file's name, and a folder `query_id=…` for that column,
-    in the checkpoint too."""
-    _, path = storage.open_filesystem(uri)
-    if "?" in path or "query_id=" in path:
-        raise InputError(f"{uri}: Ray can't read files below a folder with '?' or 'query_id=' in its name: rename it")
 
 
 def _rank_rest(job: RowJob, done: int) -> dict:

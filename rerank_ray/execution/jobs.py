@@ -20,7 +20,7 @@ from rerank_ray.label_store import prepare
 from rerank_ray.parquet import inspect_input, read_rows
 from rerank_ray.planning import compare
 from rerank_ray.ranking.rankers import preflight
-from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.runs import RunFolder, check_ray_reads_below, resolve_input
 from rerank_ray.schema import CANDIDATES, LABELS, RANKINGS, ranking_from_row
 from rerank_ray.settings.jobs import CombineSettings, LabelSettings, LimitSettings, RerankSettings
 
@@ -44,6 +44,8 @@ def _rank_job(
 
     ranker = settings.teacher if isinstance(settings, LabelSettings) else settings.ranker
     source_uri = resolve_input(settings.input)
+    for uri in (source_uri, run_uri):
+        check_ray_reads_below(uri)
     source = inspect_input(source_uri, CANDIDATES)
     inputs = preflight(ranker) | {settings.input: source.fingerprint}
     writes_trec_run = isinstance(settings, RerankSettings) and settings.trec_run

@@ -18,6 +18,7 @@ from rerank_ray.metrics.evaluation import parse_metric
 from rerank_ray.models.resolve import ask_hub, resolve
 from rerank_ray.prompts.render import load_template
 from rerank_ray.ranking.rankers import preflight
+from rerank_ray.runs import check_ray_reads_below
 from rerank_ray.settings.distill import DistillSettings
 from rerank_ray.settings.jobs import CombineSettings, EvaluateSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.pipeline import BeirIngestSettings, IngestSettings, StepSettings, step_references
@@ -88,6 +89,7 @@ def _of_ingest(settings: IngestSettings, run_uri: str) -> Iterator[Check]:
 
 
 def _of_synthesize(settings: SynthesizeSettings, run_uri: str) -> Iterator[Check]:
+    yield partial(check_ray_reads_below, run_uri)
     yield from _files([settings.corpus], run_uri)
     yield from _rankers(settings.writer)
     if settings.round_trip is not None:
@@ -95,11 +97,13 @@ def _of_synthesize(settings: SynthesizeSettings, run_uri: str) -> Iterator[Check
 
 
 def _of_label(settings: LabelSettings, run_uri: str) -> Iterator[Check]:
+    yield partial(check_ray_reads_below, run_uri)
     yield from _files([settings.input], run_uri)
     yield from _rankers(settings.teacher)
 
 
 def _of_rerank(settings: RerankSettings, run_uri: str) -> Iterator[Check]:
+    yield partial(check_ray_reads_below, run_uri)
     yield from _files([settings.input], run_uri)
     yield from _rankers(settings.ranker)
 

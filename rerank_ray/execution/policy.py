@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 
 from rerank_ray import storage
@@ -46,7 +45,6 @@ def train_policy(
         config,
         settings.execution,
         score=score,
-        best=itemgetter(score, "step"),
         summary=policy_summary_line,
     )
 

@@ -19,7 +19,7 @@ from rerank_ray.parquet import inspect_input, read_candidates, read_rows, read_s
 from rerank_ray.ranking.rankers import preflight
 from rerank_ray.records import CandidateList
 from rerank_ray.retrieval.collection import holds_candidates
-from rerank_ray.runs import RunFolder, resolve_input
+from rerank_ray.runs import RunFolder, check_ray_reads_below, resolve_input
 from rerank_ray.schema import CANDIDATES, PASSAGES, WRITTEN_QUERIES
 from rerank_ray.settings.jobs import LabelSettings
 from rerank_ray.settings.synthesize import SynthesizeSettings
@@ -35,6 +35,7 @@ def synthesize(
     from it and are made anew by a start that finds the run unfinished. `retry_errors` does the failed rows again of
     that one of the two that failed.
     """
+    check_ray_reads_below(run_uri)
     corpus = resolve_input(settings.corpus)
     inputs = preflight(settings.writer) | {settings.corpus: _digest(corpus)}
     if settings.round_trip is not None:

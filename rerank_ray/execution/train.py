@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
-from operator import itemgetter
 from pathlib import Path
 
 import pyarrow.fs
@@ -53,7 +52,7 @@ def train_student(run: RunFolder, settings: DistillSettings, labels: LabelSet) -
         RunError: a worker failed more often than `execution.max_failures`.
     """
     config = {"settings": settings.model_dump(mode="json"), "labels": labels}
-    return fit(run, _worker, config, settings.execution, score=_SCORE, best=itemgetter(_SCORE), summary=summary_line)
+    return fit(run, _worker, config, settings.execution, score=_SCORE, summary=summary_line)
 
 
 def fit(
@@ -63,15 +62,13 @@ def fit(
     execution: TrainingExecutionSettings,
     *,
     score: str,
-    best: Callable[[dict], float | tuple[float, ...]],
     summary: Callable[[dict], str],
 ) -> dict:
     """Run a training loop on Ray Train, as `train_student` says; returns the best step's metrics.
 
     Args:
         worker: what every worker runs: `work` with the loop that `config` describes; "run" is added to that.
-        score: the metric whose highest values are kept.
-        best: what of a kept checkpoint's metrics is highest for the one that becomes the student.
+        score: the metric that is highest for the step that becomes the student, the last one of equals.
         summary: a line of metrics as one for people.
     """
     # The controller checks its workers' health at this interval, and a finished step waits for the next check.
@@ -106,7 +103,7 @@ def fit(
             ) from error
         finally:
             _forget_failure(run.uri)
-        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: best(pair[1]))
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1][score], pair[1]["step"]))
         _publish(checkpoint, run)
     return metrics
 

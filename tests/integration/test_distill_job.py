@@ -72,6 +72,7 @@ def test_a_run_leaves_a_student_metrics_and_nothing_to_do(labels, base, tmp_path
     assert steps == sorted(set(steps))
     assert steps[0] == 0
     assert steps[-1] == state["best"]["total_steps"]
+    assert state["best"]["step"] == state["best"]["best_step"]
     assert list((run / "tensorboard").glob("events*"))
     student = load_student(ModelSettings(path=str(run / "student"), max_length=48))
     assert student.layers == (3,)
@@ -210,5 +211,24 @@ def test_an_error_that_would_come_again_is_not_waited_for(tmp_path, error, start
     run = RunFolder(uri=str(tmp_path / "run"))
     for _ in range(2):
         with pytest.raises(RunError, match=str(error)):
-            fit(run, worker, {}, execution, score="s", best=dict.get, summary=str)
+            fit(run, worker, {}, execution, score="s", summary=str)
     assert count.read_text() == "x" * 2 * starts
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_of_equal_steps_the_last_becomes_the_student(tmp_path):
+    """As `best_step` counts them."""
+
+    def worker(given: dict) -> None:
+        def loop(world, report, resume=None):
+            for step, score in enumerate([0.1, 0.5, 0.5, 0.5, 0.2]):
+                folder = Path(given["run"], "made", str(step))
+                (folder / "student").mkdir(parents=True)
+                (folder / "student" / "step").write_text(str(step))
+                report({"step": step, "s": score}, folder)
+
+        work(given["run"], None, TrainingExecutionSettings(), loop)
+
+    run = RunFolder(uri=str(tmp_path / "run"))
+    assert fit(run, worker, {}, TrainingExecutionSettings(), score="s", summary=str)["step"] == 3
+    assert Path(run.student, "step").read_text() == "3"

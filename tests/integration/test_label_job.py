@@ -375,6 +375,7 @@ def test_a_folder_that_ray_could_not_read_below_is_refused(make_candidates, tmp_
     """A resume would not find the checkpoint there."""
     with pytest.raises(InputError, match="with '\\?' or 'query_id=' in its name: rename it"):
         jobs.label(label_settings(make_candidates(2)), str(tmp_path / name / "run"), console)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_finished_job_is_compared_with_its_plan(make_candidates, tmp_path, console):

@@ -186,10 +186,12 @@ def test_pace_spaces_requests_evenly():
 
 
 def test_the_pace_is_held_on_the_wire(serve):
-    """11 requests at 50 a second can't leave within less than 10 gaps of 20 ms."""
+    """The last of 11 requests at 50 a second leaves 10 gaps of 20 ms after the first at the earliest, however slow the
+    machine is."""
     stub = serve(always({}))
+    started = time.monotonic()
     post(stub, 11, queries_per_second=50)
-    assert max(stub.times) - min(stub.times) >= 0.18
+    assert max(stub.times) - started >= 0.2
 
 
 def test_the_budget_of_requests_counts_every_attempt(serve):

@@ -109,6 +109,18 @@ def test_what_a_student_needs_beside_its_labels_is_looked_for(tmp_path: Path):
     assert second.startswith("  step two: prompt: no built-in template 'yes_no_typo'")
 
 
+def test_a_folder_that_ray_could_not_read_below_is_told_before_the_ingest(tmp_path: Path, no_session: None):
+    """The first label step would refuse it, after what came before."""
+    beir_folder(tmp_path / "beir", "test")
+    steps = settings_of(
+        {"name": "test", "ingest": {"kind": "beir", "folder": f"{tmp_path}/beir", "split": "test"}},
+        {"name": "labels", "label": {"input": "step://test", "teacher": {"method": "yes_no", "model": FAKE}}},
+    )
+    with pytest.raises(ConfigError, match=r"step labels: .*with '\?' or 'query_id=' in its name"):
+        pipeline.run_pipeline(steps, str(tmp_path / "what?"), Console())
+    assert not (tmp_path / "what?").exists()
+
+
 def test_a_step_that_is_done_lacks_nothing_any_more(tmp_path: Path, no_session: None):
     """Its source may be gone by then, as the collection of a job that was moved."""
     steps = [
