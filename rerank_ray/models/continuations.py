@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,10 @@ THINK = "<think>"
 """How reasoning begins."""
 THINK_BLOCK = re.compile(r"<think>\s*(</think>\s*)?\Z")
 """A think block at a text's end: open, or empty where it has a group."""
+TODAY = datetime.date(2024, 7, 26)
+"""What chat templates that name the day are told, which is what Llama 3's say where nobody tells them: a prompt must be
+the same tomorrow."""
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _ANSWER = "\ue000ANSWER\ue001"
 
 
@@ -75,12 +80,15 @@ def answer_lead(tokenizer) -> str:
 
 
 def render_chat(tokenizer, messages: list[dict[str, str]], **options) -> str:
-    """The chat template's text of a conversation.
+    """The chat template's text of a conversation, on the day `TODAY`.
 
     Raises:
         ModelError: the template refuses it, as some do a system message, or wants more than a conversation.
     """
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            options["chat_template"] = _DATE.sub(lambda call: repr(TODAY.strftime(call[2])), template)
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models.continuations import answer_lead, end_ids, label_ids
+from rerank_ray.models.continuations import answer_lead, end_ids, label_ids, render_chat
 from rerank_ray.models.protocol import Failure, Generate, LogLikelihood, NextToken, Prompt
 from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder
 
@@ -304,6 +304,19 @@ def test_reasoning_that_the_template_opens(written: str, opened: str):
     assert encoder.opened_reasoning(prompt("cat")) == opened
     assert encoder.opened_reasoning(prefilled("Yes")) == ""
     assert encoder.opened_reasoning(prefilled("", chat=False)) == ""
+
+
+LLAMA_3 = """{%- if strftime_now is defined %}{%- set date = strftime_now("%d %b %Y") %}{%- else %}{%- set date = "?" %}
+{%- endif %}{{ 'Today: ' + date + strftime_now( '; %Y-%m-%d' ) + '\\n' + messages[0]['content'] }}"""
+
+
+def test_a_template_that_names_the_day_says_the_same_tomorrow():
+    """What a prompt's score depends on must not be the day it was asked on."""
+    tokenizer = tiny_llama_tokenizer()
+    tokenizer.chat_template = LLAMA_3
+    shown = render_chat(tokenizer, [{"role": "user", "content": "what"}])
+    assert shown == "Today: 26 Jul 2024; 2024-07-26\nwhat"
+    assert tokenizer.chat_template == LLAMA_3
 
 
 def test_the_tokens_that_end_a_turn():
