@@ -3,6 +3,8 @@ answer (Rank-R1, Zhuang et al. 2025)."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -23,8 +25,9 @@ class Setwise:
     """Score = N − rank: the first k places are sorted, and below them the first stage's order stays.
 
     A set is a passage and up to `children` others. Its winner has the highest logit (likelihood) or is named by the
-    text (generation). With `permutations` above 1 the set is asked in as many orders, drawn by query and set alone, and
-    the most votes win; equal votes go to the passage that the first stage ranked higher.
+    text (generation). With `permutations` above 1 the set is asked in as many different orders, or in all that it has,
+    drawn by query and set alone, and the most votes win; equal votes go to the passage that the first stage ranked
+    higher.
 
     Rank-R1 is the form whose text reasons before it answers; a candidate's rationale is that of the last set it won.
     """
@@ -60,12 +63,13 @@ class Setwise:
         return comparisons.scores(scores_of_order(order), rationales if self.settings.mode == "reasoning" else None)
 
     def _orders(self, request: CandidateList, group: Group) -> list[Group]:
-        """The orders in which a set is asked: as it is, then shuffled."""
-        orders = [group]
-        for number in range(1, self.settings.permutations):
+        """The orders in which a set is asked: as it is, then shuffled. One that came twice would vote twice."""
+        orders, numbers = [group], itertools.count(1)
+        while len(orders) < min(self.settings.permutations, math.factorial(len(group))):
             shuffled = list(group)
-            random.Random(f"{request.query.query_id}:{group}:{number}").shuffle(shuffled)
-            orders.append(tuple(shuffled))
+            random.Random(f"{request.query.query_id}:{group}:{next(numbers)}").shuffle(shuffled)
+            if tuple(shuffled) not in orders:
+                orders.append(tuple(shuffled))
         return orders
 
     def _call(self, request: CandidateList, order: Group) -> Call:

@@ -187,6 +187,14 @@ def test_the_same_set_is_asked_in_several_orders():
     assert shown["q1"] != shown["q2"]
 
 
+def test_a_small_set_is_asked_in_no_order_twice():
+    """A set of two has two orders: an order that came twice would vote twice."""
+    backend = Adversary(ALWAYS_A)
+    outcome_of(setwise(backend, children=1, permutations=5, k=1, strategy="bubblesort"), backend, make_list("q", 4))
+    orders = [tuple(int(p.split()[2]) for p in call.prompt.passages) for call in backend.calls]
+    assert len(orders) == len(set(orders)) == 6
+
+
 class PositionBiased(Recorder):
     """Prefers d2 wherever it stands, unless the first passage is d0: then that one."""
 
