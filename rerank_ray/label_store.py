@@ -311,6 +311,11 @@ def model_key(backend: Backend, settings: Settings) -> str:
         from rerank_ray.models.engine import pick_dtype
 
         content["dtype"] = str(pick_dtype("auto", backend.device))
+    if content.get("dtype") == "int8":
+        from rerank_ray.models.acceleration import adds_in_16_bits
+
+        # Weights have fewer steps there.
+        content["adds_in_16_bits"] = adds_in_16_bits()
     return json.dumps([__version__, _READINGS, backend.name, content], sort_keys=True)
 
 

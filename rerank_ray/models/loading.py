@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers.utils import cached_file, logging
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.gguf_header import read_once
-from rerank_ray.models.resolve import ResolvedModel, resolve
+from rerank_ray.models.resolve import ResolvedModel, base_settings, resolve
 from rerank_ray.settings.models import ModelSettings
 
 # Workers load models side by side; their bars would overwrite the job's own progress.
@@ -68,9 +67,7 @@ def load_with_missing(auto_class, resolved: ResolvedModel, settings: ModelSettin
         return model, set(info["missing_keys"])
     from rerank_ray.models.student.lora import saved_names, with_adapter
 
-    adapter = json.loads(resolved.adapter_file.read_text(encoding="utf-8"))
-    location = {"path": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
-    base = settings.model_copy(update=location)
+    base = base_settings(settings, resolved)
     model, missing = load_with_missing(auto_class, resolve(base), base, **arguments)
     return with_adapter(model, resolved.folder), missing - saved_names(resolved.folder)
 

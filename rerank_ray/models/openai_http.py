@@ -18,7 +18,7 @@ from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikel
 from rerank_ray.models.resolve import resolve
 from rerank_ray.models.tokenizing import PromptEncoder
 from rerank_ray.records import Usage, storable
-from rerank_ray.settings.models import ModelSettings, OpenAIHTTPSettings
+from rerank_ray.settings.models import OpenAIHTTPSettings
 
 # vLLM's stand-in for −∞, which JSON can't carry: no probability at all.
 _NO_PROBABILITY = -9999.0
@@ -58,6 +58,10 @@ class OpenAIHTTP:
         """
         self.settings = settings
         self.name = f"openai_http:{settings.model}@{urlsplit(settings.url).hostname}"
+        source = settings.tokenizer_settings
+        if source is not None:
+            # Another chat template makes other prompts.
+            self.name += f":tokenizer={resolve(source).identity}"
         offered = {Generate: True, NextToken: settings.top_logprobs > 0, LogLikelihood: settings.echo}
         self.answers = frozenset(kind for kind, yes in offered.items() if yes)
         self.tells_log_probabilities = settings.logprobs
@@ -397,9 +401,9 @@ def _continuation_values(logprobs: _Logprobs | None, count: int) -> tuple[float,
 
 
 def _local_encoder(settings: OpenAIHTTPSettings) -> PromptEncoder | None:
-    if settings.tokenizer is None:
+    source = settings.tokenizer_settings
+    if source is None:
         return None
-    source = ModelSettings(path=settings.tokenizer)
     return PromptEncoder(load(AutoTokenizer, resolve(source), source), settings.max_length, settings.chat)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.fs
@@ -67,7 +68,17 @@ def resolve(settings: ModelSettings) -> ResolvedModel:
     Raises:
         ModelError: nothing is there, or it holds no weights that may be loaded.
     """
-    return _resolve(settings.path, settings.revision, settings, _MODEL_FILE)
+    resolved = _resolve(settings.path, settings.revision, settings, _MODEL_FILE)
+    if resolved.adapter_file is None:
+        return resolved
+    # Other weights below the same adapters are another model.
+    return replace(resolved, identity=f"{resolved.identity} on {resolve(base_settings(settings, resolved)).identity}")
+
+
+def base_settings(settings: ModelSettings, adapters: ResolvedModel) -> ModelSettings:
+    """The settings of the model that a folder of adapters alone is for."""
+    config = json.loads(adapters.adapter_file.read_text(encoding="utf-8"))
+    return settings.model_copy(update={"path": config["base_model_name_or_path"], "revision": config.get("revision")})
 
 
 def resolve_adapter(settings: ModelSettings) -> ResolvedModel | None:

@@ -85,6 +85,9 @@ def preflight(settings: RankerSettings) -> dict[str, str]:
         found[model.path] = ask_hub(resolve(model)).identity
         if (adapter := resolve_adapter(model)) is not None:
             found[model.adapter] = ask_hub(adapter).identity
+    tokenizer = getattr(model, "tokenizer_settings", None)
+    if tokenizer is not None:
+        found[f"tokenizer {tokenizer.path}"] = ask_hub(resolve(tokenizer)).identity
     if hasattr(settings, "prompt"):
         template = load_template(settings.prompt, _TEMPLATES_OF.get(settings.method, settings.method))
         found[f"prompt {settings.prompt}"] = template.digest

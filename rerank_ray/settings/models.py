@@ -278,6 +278,11 @@ class OpenAIHTTPSettings(Settings):
     max_total_tokens: PositiveInt | None = None
     """Budget: prompt and output tokens as the server counts them. Requests in flight when it is spent still finish."""
 
+    @property
+    def tokenizer_settings(self) -> ModelSettings | None:
+        """Where the tokenizer lies, if there is one."""
+        return None if self.tokenizer is None else ModelSettings(path=self.tokenizer)
+
     # Of the whole model, not of one field: an error about a field quotes its value, which may be the secret itself.
     @model_validator(mode="after")
     def _no_secrets(self) -> OpenAIHTTPSettings:

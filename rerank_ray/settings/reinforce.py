@@ -33,6 +33,8 @@ class PolicySettings(Settings):
     """Compute each layer again for its backward, for the memory of long texts and deep models."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships."""
+    allow_pickle: bool = False
+    """Load `.bin` weights; unpickling runs code of whoever made the file."""
 
     def model_settings(self) -> HFCausalSettings:
         return HFCausalSettings(
@@ -41,6 +43,7 @@ class PolicySettings(Settings):
             max_length=self.max_length,
             chat=self.chat,
             trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
         )
 
 

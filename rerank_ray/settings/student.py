@@ -147,6 +147,8 @@ class StudentSettings(Settings):
     """Compute each layer again for its backward, for the memory of long inputs and deep models."""
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships."""
+    allow_pickle: bool = False
+    """Load `.bin` weights; unpickling runs code of whoever made the file."""
 
     @model_validator(mode="after")
     def _the_query_leaves_room(self) -> StudentSettings:
@@ -197,4 +199,5 @@ class StudentSettings(Settings):
             revision=self.revision,
             max_length=self.max_length,
             trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
         )

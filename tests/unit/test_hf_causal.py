@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from rerank_ray.models.resolve import _version, resolve
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.settings.models import HFCausalSettings, ModelSettings
 from rerank_ray.settings.rankers import QueryLikelihoodSettings, YesNoSettings
+from rerank_ray.settings.reinforce import PolicySettings
+from rerank_ray.settings.student import StudentSettings
 
 PASSAGES = ["cat", "the dog of beta " * 12, "", "café 😀 שלום", "alpha {query} gamma", "x" * 90] * 11
 
@@ -213,6 +216,8 @@ def test_pickled_weights_need_permission(tiny_llama: Path, tmp_path: Path):
     with pytest.raises(ModelError, match="holds only pickled weights"):
         resolve(ModelSettings(path=str(tmp_path / "m")))
     resolve(ModelSettings(path=str(tmp_path / "m"), allow_pickle=True))
+    for kind in (StudentSettings, PolicySettings):
+        resolve(kind(base=str(tmp_path / "m"), allow_pickle=True).model_settings())
 
 
 def test_folders_that_hold_no_model(tiny_llama: Path, tmp_path: Path):
@@ -278,6 +283,21 @@ def test_how_an_embedding_model_pools_is_part_of_its_identity(tiny_llama: Path, 
     mean = identity("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true}')
     assert identity("checkpoint-500/config.json", "{}") == mean
     assert identity("1_Pooling/config.json", '{"pooling_mode_cls_token": true}') != mean
+
+
+def test_the_base_is_part_of_an_adapters_identity(tiny_llama: Path, tmp_path: Path):
+    """Of a folder of adapters alone: it names its base, whose weights may change."""
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(tiny_llama, base)
+    adapters.mkdir()
+    shutil.copy(base / "config.json", adapters)
+    (adapters / "model.safetensors").write_bytes(b"adapters")
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = resolve(ModelSettings(path=str(adapters))).identity
+    assert before.endswith(f" on {resolve(ModelSettings(path=str(base))).identity}")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert resolve(ModelSettings(path=str(adapters))).identity != before
 
 
 def test_a_tensor_in_the_middle_of_a_large_file_changes_the_identity(tmp_path: Path):

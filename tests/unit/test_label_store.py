@@ -153,6 +153,16 @@ def test_dtype_auto_is_what_this_machine_computes(monkeypatch):
     assert len(keys) == 2
 
 
+def test_int8_has_fewer_steps_on_some_processors(monkeypatch):
+    from rerank_ray.models import acceleration
+
+    keys = set()
+    for fewer in (True, False):
+        monkeypatch.setattr(acceleration, "adds_in_16_bits", lambda fewer=fewer: fewer)
+        keys.add(model_key(Model(None), HFCausalSettings(path="org/model", dtype="int8")))
+    assert len(keys) == 2
+
+
 def test_settings_left_out_of_the_key_exist():
     kinds = [v for v in vars(models).values() if isinstance(v, type) and hasattr(v, "model_fields")]
     assert {name for kind in kinds for name in kind.model_fields} >= label_store._NOT_IN_KEY

@@ -20,9 +20,11 @@ from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.openai_http import OpenAIHTTP, _check_texts
 from rerank_ray.models.protocol import Answer, Failure, Generate, LogLikelihood, NextToken, Prompt
+from rerank_ray.models.resolve import resolve
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.records import Usage
 from rerank_ray.settings.jobs import StoreSettings
+from rerank_ray.settings.models import ModelSettings
 from rerank_ray.settings.rankers import QueryLikelihoodSettings, RankerSettings, YesNoSettings
 
 # What is sent
@@ -112,6 +114,7 @@ def test_with_a_tokenizer_the_server_gets_its_tokens_cut_to_max_length(serve, ti
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     stub = serve(always({"choices": [{"text": "ok", "finish_reason": "stop"}]}))
     made = backend(stub, api="completions", tokenizer=str(tiny_llama), max_length=100, max_passage_words=None)
+    assert made.name.endswith(f":tokenizer={resolve(ModelSettings(path=str(tiny_llama))).identity}")
     long = Prompt(parts=PROMPT.parts, passages=("the cat " * 50,))
     made.run([generate(5), Generate(prompt=long, max_tokens=5)])
     text = "<|user|>Query: fleas\nPassage: A flea lives a year.\nAnswer.<|end|><|assistant|>"
