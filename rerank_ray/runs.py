@@ -25,7 +25,19 @@ _VERSIONS = ("rerank_ray", "ray", "torch", "transformers", "pyarrow", "numpy")
 INGEST_SUMMARY = "ingest.json"
 INGEST_UNFINISHED = '{"state": "unfinished"}\n'
 """What the summary is until its ingest has ended."""
-_CHANGEABLE = ("execution", "limits", "log_every_steps", "store", "trec_run")
+_CHANGEABLE = (
+    "execution",
+    "limits",
+    "log_every_steps",
+    "store",
+    "trec_run",
+    # How a training's step is cut up, or a run that is out of memory could not go on.
+    "backward",
+    "policy.gradient_checkpointing",
+    "student.gradient_checkpointing",
+    "tokens_per_backward",
+    "tokens_per_micro_batch",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +62,18 @@ class RunFolder:
         return storage.join(self.uri, *parts)
 
     def state(self) -> dict:
-        """The content of run.json; empty before the first start."""
+        """The content of run.json; empty before the first start.
+
+        Raises:
+            RunError: it is damaged.
+        """
         path = self.path(STATE)
-        return json.loads(storage.read_text(path)) if storage.exists(path) else {}
+        if not storage.exists(path):
+            return {}
+        try:
+            return json.loads(storage.read_text(path))
+        except ValueError as error:
+            raise RunError(f"{path}: is damaged ({error}): put back a copy of it, or use another folder") from error
 
     def update(self, **fields) -> None:
         """Write fields into run.json; a reader sees the old content or the new."""
@@ -62,7 +83,8 @@ class RunFolder:
     def start(self, kind: str, settings: Settings, inputs: dict[str, str], fixed: Sequence[str] = ()) -> dict:
         """Create the run or check that it may be resumed; returns its state before this start.
 
-        `execution`, `limits`, `store` and `trec_run` may change between starts; what changes a row may not.
+        `execution`, `limits`, `store`, `trec_run` and what a training's memory depends on may change between starts,
+        and `changes` in the state says what did; what changes a row may not.
 
         Args:
             kind: the job's name.
@@ -81,6 +103,8 @@ class RunFolder:
                 raise RunError(f"{self.uri}: holds Parquet, which a run would hide: use another folder")
         else:
             self.check_same(kind, settings, inputs, fixed)
+            if changed := differences(self._noted_config(type(settings)), yaml.safe_load(dump(settings))):
+                self.update(changes=[*before.get("changes", []), {"start": before["starts"] + 1, "config": changed}])
         storage.write_text(self.path(CONFIG), dump(settings))
         if before.get("state") != "done":
             self.update(
@@ -101,11 +125,7 @@ class RunFolder:
             raise RunError(f"{self.uri}: is a {before['kind']} run, not {kind}: use another folder")
         old, new = self._noted_config(type(settings)), yaml.safe_load(dump(settings))
         kept = {f"execution.{name}" for name in fixed}
-        changed = [
-            d
-            for d in differences(old, new)
-            if d.split(":")[0] in kept or d.split(".")[0].split(":")[0] not in _CHANGEABLE
-        ]
+        changed = [d for d in differences(old, new) if (path := d.split(":")[0]) in kept or not _may_change(path)]
         # A run of an earlier version noted fewer of them, and what a finished ingest read may be gone.
         noted = {name: digest for name, digest in before["inputs"].items() if name in inputs}
         changed += [f"content of input {d}" for d in differences(noted, {name: inputs[name] for name in noted})]
@@ -160,10 +180,19 @@ class RunFolder:
                 file.seek(0)
                 holder = file.read().decode().strip()
                 raise RunError(f"{self.uri}: another process is at it ({holder}): let it end") from None
+            except OSError as error:
+                raise RunError(
+                    f"{self.uri}: this filesystem has no locks ({error}), and two jobs could write the run at once: "
+                    "mount it with them (Lustre: -o flock; NFS: its lock service), or use another folder"
+                ) from error
             with storage.writing(self.uri):
                 file.truncate(0)
                 file.write(f"pid {os.getpid()} on {platform.node()} since {_now()}\n".encode())
             yield
+
+
+def _may_change(path: str) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in _CHANGEABLE)
 
 
 def check_ray_reads_below(uri: str) -> None:

@@ -84,6 +84,8 @@ class _Asked:
 class GRPOTrainer(PolicyTrainer):
     """A policy, its optimizer, and its place in the data."""
 
+    memory_advice = "lower tokens_per_micro_batch, or set policy.gradient_checkpointing"
+
     def __init__(
         self, settings: ReinforceSettings, world: World, resume: Path | None, data: LabelSet | None = None
     ) -> None:

@@ -14,7 +14,7 @@ from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.optimizer import make_optimizer
 from rerank_ray.distill.parallel import World, sum_gradients
 from rerank_ray.distill.policy import Policy
-from rerank_ray.distill.train import Report
+from rerank_ray.distill.train import Report, out_of_memory_told
 from rerank_ray.errors import RunError
 from rerank_ray.settings.rationale import RationaleSettings
 from rerank_ray.settings.reinforce import ReinforceSettings
@@ -22,6 +22,9 @@ from rerank_ray.settings.reinforce import ReinforceSettings
 
 class PolicyTrainer:
     """A policy, its optimizer, and its place in the data; subclasses say what a step and a validation are."""
+
+    memory_advice = "set policy.gradient_checkpointing"
+    """What a run may do that is out of memory."""
 
     def __init__(
         self, settings: ReinforceSettings | RationaleSettings, world: World, resume: Path | None, total_steps: int
@@ -49,13 +52,18 @@ class PolicyTrainer:
         raise NotImplementedError  # abstract
 
     def run(self, report: Report) -> None:
-        """Train to the end; a run that begins is validated before its first step too."""
-        if not self.resumed:
-            self.validate_and_report(report)
-        while not self.finished:
-            self.train_step()
-            if self.progress.step % self.settings.validation.every_steps == 0 or self.finished:
+        """Train to the end; a run that begins is validated before its first step too.
+
+        Raises:
+            RunError: a batch does not fit the memory.
+        """
+        with out_of_memory_told(self.memory_advice):
+            if not self.resumed:
                 self.validate_and_report(report)
+            while not self.finished:
+                self.train_step()
+                if self.progress.step % self.settings.validation.every_steps == 0 or self.finished:
+                    self.validate_and_report(report)
 
     def update(self) -> float:
         """Take the optimizer's step on the gradient of all workers; returns its norm before clipping.

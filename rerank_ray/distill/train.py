@@ -64,8 +64,12 @@ def train(
     Raises:
         RunError: a batch does not fit the memory. It is not halved as in scoring: other workers would wait.
     """
-    trainer = Trainer(settings, world, resume, data, report=report)
-    try:
+    advice = (
+        f"lower tokens_per_micro_batch ({settings.tokens_per_micro_batch:,}) and tokens_per_backward "
+        f"({settings.tokens_per_backward:,}), set backward: cached, or student.gradient_checkpointing"
+    )
+    with out_of_memory_told(advice):
+        trainer = Trainer(settings, world, resume, data, report=report)
         if not trainer.resumed:
             trainer.validate_and_report(report)
         while not trainer.finished:
@@ -75,13 +79,18 @@ def train(
                 trainer.validate_and_report(report)
             elif step % settings.log_every_steps == 0:
                 log(trainer.training_metrics())
+
+
+@contextmanager
+def out_of_memory_told(advice: str) -> Iterator[None]:
+    """Turn an error of too little memory into a `RunError` with advice: the same step would need as much again."""
+    try:
+        yield
     except RuntimeError as error:
         if not engine.is_out_of_memory(error):
             raise
         raise RunError(
-            f"a batch of training does not fit the memory: lower tokens_per_micro_batch "
-            f"({settings.tokens_per_micro_batch:,}) and tokens_per_backward ({settings.tokens_per_backward:,}), set "
-            f"backward: cached, or student.gradient_checkpointing ({error})"
+            f"a batch of training does not fit the memory: {advice}, and start again: it goes on ({error})"
         ) from error
 
 

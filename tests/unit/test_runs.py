@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import signal
 import subprocess
@@ -60,6 +62,21 @@ def test_execution_and_limits_may_change(run: RunFolder):
     text = Path(run.path("config.yaml")).read_text()
     assert "actors: 7" in text
     assert "max_error_rate: 0.5" in text
+
+
+def test_what_a_trainings_memory_depends_on_may_change(run: RunFolder):
+    """Or a run that is out of memory could not go on; what was changed is on record, and nothing else may change."""
+    student = {"base": "b", "gradient_checkpointing": False}
+    first = {"input": ["in"], "student": student, "tokens_per_micro_batch": 64}
+    run.start("distill", DistillSettings.model_validate(first), INPUTS)
+    changed = first | {"student": student | {"gradient_checkpointing": True}, "tokens_per_micro_batch": 32}
+    run.start("distill", DistillSettings.model_validate(changed), INPUTS)
+    run.start("distill", DistillSettings.model_validate(changed), INPUTS)
+    noted = ["student.gradient_checkpointing: False -> True", "tokens_per_micro_batch: 64 -> 32"]
+    assert [(c["start"], sorted(c["config"])) for c in run.state()["changes"]] == [(2, noted)]
+    other = DistillSettings.model_validate(changed | {"student": student | {"max_length": 128}})
+    with pytest.raises(RunError, match=r"student.max_length: 256 -> 128"):
+        run.start("distill", other, INPUTS)
 
 
 def test_another_config_is_refused_with_every_difference(run: RunFolder):
@@ -165,6 +182,13 @@ def test_update_keeps_what_it_is_not_given(run: RunFolder):
     assert not list(Path(run.uri).glob("*.tmp"))
 
 
+def test_a_damaged_state_is_named(run: RunFolder):
+    run.update(a=1)
+    Path(run.path("run.json")).write_text("")
+    with pytest.raises(RunError, match=r"run\.json: is damaged \(.*\): put back a copy"):
+        run.state()
+
+
 # Locks
 
 
@@ -190,6 +214,15 @@ def test_a_run_is_locked_by_another_process_until_it_ends(run: RunFolder):
         process.communicate()
     with run.locked():
         pass
+
+
+def test_a_filesystem_without_locks_is_told(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    def flock(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunError, match=r"this filesystem has no locks \(.*not implemented\).*-o flock"), run.locked():
+        pytest.fail("went on without a lock")
 
 
 def test_a_lock_is_let_go_when_the_job_fails(run: RunFolder):
