@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rerank_ray import storage
-from rerank_ray.errors import RunError
-from rerank_ray.parquet import ROWS_PER_GROUP, id_hash
+from rerank_ray.errors import InputError, RunError
+from rerank_ray.parquet import ROWS_PER_GROUP, id_hash, open_parquet
 from rerank_ray.records import PARSE_FAILURES, Usage, kind_and_count
 from rerank_ray.settings.jobs import LimitSettings
 
-Found = TypeVar("Found")
-
 _EXAMPLES = 20
-_FILES_AT_A_TIME = 16
 _REBUILT = "rebuilt-"
 """How the names of checkpoints begin that stand for all finished rows, after failed ones were taken out."""
 _PENDING = ".pending.parquet"
@@ -92,12 +88,12 @@ def count_output(data_uri: str, expected_rows: int) -> Counts:
     """Read a run's output once, a row group of some files at a time, and check that it accounts for every input row.
 
     Raises:
-        RunError: rows are missing or repeated.
+        RunError: rows are missing, repeated or of other queries, or a file is damaged.
     """
     counts = Counts()
     hashes: list[np.ndarray] = []
     fs, _ = storage.open_filesystem(data_uri)
-    for part, ids in of_each_file(lambda path: _count_file(fs, path), storage.list_files(data_uri, ".parquet")):
+    for part, ids in storage.of_each_file(lambda path: _count_file(fs, path), storage.list_files(data_uri, ".parquet")):
         _merge(counts, part)
         hashes.append(ids)
     counts.defects = dict(Counter(counts.defects).most_common())
@@ -105,28 +101,50 @@ def count_output(data_uri: str, expected_rows: int) -> Counts:
     every_hash = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
     distinct = len(np.unique(every_hash))
     if counts.rows != expected_rows or distinct != expected_rows:
-        raise RunError(
-            f"{data_uri}: {counts.rows} rows of {distinct} queries for {expected_rows} input rows: start the run again "
-            "to fill what is missing; rows that are there twice mean that something else wrote into the folder"
+        fix = (
+            "something else wrote into the folder: use another one"
+            if distinct > expected_rows
+            else "start the run again, a finished one with --retry-errors: it does what is missing, and takes out what "
+            "is there twice"
         )
+        raise RunError(f"{data_uri}: {counts.rows} rows of {distinct} queries for {expected_rows} input rows: {fix}")
     return counts
 
 
-def of_each_file(look: Callable[[str], Found], paths: Sequence[str]) -> Iterator[Found]:
-    """What is found in each file, in their order, looked at side by side.
+def count_rows(paths_of: str, paths: Sequence[str]) -> int:
+    """Rows of Parquet files, by their footers alone.
 
-    A run has a file for each block, hundreds of thousands perhaps, and an object store answers for each after tens of
-    milliseconds.
+    Args:
+        paths_of: the folder that the paths, as `storage.list_files` has them, lie in.
+
+    Raises:
+        RunError: a file is damaged.
     """
-    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-        for start in range(0, len(paths), _FILES_AT_A_TIME):
-            yield from pool.map(look, paths[start : start + _FILES_AT_A_TIME])
+    fs, _ = storage.open_filesystem(paths_of)
+
+    def rows(path: str) -> int:
+        with _opened(fs, path) as file:
+            return file.metadata.num_rows
+
+    return sum(storage.of_each_file(rows, paths))
+
+
+@contextmanager
+def _opened(fs: pa.fs.FileSystem, path: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with open_parquet(fs, path) as file:
+            yield file
+    except InputError as error:
+        raise RunError(
+            f"{error}. Of a run's output: delete the file and start the run again, a finished one with --retry-errors, "
+            "which does what is missing"
+        ) from error
 
 
 def _count_file(fs: pa.fs.FileSystem, path: str) -> tuple[Counts, np.ndarray]:
     """One output file's totals, and the hashes of its query ids."""
     counts, hashes = Counts(), [np.empty(0, dtype=np.uint64)]
-    with pq.ParquetFile(path, filesystem=fs) as file:
+    with _opened(fs, path) as file:
         names = [n for n in ("query_id", "error", "scores", "defects", "usage") if n in file.schema_arrow.names]
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=names)
@@ -173,20 +191,31 @@ def _add(counts: Counts, table: pa.Table) -> None:
             counts.usage[name] += pc.sum(pc.struct_field(table["usage"], name)).as_py() or 0
 
 
-def drop_errors(data_uri: str, checkpoint_uri: str) -> int:
-    """Take rows with `error` out of a run's output and out of its checkpoint, so that a resume does them again.
+def rebuild_checkpoint(data_uri: str, checkpoint_uri: str, *, drop_errors: bool) -> int:
+    """Make a run's checkpoint anew from its output, so that a resume does every row that is not there.
 
-    Each step can be repeated: killed anywhere and called again, it ends in the same state.
+    Rows of a query that is there already are taken out of the output, and rows with `error` if that is asked for. Each
+    step can be repeated: killed anywhere and called again, it ends in the same state.
 
     Returns:
         How many rows were taken out by this call.
+
+    Raises:
+        RunError: a file of the output is damaged.
     """
     fs, folder = storage.open_filesystem(checkpoint_uri)
     delete_uncommitted(data_uri, checkpoint_uri)
+    paths = storage.list_files(data_uri, ".parquet")
+    again = _repeated(fs, paths)
+    seen: set[int] = set()
     dropped, kept_ids = 0, []
-    for path in storage.list_files(data_uri, ".parquet"):
-        table = pq.read_table(path, filesystem=fs)
-        good = table.filter(pc.is_null(table["error"]))
+    for path in paths:
+        with _opened(fs, path) as file:
+            table = file.read()
+        keep = np.array([_is_first(id_hash(i), again, seen) for i in table["query_id"].to_pylist()], dtype=bool)
+        if drop_errors:
+            keep &= pc.is_null(table["error"]).to_numpy(zero_copy_only=False)
+        good = table.filter(pa.array(keep))
         kept_ids.append(good.select(["query_id"]))
         if good.num_rows == table.num_rows:
             continue
@@ -207,6 +236,28 @@ def drop_errors(data_uri: str, checkpoint_uri: str) -> int:
     for path in old:
         fs.delete_file(path)
     return dropped
+
+
+def _repeated(fs: pa.fs.FileSystem, paths: Sequence[str]) -> frozenset[int]:
+    """Hashes of the query ids that more than one row has."""
+
+    def hashes(path: str) -> np.ndarray:
+        with _opened(fs, path) as file:
+            ids = file.read(columns=["query_id"])["query_id"].to_pylist()
+        return np.array([id_hash(i) for i in ids], dtype=np.uint64)
+
+    found = [np.empty(0, dtype=np.uint64), *storage.of_each_file(hashes, paths)]
+    every_hash, counts = np.unique(np.concatenate(found), return_counts=True)
+    return frozenset(every_hash[counts > 1].tolist())
+
+
+def _is_first(hashed: int, again: frozenset[int], seen: set[int]) -> bool:
+    """Whether a row is the first of its query; `seen` remembers those of which there are more."""
+    if hashed not in again:
+        return True
+    is_new = hashed not in seen
+    seen.add(hashed)
+    return is_new
 
 
 def committed(checkpoint_uri: str) -> list[str]:

@@ -64,14 +64,18 @@ def inspect_input(uri: str, expected: pa.Schema) -> InputSummary:
         found = "holds no .parquet file" if storage.exists(uri) else "does not exist"
         maker = "label CONFIG --run" if expected is LABELS else "ingest … --out"
         raise InputError(f"{uri}: the input {found}; `rerank-ray {maker} {uri}` writes one")
-    digest = hashlib.sha256()
-    hashes: list[np.ndarray] = []
-    for path in paths:
+
+    def look(path: str) -> tuple[int, bytes, np.ndarray]:
         with open_parquet(fs, path) as file:
             check_columns(file.schema_arrow, expected, path)
-            digest.update(f"{posixpath.basename(path)}:{fs.get_file_info(path).size}:".encode())
-            digest.update(_content_digest(fs, path))
-            hashes.append(_query_id_hashes(file, path))
+            return fs.get_file_info(path).size, _content_digest(fs, path), _query_id_hashes(file, path)
+
+    digest = hashlib.sha256()
+    hashes: list[np.ndarray] = []
+    for path, (size, content, of_file) in zip(paths, storage.of_each_file(look, paths), strict=True):
+        digest.update(f"{posixpath.basename(path)}:{size}:".encode())
+        digest.update(content)
+        hashes.append(of_file)
     id_hashes = np.sort(np.concatenate(hashes))
     if (id_hashes[1:] == id_hashes[:-1]).any():
         _raise_first_duplicate(fs, paths)

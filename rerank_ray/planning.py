@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rerank_ray import config, storage
-from rerank_ray.accounting import committed, of_each_file
+from rerank_ray.accounting import committed
 from rerank_ray.errors import ConfigError, InputError, RowError
 from rerank_ray.label_store import LabelStore, StoredBackend
 from rerank_ray.models.protocol import Answer, Backend, Call, Embed, EmbedTokens, Result
@@ -269,7 +269,7 @@ def _finished(run: RunFolder) -> np.ndarray:
         ids = pq.read_table(path, filesystem=fs, columns=["query_id"])["query_id"]
         return [id_hash(query_id) for query_id in ids.to_pylist()]
 
-    every_hash = chain.from_iterable(of_each_file(hashes, committed(run.checkpoint)))
+    every_hash = chain.from_iterable(storage.of_each_file(hashes, committed(run.checkpoint)))
     return np.unique(np.fromiter(every_hash, dtype=np.uint64))
 
 

@@ -6,17 +6,24 @@ import fcntl
 import hashlib
 import os
 import posixpath
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rerank_ray.errors import InputError, RunError
 
+Found = TypeVar("Found")
+
 _COPIED_BYTES = 16 * 2**20
+_FILES_AT_A_TIME = 16
+_SECRET = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
 
 
 @contextmanager
@@ -39,10 +46,16 @@ def open_filesystem(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """Split a URI or local path into a pyarrow filesystem and the path inside it.
 
     Raises:
-        InputError: pyarrow has no filesystem for such a URI.
+        InputError: pyarrow has no filesystem for such a URI, or the URI holds a password.
     """
     text = os.fspath(uri)
     if "://" in text:
+        if _SECRET.match(text):
+            raise InputError(
+                f"{_SECRET.sub('…://', text)}: this address came with a key and its secret before an '@', which run "
+                "folders and logs would keep: leave them out; S3's are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in "
+                "the environment"
+            )
         try:
             return pafs.FileSystem.from_uri(text)
         except pa.ArrowException as error:
@@ -57,6 +70,11 @@ def join(uri: str | os.PathLike[str], *parts: str) -> str:
     """A path below a folder; a URI's options (`?region=…`) stay at its end."""
     path, options = _options_apart(uri)
     return posixpath.join(path, *parts) + options
+
+
+def without_options(uri: str | os.PathLike[str]) -> str:
+    """An address without the options at a URI's end (`?region=…`), which are no part of the file's name."""
+    return _options_apart(uri)[0]
 
 
 def _options_apart(uri: str | os.PathLike[str]) -> tuple[str, str]:
@@ -123,6 +141,8 @@ def write_text(uri: str | os.PathLike[str], text: str) -> None:
 def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never half of it.
 
+    A name that ends in `.gz` is compressed so.
+
     Raises:
         RunError: it can't be written.
     """
@@ -131,7 +151,7 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     target = path + ".tmp" if isinstance(fs, pafs.LocalFileSystem) else path
     with writing(uri):
         fs.create_dir(posixpath.dirname(path), recursive=True)
-        with fs.open_output_stream(target) as stream:
+        with fs.open_output_stream(target, compression="gzip" if path.endswith(".gz") else None) as stream:
             stream.write(data)
         if target != path:
             fs.move(target, path)
@@ -179,17 +199,28 @@ def list_files(uri: str | os.PathLike[str], suffix: str) -> list[str]:
     return sorted(f.path for f in found if f.type == pafs.FileType.File and f.path.endswith(suffix))
 
 
+def of_each_file(look: Callable[[str], Found], paths: Sequence[str]) -> Iterator[Found]:
+    """What is found in each file, in their order, looked at side by side.
+
+    A run has a file for each block, hundreds of thousands perhaps, and an object store answers for each after tens of
+    milliseconds.
+    """
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+        for start in range(0, len(paths), _FILES_AT_A_TIME):
+            yield from pool.map(look, paths[start : start + _FILES_AT_A_TIME])
+
+
 def local_path(uri: str | os.PathLike[str]) -> Path | None:
     """The local path behind a URI, or None when it lies on another filesystem."""
     fs, path = open_filesystem(uri)
     return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
 
 
-def digest(uri: str | os.PathLike[str]) -> str:
-    """16 hex digits that change with a file's bytes, or with the names and bytes of a folder's files."""
+def digest(uri: str | os.PathLike[str], suffix: str = "") -> str:
+    """16 hex digits that change with a file's bytes, or with the names and bytes of a folder's files that end so."""
     fs, path = open_filesystem(uri)
     digest = hashlib.sha256()
-    for file in list_files(uri, "") if is_directory(uri) else [path]:
+    for file in list_files(uri, suffix) if is_directory(uri) else [path]:
         if file != path:
             name = file.removeprefix(path.rstrip("/"))
             digest.update(f"{name}\0{fs.get_file_info(file).size}\0".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import logging
 import os
 import sys
@@ -23,7 +24,14 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 
 from rerank_ray import storage
-from rerank_ray.accounting import Counts, committed, count_output, delete_uncommitted, drop_errors, of_each_file
+from rerank_ray.accounting import (
+    Counts,
+    committed,
+    count_output,
+    count_rows,
+    delete_uncommitted,
+    rebuild_checkpoint,
+)
 from rerank_ray.errors import LostError, RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
@@ -42,6 +50,7 @@ from rerank_ray.stages import RankStage, WriteStage
 Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
 _TELL_EVERY_S = 5.0
+_RETRY = "retry.json"
 _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
 
@@ -148,14 +157,18 @@ def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:
     run = job.run
     _finish_retry(run, retry_errors)
     delete_uncommitted(run.data, run.checkpoint)
-    done = _checkpointed(run)
+    done = _finished_rows(run)
     if done < job.source.rows:
         timings = _rank_rest(job, done)
     else:
         # Nothing is left but to count: the run was stopped there, or its limits were raised.
         timings = run.state().get("timings") or nothing_done()
     storage.delete_directory(run.path("attempts"))
-    return count_output(run.data, job.source.rows), timings
+    try:
+        return count_output(run.data, job.source.rows), timings
+    except RunError:
+        _plan_retry(run, drop_errors=False)
+        raise
 
 
 def _rank_rest(job: RowJob, done: int) -> dict:
@@ -250,19 +263,25 @@ def _configure(job: RowJob) -> None:
     os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = str(readers)
 
 
-def _checkpointed(run: RunFolder) -> int:
-    """Rows that earlier starts finished."""
-    import pyarrow.parquet as pq
+def _finished_rows(run: RunFolder) -> int:
+    """Rows that earlier starts finished. A checkpoint that has not as many as the output is made anew from it: a file
+    was lost, or was damaged and deleted, and its rows are done again."""
+    in_output = count_rows(run.data, storage.list_files(run.data, ".parquet"))
+    if count_rows(run.checkpoint, committed(run.checkpoint)) != in_output:
+        in_output -= rebuild_checkpoint(run.data, run.checkpoint, drop_errors=False)
+    return in_output
 
-    fs, _ = storage.open_filesystem(run.checkpoint)
-    return sum(of_each_file(lambda path: pq.read_metadata(path, filesystem=fs).num_rows, committed(run.checkpoint)))
+
+def _plan_retry(run: RunFolder, *, drop_errors: bool) -> None:
+    """Note that the checkpoint is to be made anew, so that a kill on the way is harmless."""
+    storage.write_text(run.path(_RETRY), json.dumps({"drop_errors": drop_errors}) + "\n")
 
 
 def _finish_retry(run: RunFolder, retry_errors: bool) -> None:
-    """Take failed rows out for another try; a plan file makes a kill in between harmless."""
-    plan = run.path("retry.json")
+    """Take failed rows out for another try, or do what an earlier start has planned."""
     if retry_errors:
-        storage.write_text(plan, "{}\n")
+        _plan_retry(run, drop_errors=True)
+    plan = run.path(_RETRY)
     if storage.exists(plan):
-        drop_errors(run.data, run.checkpoint)
+        rebuild_checkpoint(run.data, run.checkpoint, **json.loads(storage.read_text(plan)))
         storage.delete_file(plan)

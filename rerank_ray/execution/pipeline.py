@@ -135,8 +135,13 @@ def _source_digests(settings: IngestSettings) -> dict[str, str]:
         paths = [beir.look_for(settings.folder, name) for name in beir.file_names(settings.split)]
     else:
         paths = filter(storage.exists, source_paths(settings))
-    # A run folder stands for its data: the rest of it changes whenever the run is looked at again.
-    return {p: storage.digest(resolve_input(p) if storage.is_directory(p) else p) for p in paths if p}
+    return {p: _digest(p) for p in paths if p}
+
+
+def _digest(path: str) -> str:
+    """Of a folder only its rows: the rest of a run changes whenever it is looked at again, and an ingest's lock
+    whenever somebody tries to write there."""
+    return storage.digest(resolve_input(path), ".parquet") if storage.is_directory(path) else storage.digest(path)
 
 
 def evaluate(settings: EvaluateSettings, run_uri: str, console: Console) -> EvaluationReport:

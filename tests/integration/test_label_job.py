@@ -23,6 +23,7 @@ from rerank_ray.errors import InputError, RunError
 from rerank_ray.execution import jobs
 from rerank_ray.parquet import read_rows, write_rows
 from rerank_ray.planning import plan
+from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, LABELS
 from rerank_ray.settings.jobs import LabelSettings, RerankSettings
 from rerank_ray.stages import RankStage
@@ -198,6 +199,29 @@ def test_retry_errors_does_only_the_failed_rows_again(make_candidates, tmp_path,
     assert state["starts"] == 1
     assert state["counts"]["usage"]["calls"] == calls_before
     assert state["timings"]["rows_this_start"] == len(failed)
+
+
+def test_output_that_was_lost_or_doubled_is_mended(make_candidates, tmp_path, console):
+    """A file is gone, which the next start finds at once. Then one is gone and another is there twice, as after a write
+    that outlived its driver: that is found when the rows are counted, and mended by the start after that."""
+    source, run = make_candidates(40), tmp_path / "run"
+    settings = label_settings(source)
+    jobs.label(settings, str(run), console)
+    before = rows_of(run)
+    RunFolder(uri=str(run)).update(state="running")
+    min((run / "data").iterdir()).unlink()
+    jobs.label(settings, str(run), console)
+    assert rows_of(run) == before
+    RunFolder(uri=str(run)).update(state="running")
+    first, second, *_ = sorted((run / "data").iterdir())
+    shutil.copy(second, run / "data" / "other.parquet")
+    first.unlink()
+    with pytest.raises(RunError, match=r"40 rows of 36 queries for 40 input rows: start the run again"):
+        jobs.label(settings, str(run), console)
+    jobs.label(settings, str(run), console)
+    assert rows_of(run) == before
+    state = RunFolder(uri=str(run)).state()
+    assert (state["state"], state["timings"]["rows_this_start"]) == ("done", 4)
 
 
 def test_a_raised_limit_accepts_a_failed_run_and_keeps_its_figures(make_candidates, tmp_path, console):

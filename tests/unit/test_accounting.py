@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 from fixtures.rows import label_row, make_list, write_labels
 
 from rerank_ray import parquet, schema, storage
-from rerank_ray.accounting import Counts, count_output, delete_uncommitted, drop_errors, passed_bounds
+from rerank_ray.accounting import (
+    Counts,
+    count_output,
+    count_rows,
+    delete_uncommitted,
+    passed_bounds,
+    rebuild_checkpoint,
+)
 from rerank_ray.config import validate
 from rerank_ray.errors import ConfigError, RunError
 from rerank_ray.execution.jobs import finish
@@ -213,7 +221,7 @@ def run(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_only_good_rows_stay_in_data_and_checkpoint(run: tuple[Path, Path]):
     data, checkpoint = run
-    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True) == 3
     assert sorted(ids_in(data)) == ["q1", "q3", "q6"]
     assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
     assert sorted(p.name for p in data.iterdir()) == ["a_000000-0.parquet", "c_000000-0.parquet"]
@@ -222,8 +230,8 @@ def test_only_good_rows_stay_in_data_and_checkpoint(run: tuple[Path, Path]):
 
 def test_a_second_call_changes_nothing(run: tuple[Path, Path]):
     data, checkpoint = run
-    drop_errors(str(data), str(checkpoint))
-    assert drop_errors(str(data), str(checkpoint)) == 0
+    rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True)
+    assert rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True) == 0
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
     assert len(list(checkpoint.iterdir())) == 1
 
@@ -231,7 +239,7 @@ def test_a_second_call_changes_nothing(run: tuple[Path, Path]):
 def test_a_folder_may_be_called_as_the_files_are(run: tuple[Path, Path]):
     data, checkpoint = run
     checkpoint = checkpoint.rename(checkpoint.with_name("rebuilt-index"))
-    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True) == 3
     assert sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
 
 
@@ -240,7 +248,7 @@ def test_what_was_never_committed_is_deleted_first(run: tuple[Path, Path]):
     data, checkpoint = run
     (checkpoint / "c_000000.parquet").rename(checkpoint / "c_000000.pending.parquet")
     (data / "c_000000-0.parquet").write_bytes(b"PAR1 half a file")
-    assert drop_errors(str(data), str(checkpoint)) == 3
+    assert rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True) == 3
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3"]
     assert not list(checkpoint.glob("*.pending.parquet"))
 
@@ -314,28 +322,51 @@ def test_killed_at_any_step_and_called_again_it_ends_the_same(
         changes += 1
         real_write(table, path, filesystem=filesystem.real, **arguments)
 
-    real_read = pq.read_table
+    real_file = pq.ParquetFile
     with monkeypatch.context() as patch:
         patch.setattr(storage, "open_filesystem", dying_open)
         patch.setattr(pq, "write_table", dying_write)
-        patch.setattr(pq, "read_table", lambda path, filesystem: real_read(path, filesystem=filesystem.real))
+        patch.setattr(pq, "ParquetFile", lambda path, filesystem: real_file(path, filesystem=filesystem.real))
         if step < 7:
             with pytest.raises(Killed):
-                drop_errors(str(data), str(checkpoint))
+                rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True)
         else:
-            drop_errors(str(data), str(checkpoint))
-    drop_errors(str(data), str(checkpoint))
+            rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True)
+    rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True)
     assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q3", "q6"]
     assert len(list(checkpoint.iterdir())) == 1
 
 
+def test_a_checkpoint_is_made_anew_from_what_is_there(run: tuple[Path, Path]):
+    """A file was lost and another is there twice, as after a write that outlived its driver; errors stay."""
+    data, checkpoint = run
+    (data / "c_000000-0.parquet").unlink()
+    shutil.copy(data / "a_000000-0.parquet", data / "d_000000-0.parquet")
+    assert rebuild_checkpoint(str(data), str(checkpoint), drop_errors=False) == 3
+    assert sorted(ids_in(data)) == sorted(ids_in(checkpoint)) == ["q1", "q2", "q3", "q4", "q5"]
+
+
+def test_a_damaged_file_is_named(run: tuple[Path, Path]):
+    data, checkpoint = run
+    (data / "b_000000-0.parquet").write_bytes(b"")
+    for look in (
+        lambda: rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True),
+        lambda: count_output(str(data), 6),
+        lambda: count_rows(str(data), storage.list_files(str(data), ".parquet")),
+    ):
+        with pytest.raises(
+            RunError, match=r"b_000000-0.parquet: not a readable .*delete the file and start the run again"
+        ):
+            look()
+
+
 def test_a_run_that_wrote_nothing(tmp_path: Path):
-    assert drop_errors(str(tmp_path / "data"), str(tmp_path / "checkpoint")) == 0
+    assert rebuild_checkpoint(str(tmp_path / "data"), str(tmp_path / "checkpoint"), drop_errors=True) == 0
 
 
 def test_ids_come_back_as_the_type_ray_compares(run: tuple[Path, Path]):
     """Ray matches ids of input and checkpoint by value and type: strings stay strings."""
     data, checkpoint = run
-    drop_errors(str(data), str(checkpoint))
+    rebuild_checkpoint(str(data), str(checkpoint), drop_errors=True)
     (file,) = checkpoint.iterdir()
     assert pq.read_schema(file).field("query_id").type == pa.string()

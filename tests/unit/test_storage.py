@@ -28,6 +28,11 @@ def test_a_path_below_a_folder(folder: str, joined: str):
     assert storage.join(folder, "data", "a.parquet") == joined
 
 
+def test_options_are_no_part_of_a_files_name():
+    assert storage.without_options("s3://bucket/a.parquet?region=eu-west-1") == "s3://bucket/a.parquet"
+    assert storage.without_options("what?.parquet") == "what?.parquet"
+
+
 @pytest.mark.parametrize("other", ["/a/b", "/a/b/", "file:///a/b", "file:///a/b/", "/a/../a/b"])
 def test_one_place_has_several_addresses(other: str):
     assert storage.is_within("/a/b", other)
@@ -40,6 +45,14 @@ def test_one_place_has_several_addresses(other: str):
 def test_a_uri_that_names_no_filesystem_is_told_with_the_fix(uri: str):
     with pytest.raises(InputError, match=f"^{uri}: no address of a file or folder .*: give a local path, or a URI"):
         storage.exists(uri)
+
+
+def test_a_secret_in_an_address_is_refused_and_not_repeated():
+    """It would lie in the run folder."""
+    with pytest.raises(InputError) as caught:
+        storage.exists("s3://AKIA1:pass%2Fword@bucket/runs?region=eu-west-1")
+    assert str(caught.value).startswith("…://bucket/runs?region=eu-west-1: this address came with a key")
+    assert "word" not in str(caught.value)
 
 
 def test_a_hub_that_is_out_of_reach_is_told_and_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys):
@@ -97,6 +110,12 @@ def test_a_new_file_on_s3_is_not_moved(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), storage.new_file(str(tmp_path / "run.trec.gz")):
         raise KeyboardInterrupt
     assert [f.name for f in tmp_path.iterdir()] == ["run.trec.gz"]
+
+
+def test_a_small_file_is_compressed_as_its_name_says(tmp_path: Path):
+    storage.write_text(tmp_path / "a.json.gz", "{}\n")
+    assert gzip.decompress((tmp_path / "a.json.gz").read_bytes()) == b"{}\n"
+    assert storage.read_text(tmp_path / "a.json.gz") == "{}\n"
 
 
 def test_a_file_is_written_by_one_at_a_time(tmp_path: Path):
