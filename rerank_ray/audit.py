@@ -21,10 +21,10 @@ from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import auc, kendall, ndcg, ranks, rbo
-from rerank_ray.parquet import inspect_input, read_scored
+from rerank_ray.parquet import inspect_input, read_scored, record_of
 from rerank_ray.report.tables import format_value, print_table
 from rerank_ray.runs import resolve_ended
-from rerank_ray.schema import LABELS
+from rerank_ray.schema import LABELS, check_scored
 
 _QUERIES_AT_A_TIME = 100_000
 _SAMPLE = 1_000_000
@@ -73,6 +73,7 @@ def audit(
 
     Raises:
         InputError: a run that is not there or holds no labels, or no query in common.
+        RowError: a row without `error` has no scores, not as many as candidates, or an infinite one.
         ConfigError: two runs of one name.
     """
     others = _named(against, {"shuffled": shuffled, "repeat": repeat})
@@ -136,11 +137,8 @@ def _entries(data: str, wanted: Container[str] | None = None) -> Iterator[tuple[
     for row in read_scored(data, wanted):
         if row["error"] is not None:
             continue
+        record_of(row, check_scored, data)
         candidates = row["candidates"]
-        if row["scores"] is None or len(row["scores"]) != len(candidates):
-            raise InputError(
-                f"{data}: query {row['query_id']!r}: {len(row['scores'] or ())} scores for {len(candidates)} candidates"
-            )
         yield (
             row["query_id"],
             _Entry(

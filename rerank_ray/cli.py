@@ -318,6 +318,8 @@ def _convert(options: argparse.Namespace, console: Console) -> None:
     if done.repeated:
         reason = "another one of their list has the same text"
         console.print(f"  {done.repeated:,} candidates left out: {reason}", highlight=False)
+    if done.empty:
+        console.print(f"  {done.empty:,} candidates left out: they have no text", highlight=False)
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:

@@ -37,6 +37,8 @@ class Format:
     """What its numbers can be; () when it has none."""
     text: Callable[[str], str] = str
     """From a passage's contents to what the format holds of them: passages that it can't tell apart are one."""
+    empty_texts: bool = True
+    """Whether it can hold a passage without a text."""
 
 
 FORMATS = {
@@ -44,7 +46,7 @@ FORMATS = {
     "sentence-transformers": Format(lines=lambda entry, scores: labeled_list_line(entry, scores=scores), by_role=False),
     "margin-mse": Format(lines=lambda entry, _: margin_lines(entry), targets=("teacher",)),
     "tevatron": Format(lines=lambda entry, _: tevatron_line(entry), targets=()),
-    "triples": Format(lines=lambda entry, _: triples_lines(entry), targets=(), text=one_line),
+    "triples": Format(lines=lambda entry, _: triples_lines(entry), targets=(), text=one_line, empty_texts=False),
 }
 
 
@@ -58,6 +60,8 @@ class Conversion:
     """Candidates left out because the teacher gave them no score."""
     repeated: int = 0
     """Candidates left out because another one of their list has the same text."""
+    empty: int = 0
+    """Candidates left out because they have no text, and the format no way to write that."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Why rows were left out -> how many."""
 
@@ -120,7 +124,7 @@ def convert(
     else:
         with storage.new_file(out) as file:
             for found in rows:
-                labels = _without_repeats(found, FORMATS[form].text, conversion)
+                labels = _writable(found, FORMATS[form], conversion)
                 entry = split(labels, min_gain=1.0 if min_gain is None else min_gain, positives=positives)
                 if FORMATS[form].by_role and not (entry.positives and entry.negatives):
                     conversion.skipped["without a negative" if entry.positives else _WITHOUT_POSITIVE] += 1
@@ -202,16 +206,20 @@ def _labels(data: str, taught: bool, conversion: Conversion) -> Iterator[Labels]
         )
 
 
-def _without_repeats(labels: Labels, text: Callable[[str], str], conversion: Conversion) -> Labels:
-    """The list with one candidate a text; those left out are counted."""
+def _writable(labels: Labels, form: Format, conversion: Conversion) -> Labels:
+    """The list with one candidate a text, and where the format has columns none without; those left out are counted."""
     candidates = labels.candidate_list.candidates
     best: dict[str, int] = {}
     for i, candidate in enumerate(candidates):
-        key = text(candidate.contents)
-        if key not in best or _worth(labels, i) > _worth(labels, best[key]):
+        key = form.text(candidate.contents)
+        if not key and not form.empty_texts:
+            conversion.empty += 1
+        elif key not in best or _worth(labels, i) > _worth(labels, best[key]):
+            conversion.repeated += key in best
             best[key] = i
+        else:
+            conversion.repeated += 1
     kept = sorted(best.values())
-    conversion.repeated += len(candidates) - len(kept)
     return replace(
         labels,
         candidate_list=replace(labels.candidate_list, candidates=tuple(candidates[i] for i in kept)),

@@ -217,7 +217,7 @@ def load_rankings(path: str, name: str | None = None, wanted: Container[str] | N
     if not storage.exists(path):
         raise InputError(f"{path}: no such file or folder: give a run folder, a Parquet file or a TREC run")
     is_folder = storage.is_directory(path)
-    if not is_folder and not path.endswith(".parquet"):
+    if not is_folder and not storage.without_options(path).endswith(".parquet"):
         entries = read_run(path, BadLines())
         rankings = {query_id: tuple(e.doc_id for e in run) for query_id, run in entries.items()}
         return LoadedRankings(name=name, path=path, kind=SourceKind.RUN_FILE, rankings=rankings, errors={})
@@ -255,7 +255,7 @@ def _split_name(source: str) -> tuple[str | None, str]:
 
 
 def _own_name(path: str) -> str:
-    stem = posixpath.basename(path.rstrip("/")).removesuffix(".gz")
+    stem = posixpath.basename(storage.without_options(path).rstrip("/")).removesuffix(".gz")
     return re.sub(r"\.(parquet|trec|run|txt)$", "", stem) or path
 
 

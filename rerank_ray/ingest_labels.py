@@ -7,11 +7,12 @@ Label Parquet has all columns of candidate Parquet, so that a teacher can also l
 from __future__ import annotations
 
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from rerank_ray import schema
-from rerank_ray.errors import ConfigError
+from rerank_ray import schema, storage
+from rerank_ray.errors import ConfigError, InputError
 from rerank_ray.formats import flagembedding, sentence_transformers, tevatron, trec
 from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
@@ -46,11 +47,13 @@ def ingest_lists(
     `depth` keeps the first candidates of each list; where a format has positives they come first.
 
     Raises:
-        InputError: a bad line, a query id used twice, files with teacher scores beside files without, no lists at all,
-            or `out` holds an ingest already.
+        InputError: a bad line, a query id used twice, a file given twice, files with teacher scores beside files
+            without, no lists at all, or `out` holds an ingest already.
     """
     check_depth(depth)
     check_out(out, overwrite)
+    if twice := [path for path, count in Counter(map(storage.absolute, files)).items() if count > 1]:
+        raise InputError(f"{twice[0]}: is given more than once, which would double its lists: name each file once")
     bad = BadLines(skip=skip_bad_lines)
     lists = TrainingLists()
     labels = (_cut(made, depth) for path in files for made in LIST_READERS[kind](path, bad, lists))

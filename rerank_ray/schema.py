@@ -193,6 +193,13 @@ def check_scores(row: dict) -> None:
         raise RowError(f"query {row['query_id']!r}: a score is infinite: a candidate that has none is null or NaN")
 
 
+def check_scored(row: dict) -> None:
+    """As `check_scores`, of a row without `error`, which has scores."""
+    check_scores(row)
+    if row["scores"] is None:
+        raise RowError(f"query {row['query_id']!r}: 'scores' is null although 'error' is null")
+
+
 def labels_from_row(row: dict) -> Labels:
     """Build labels from a row of the `labels` columns.
 
@@ -203,12 +210,10 @@ def labels_from_row(row: dict) -> Labels:
         raise RowError(f"query {row['query_id']!r} was not labelled: {row['error']}")
     candidate_list = candidate_list_from_row(row)
     where = f"query {row['query_id']!r}"
-    check_scores(row)
+    check_scored(row)
     if row["uncertainty"] is not None and len(row["uncertainty"]) != len(candidate_list):
         given = len(row["uncertainty"])
         raise RowError(f"{where}: 'uncertainty' has {given} entries for {len(candidate_list)} candidates")
-    if row["scores"] is None:
-        raise RowError(f"{where}: 'scores' is null although 'error' is null")
     return Labels(
         candidate_list=candidate_list,
         teacher=row["teacher"],

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rerank_ray.errors import ConfigError, InputError
-from rerank_ray.parquet import inspect_input, read_scored
+from rerank_ray.parquet import inspect_input, read_scored, record_of
 from rerank_ray.runs import resolve_input
-from rerank_ray.schema import LABELS
+from rerank_ray.schema import LABELS, check_scored
 from rerank_ray.uncertainty import UncertaintyCriterion, uncertainty_of
 
 
@@ -31,6 +31,7 @@ def threshold_for(run: str, budget: float, k: int, criterion: UncertaintyCriteri
     Raises:
         ConfigError: the budget is no share, or k below 2, where every query is certain.
         InputError: no row has scores.
+        RowError: a row without `error` has no scores, not as many as candidates, or an infinite one.
     """
     if not 0.0 <= budget <= 1.0:
         raise ConfigError(f"--budget {budget}: a share of the queries, between 0 and 1")
@@ -42,6 +43,7 @@ def threshold_for(run: str, budget: float, k: int, criterion: UncertaintyCriteri
     count = 0
     for row in read_scored(data):
         if row["error"] is None:
+            record_of(row, check_scored, data)
             scores = [math.nan if s is None else s for s in row["scores"]]
             values[count] = uncertainty_of(scores, k, criterion)
             count += 1

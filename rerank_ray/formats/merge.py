@@ -111,7 +111,8 @@ class _Index:
                 for group in range(file.num_row_groups):
                     ids = file.read_row_group(group, columns=["query_id"])["query_id"].to_pylist()
                     hashes.append(np.array([id_hash(i) for i in ids], dtype=np.uint64))
-                    positions.append(np.array([(len(self._groups), row) for row in range(len(ids))], dtype=np.int32))
+                    places = [(len(self._groups), row) for row in range(len(ids))]
+                    positions.append(np.array(places, dtype=np.int32).reshape(-1, 2))
                     self._groups.append((path, group))
         unsorted = np.concatenate(hashes)
         order = np.argsort(unsorted)

@@ -106,7 +106,7 @@ def _columns(item: dict[str, Any], count: int, layout: str) -> tuple[list[str], 
 
 
 def _rows(path: str, bad: BadLines, parse: Callable[[int | str, dict[str, Any]], T]) -> Iterator[T]:
-    if path.endswith(".parquet"):
+    if storage.without_options(path).endswith(".parquet"):
         return parsed(path, bad, parse, _parquet_rows(path))
     return parsed(path, bad, lambda number, line: parse(number, json_object(line)))
 

@@ -122,7 +122,7 @@ def _bytes_of(path: str) -> int:
     except (OSError, pa.ArrowException):
         # Reading it says why.
         return 0
-    return size * _COMPRESSION if path.endswith((".gz", ".parquet")) else size
+    return size * _COMPRESSION if storage.without_options(path).endswith((".gz", ".parquet")) else size
 
 
 def share_of(query: str, passes: int) -> int:

@@ -18,7 +18,7 @@ from rerank_ray import audit as audit_module
 from rerank_ray import shuffle as shuffle_module
 from rerank_ray.audit import audit
 from rerank_ray.cli import main
-from rerank_ray.errors import ConfigError, InputError, RunError
+from rerank_ray.errors import ConfigError, InputError, RowError, RunError
 from rerank_ray.metrics.evaluation import evaluate_rankings
 from rerank_ray.parquet import read_candidates, read_rows, read_scored, write_rows
 from rerank_ray.ranking.rankers import Ranker
@@ -194,6 +194,15 @@ def flat(value: object, path: str = "") -> dict[str, float]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, inner in items for k, v in flat(inner, f"{path}.{key}").items()}
     return {path: value} if isinstance(value, int | float) else {}
+
+
+def test_scores_that_no_job_writes_are_refused(tmp_path: Path):
+    """Infinite ones, of label files from elsewhere: quantiles of them would be nothing to read."""
+    run = labelled(tmp_path / "a", {"q1": [1.0, -math.inf]})
+    with pytest.raises(RowError, match="query 'q1': a score is infinite"):
+        audit(run)
+    with pytest.raises(RowError, match="query 'q1': a score is infinite"):
+        threshold_for(run, 0.5, 2, "margin")
 
 
 def test_few_queries_at_a_time_give_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -200,6 +200,13 @@ def test_either_layout_of_qrels_is_recognised_by_its_first_line(tmp_path):
     assert read_qrels(write(tmp_path / "b", "q1 Q0 d1 2\n"), BadLines()) == expected
 
 
+def test_qrels_without_a_judgment_are_refused(tmp_path):
+    """Empty ones, and those of which all lines are skipped: nothing would be labelled, without a word."""
+    for content in ("", HEADER, "q1,0,d1,2\n"):
+        with pytest.raises(InputError, match="a: holds no judgment that can be read"):
+            read_qrels(write(tmp_path / "a", content), BadLines(skip=True))
+
+
 # TREC
 
 
@@ -388,6 +395,8 @@ def test_any_bytes_parse_or_give_an_input_error_with_path_and_line(tmp_path, con
             list(read(path, BadLines()))
         except InputError as error:
             place = str(error).removeprefix(path)
+            if place.startswith(": holds no judgment"):
+                continue
             assert place.startswith((":", ": entry "))
             assert place.lstrip(": entry")[0].isdigit()
 

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from rerank_ray.formats.merge import read_merged
 from rerank_ray.ingest import ingest_merge
 from rerank_ray.parquet import read_candidates, write_candidates
 from rerank_ray.records import Candidate, CandidateList, Query
+from rerank_ray.schema import CANDIDATES
 
 
 def a_list(query_id: str, *doc_ids: str, gains: dict[str, float] | None = None) -> CandidateList:
@@ -63,6 +65,15 @@ def test_queries_of_any_source_once(tmp_path: Path):
     merged = doc_ids(str(tmp_path / "out"))
     assert merged == {"q2": ["a", "g"], "q1": ["b", "c"], "q3": ["d", "f"], "q4": ["e"]}
     assert list(merged) == ["q2", "q1", "q3", "q4"]
+
+
+def test_a_file_without_rows_is_merged(tmp_path: Path):
+    """As others may write it: one group of no rows."""
+    inputs = [write(tmp_path / "a", a_list("q", "a")), write(tmp_path / "b", a_list("q", "b"))]
+    empty = CANDIDATES.empty_table()
+    pq.write_table(empty, tmp_path / "b" / "empty.parquet")
+    ingest_merge(inputs, out=str(tmp_path / "out"), method="interleave")
+    assert doc_ids(str(tmp_path / "out")) == {"q": ["a", "b"]}
 
 
 def test_a_gain_that_any_source_knows_is_kept(tmp_path: Path):

@@ -56,6 +56,12 @@ def test_a_query_without_an_id_has_its_texts_in_every_file_and_further_lists_are
     assert ids == [text_id("q"), text_id("r"), text_id("q") + "-2", text_id("q") + "-3"]
 
 
+def test_a_file_given_twice_is_refused(tmp_path):
+    path = write_lines(tmp_path / "f.jsonl", {"query": "q", "pos": ["a"], "neg": ["b"]})
+    with pytest.raises(InputError, match=r"f\.jsonl: is given more than once"):
+        ingest_lists("flagembedding", [path, f"{tmp_path}/./f.jsonl"], out=str(tmp_path / "out"))
+
+
 def test_a_passage_given_twice_alike_is_one_candidate(tmp_path):
     path = write_lines(tmp_path / "f", {"query": "q", "pos": ["a"], "neg": ["b", "b"]})
     assert [text for _, text, *_ in shown(read("flagembedding", path)[0])] == ["a", "b"]

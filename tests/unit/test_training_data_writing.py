@@ -353,6 +353,19 @@ def test_triples_know_no_texts_that_differ_in_blanks_alone(tmp_path):
     assert convert(source, str(tmp_path / "tevatron"), "tevatron").repeated == 0
 
 
+def test_triples_have_no_empty_columns(tmp_path, capsys):
+    """Their reader, as others', refuses one. A list may be left without a negative."""
+    texts = [candidate("p", "a", 1.0), candidate("none", " ", 0.0), candidate("n", "c", 0.0)]
+    rows = [labelled("q", "query", texts, [1.0, 2.0, 0.0]), labelled("r", "query 2", texts[:2], [1.0, 2.0])]
+    source = written(tmp_path / "labels", *rows)
+    assert cli.main(["convert", source, "--format", "triples", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_text() == "query\ta\tc\n"
+    told = capsys.readouterr().out
+    assert "2 candidates left out: they have no text" in told
+    assert "1 rows left out: without a negative" in told
+    assert convert(source, str(tmp_path / "tevatron"), "tevatron").empty == 0
+
+
 def test_triples_have_no_room_for_tabs_and_line_ends(tmp_path):
     tabbed = labelled("q", "a\tb", [candidate("p", "c\n d", 1.0), candidate("n", "e\r\n\tf", 0.0)], [1.0, 0.0])
     convert(written(tmp_path / "labels", tabbed), str(tmp_path / "out"), "triples")
