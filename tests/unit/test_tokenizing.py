@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import sentencepiece
 from fixtures.prompts import HEAD, TAIL, encode_one, prompt
 from fixtures.tiny_models import tiny_bert_tokenizer, tiny_llama_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, T5Config
 
 from rerank_ray.errors import ModelError
 from rerank_ray.models.protocol import Prompt
@@ -21,6 +24,25 @@ passages = st.one_of(st.text(max_size=80), st.sampled_from(["", "cat dog " * 60,
 def test_a_tokenizer_that_does_not_tell_where_tokens_begin_is_refused():
     with pytest.raises(ModelError, match="ByT5Tokenizer is written in Python"):
         PromptEncoder(ByT5Tokenizer(), 64, False)
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone(tmp_path: Path):
+    """As monoT5, T5 1.1 and DeBERTa 3 are published, without a tokenizer.json."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a dog ate the bone"] * 20),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    T5Config(vocab_size=60).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 10}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(encode_one(PromptEncoder(tokenizer, 64, False), prompt("cat"))).count("cat") == 1
 
 
 # What is written around the passages
