@@ -1,24 +1,26 @@
 """Memory of the label job's driver and actors over 1× and 20× the rows.
 
-    python benchmarks/job_memory.py [--rows 150] [--depth 10]
+    python benchmarks/job_memory.py [--rows 160] [--depth 10]
 
-Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). The figures are the
-largest resident sets that Linux has seen of the driver and of Ray's workers (VmHWM): a longer job read now and then
-would show more of its peaks. What counts is the ratio between the jobs: a job that held its rows would grow with
-them. The larger one has the smaller one's rows as often, under other query ids; nothing is cached, so that each time
-is work. Over its first hundred rows a replica's heap comes to hold what batches of all sizes leave free, and the
-driver counts 16 files of 32 rows at a time at the end, which is why there are so many.
+Each job is a `rerank-ray label` of its own with one replica (MiniLM bi-encoder, one thread). The figures are the most
+memory that the driver, and the largest of Ray's workers, were seen with, fifty times a second: their own, without the
+pages of Ray's object store, which count for every process that has read them and are bounded by the store; that is a
+figure of its own. What counts is the ratio between the jobs: a job that held its rows would grow with them. The larger
+one has the smaller one's rows as often, under other query ids, in the same batches (ten of the default 16 rows): a
+replica's most is that of its largest batch. Nothing is cached, so that each time is work.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,11 +31,14 @@ from rerank_ray.parquet import read_rows, write_rows
 from rerank_ray.schema import CANDIDATES
 
 FACTOR = 20
+_STORE = "/dev/shm"
+"""Where Ray keeps its object store."""
+_LOOKS_FOR_WORKERS = 25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=150)
+    parser.add_argument("--rows", type=int, default=160)
     parser.add_argument("--depth", type=int, default=10)
     options = parser.parse_args()
     rows = {}
@@ -48,8 +53,9 @@ def main() -> None:
     publish(
         "job_memory",
         title=f"Memory of the label job over 1× and {FACTOR}× the rows",
-        about=f"Rows of {options.depth} candidates, MiniLM bi-encoder, one replica of one thread; the largest resident "
-        "set of the driver, and of the process of Ray's that has the largest, in MiB, as Linux has kept them (VmHWM).",
+        about=f"Rows of {options.depth} candidates, MiniLM bi-encoder, one replica of one thread; the most memory of "
+        "their own, in MiB, that the driver and the largest of Ray's workers were seen with, and of the object store's "
+        "files.",
         rows=rows,
     )
 
@@ -61,30 +67,32 @@ def repeated(source: str, times: int) -> Iterator[dict]:
 
 
 def label(source: str, place: Path) -> dict[str, float]:
-    """Run the job; largest resident set, in MiB, of its driver and of its largest Ray worker."""
+    """Run the job; the most memory, in MiB, of its driver, of its largest Ray worker, and of the object store."""
     config = place / "label.yaml"
     config.write_text(json.dumps({"input": source, "teacher": TEACHER}))  # JSON is YAML
     command = [sys.executable, "-m", "rerank_ray.cli", "label", str(config), "--run", str(place / "run")]
+    before = psutil.disk_usage(_STORE).used
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    driver, largest = psutil.Process(job.pid), {"driver, MiB": 0.0, "actor, MiB": 0.0}
+    driver, most = psutil.Process(job.pid), {"driver, MiB": 0.0, "actor, MiB": 0.0, "object store, MiB": 0.0}
+    looks = itertools.count()
     while job.poll() is None:
-        for process in (driver, *workers(driver)):
+        if next(looks) % _LOOKS_FOR_WORKERS == 0:
+            found = workers(driver)
+        for process in (driver, *found):
             who = "driver, MiB" if process == driver else "actor, MiB"
-            try:
-                largest[who] = max(largest[who], peak_mib(process.pid))
-            except OSError:
-                continue
-        time.sleep(0.5)
+            with suppress(OSError):
+                most[who] = max(most[who], own_mib(process.pid))
+        most["object store, MiB"] = max(most["object store, MiB"], (psutil.disk_usage(_STORE).used - before) / 2**20)
+        time.sleep(0.02)
     if job.returncode:
         raise SystemExit(f"the label job ended with exit code {job.returncode}")
-    return largest
+    return most
 
 
-def peak_mib(pid: int) -> float:
-    """The largest resident set that a process has had. Raises `OSError` when it has ended."""
+def own_mib(pid: int) -> float:
+    """A process's resident memory without shared pages. Raises `OSError` when it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    return int(found[0]) / 1024 if found else 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssFile:"))) / 1024
 
 
 def workers(driver: psutil.Process) -> list[psutil.Process]:
