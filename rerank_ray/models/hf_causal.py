@@ -15,6 +15,7 @@ from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
 from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.packed_decoder import CausalPacking, packs_in_scoring
 from rerank_ray.models.positions import check_causal, check_positions
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
@@ -30,7 +31,7 @@ from rerank_ray.models.protocol import (
     Result,
 )
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.scoring import read_scores
+from rerank_ray.models.scoring import columns_of, read_scores
 from rerank_ray.models.tokenizing import EncodedCall, PromptEncoder
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFCausalSettings
@@ -117,8 +118,7 @@ class HFCausal:
         if settings.compile and not compiles_in_parts(self.model):
             # Attention is read by putting other functions into the model.
             self.answers -= {Attention}
-        self._wanted: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.model.get_output_embeddings().register_forward_pre_hook(self._select)
+        self._output = OutputLayer(self.model)
         # Attention is read from padded batches.
         reads = engine.BatchRunner(settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE)
         reads.computed = self.runner.computed
@@ -156,8 +156,13 @@ class HFCausal:
     def _answer_pool(self, encoded: list[_Row | Failure]) -> list[Result]:
         results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
         ready = [i for i, r in enumerate(results) if r is None]
-        for generates, runner, forward in ((False, self.runner, self._score), (True, self._writer, self._generate)):
-            chosen = [i for i in ready if isinstance(encoded[i].call, Generate) is generates]
+        # What a batch reads off logits is of one kind, so that none of it depends on its neighbours.
+        for kind, runner, forward in (
+            (NextToken, self.runner, self._score),
+            (LogLikelihood, self.runner, self._score),
+            (Generate, self._writer, self._generate),
+        ):
+            chosen = [i for i in ready if isinstance(encoded[i].call, kind)]
             answers = self._answers([encoded[i] for i in chosen], runner, forward)
             for i, answer in zip(chosen, answers, strict=True):
                 results[i] = answer
@@ -217,12 +222,15 @@ class HFCausal:
         # The logits after position p predict token p + 1: a prompt's last position, and each continuation token's but
         # the last.
         wanted = [range(len(r.prompt) - 1, len(r.prompt) + max(len(r.continuation) - 1, 0)) for r in rows]
+        tokens, labels = None, [r.tokens.labels for r in rows]
+        if isinstance(rows[0].call, NextToken):
+            tokens, labels = columns_of(labels)
         if self._packs:
-            logits = self._packed(rows, wanted, prefixes)
+            logits = self._packed(rows, wanted, prefixes, tokens)
         else:
-            logits = self._forward(rows, wanted, None if prefixes is None else self._cache_of(rows, prefixes))
+            logits = self._forward(rows, wanted, None if prefixes is None else self._cache_of(rows, prefixes), tokens)
         starts = [0, *itertools.accumulate(map(len, wanted[:-1]))]
-        values = read_scores(logits, starts, [r.tokens.labels for r in rows], [r.continuation for r in rows])
+        values = read_scores(logits, starts, labels, [r.continuation for r in rows])
         return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
 
     @torch.inference_mode()
@@ -250,9 +258,11 @@ class HFCausal:
     def _cache_of(self, rows: list[_Row], prefixes: Prefixes) -> DynamicCache:
         return prefixes.cache(torch.tensor([r.group for r in rows], device=self.device))
 
-    def _forward(self, rows: list[_Row], wanted: list[range], cache: DynamicCache | None) -> torch.Tensor:
-        """Logits [N, vocabulary] at each row's wanted positions, row after row; `cache` ends with the shared prefixes,
-        and what is computed goes behind them."""
+    def _forward(
+        self, rows: list[_Row], wanted: list[range], cache: DynamicCache | None, tokens: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [N, vocabulary] at each row's wanted positions, row after row, or [N, tokens]; `cache` ends with the
+        shared prefixes, and what is computed goes behind them."""
         front = max(r.shared for r in rows)
         limit = None if self._positions is None else self._positions - front
         ids, _ = engine.right_pad([r.computed for r in rows], pad_id=0, limit=limit)
@@ -265,14 +275,17 @@ class HFCausal:
         return self._logits(
             [i for i, span in enumerate(wanted) for _ in span],
             [position - row.shared for row, span in zip(rows, wanted, strict=True) for position in span],
+            tokens,
             input_ids=ids.to(self.device),
             past_key_values=cache,
             use_cache=cache is not None,
             **{name: value.to(self.device) for name, value in arguments.items()},
         )
 
-    def _packed(self, rows: list[_Row], wanted: list[range], prefixes: Prefixes | None) -> torch.Tensor:
-        """Logits [N, vocabulary] at each row's wanted positions, row after row."""
+    def _packed(
+        self, rows: list[_Row], wanted: list[range], prefixes: Prefixes | None, tokens: list[int] | None
+    ) -> torch.Tensor:
+        """Logits [N, vocabulary] at each row's wanted positions, row after row, or [N, tokens]."""
         groups = [r.group for r in rows]
         packing = CausalPacking.of([r.computed for r in rows], self.device, prefixes, groups)
         places = [
@@ -280,26 +293,12 @@ class HFCausal:
             for start, row, span in zip(packing.starts.tolist(), rows, wanted, strict=True)
             for position in span
         ]
-        return self._logits([0] * len(places), places, **packing.inputs())
+        return self._logits([0] * len(places), places, tokens, **packing.inputs())
 
-    def _logits(self, rows: list[int], positions: list[int], **inputs) -> torch.Tensor:
-        """Logits [N, vocabulary] at (row, position) pairs; the output layer computes no others."""
-        self._wanted = (torch.tensor(rows, dtype=torch.long), torch.tensor(positions, dtype=torch.long))
-        try:
-            output = self.model(**inputs)
-        finally:
-            self._wanted = None
-        return output.logits[0]
-
-    def _select(self, _output_layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        """Leave only the wanted hidden states [1, N, hidden] of [B, L, hidden] for the output layer.
-
-        A hook, because models do more to logits than this layer (scales, soft caps), each in its own way.
-        """
-        if self._wanted is None:
-            return None
-        rows, positions = (engine.moved(index, inputs[0].device) for index in self._wanted)
-        return (inputs[0][rows, positions][None],)
+    def _logits(self, rows: list[int], positions: list[int], tokens: list[int] | None = None, **inputs) -> torch.Tensor:
+        """Logits [N, vocabulary] at (row, position) pairs, or [N, tokens]; the output layer computes no others."""
+        with self._output.asked(rows, positions, tokens):
+            return self.model(**inputs).logits[0]
 
 
 def _answer(row: _Row, value: tuple[float, ...] | str, output_tokens: int, **generated) -> Answer:

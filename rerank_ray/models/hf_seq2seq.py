@@ -13,9 +13,10 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import decoding, engine
 from rerank_ray.models.continuations import continuation_ids, end_ids, label_ids
 from rerank_ray.models.loading import load, load_adapted
+from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
 from rerank_ray.models.resolve import resolve
-from rerank_ray.models.scoring import read_scores
+from rerank_ray.models.scoring import columns_of, read_scores
 from rerank_ray.models.tokenizing import PromptEncoder, PromptTooLongError
 from rerank_ray.records import Usage
 from rerank_ray.settings.models import HFSeq2SeqSettings
@@ -71,6 +72,7 @@ class HFSeq2Seq:
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, chat=False)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
+        self._output = OutputLayer(self.model)
         self._labels = functools.lru_cache(functools.partial(label_ids, self.tokenizer))
 
     def check_labels(self, labels: tuple[str, ...], prompt: Prompt) -> None:
@@ -108,7 +110,9 @@ class HFSeq2Seq:
     def _answer_pool(self, encoded: list[_Row | Failure]) -> list[Result]:
         results: list[Result | None] = [e if isinstance(e, Failure) else None for e in encoded]
         rows = {i: encoded[i] for i, r in enumerate(results) if r is None}
-        self._run([i for i, row in rows.items() if not isinstance(row.call, Generate)], rows, results, self._score)
+        # What a batch reads off logits is of one kind, so that none of it depends on its neighbours.
+        for kind in (NextToken, LogLikelihood):
+            self._run([i for i, row in rows.items() if isinstance(row.call, kind)], rows, results, self._score)
         # Texts of one batch begin at one step; a method's prefills are the same, so there are few lengths.
         for begun in {len(row.begun) for row in rows.values()}:
             texts = [i for i, row in rows.items() if isinstance(row.call, Generate) and len(row.begun) == begun]
@@ -130,10 +134,17 @@ class HFSeq2Seq:
 
     @torch.inference_mode()
     def _score(self, rows: list[_Row]) -> list[Answer]:
-        logits = self._start(rows, cache=None)[0]
-        starts = [i * logits.shape[1] + len(row.begun) - 1 for i, row in enumerate(rows)]
         labels, continuations = [r.labels for r in rows], [r.continuation for r in rows]
-        values = read_scores(logits.flatten(0, 1), starts, labels, continuations)
+        if isinstance(rows[0].call, NextToken):
+            tokens, labels = columns_of(labels)
+            with self._output.asked(range(len(rows)), [len(r.begun) - 1 for r in rows], tokens):
+                logits = self._start(rows, cache=None)[0][0]
+            starts = range(len(rows))
+        else:
+            logits = self._start(rows, cache=None)[0]
+            starts = [i * logits.shape[1] + len(row.begun) - 1 for i, row in enumerate(rows)]
+            logits = logits.flatten(0, 1)
+        values = read_scores(logits, starts, labels, continuations)
         return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.instructed_pairs import DOCUMENT_PREFIX, QUERY_PREFIX, InstructedPairs
 from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.output_layer import head_in_float32
 from rerank_ray.models.packed_decoder import last_states, packs_in_scoring
 from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
@@ -56,7 +57,7 @@ class _LayerwiseModel(GranitePreTrainedModel):
     def score(self, states: torch.Tensor) -> torch.Tensor:
         """Scores [B] of the normed hidden states [B, H] at the pairs' last tokens."""
         head = self.lm_head if self.config.head_index is None else self.lm_head[str(self.config.head_index)]
-        return head.linear_head(states)[:, 0]
+        return head_in_float32(head.linear_head, states)[:, 0]
 
 
 class Layerwise:
@@ -92,7 +93,7 @@ class Layerwise:
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         states = last_states(self.model.model, sequences, packed=self._packs)
-        return self.model.score(states).float().tolist()
+        return self.model.score(states).tolist()
 
 
 def _config(resolved: ResolvedModel, settings: LayerwiseSettings) -> GraniteConfig:

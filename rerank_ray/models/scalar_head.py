@@ -13,6 +13,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.loading import load, refuse_random
+from rerank_ray.models.output_layer import head_in_float32
 from rerank_ray.models.packed_decoder import last_states, packs_in_scoring
 from rerank_ray.models.positions import check_causal, check_positions
 from rerank_ray.models.protocol import Pair, Result
@@ -75,7 +76,7 @@ class ScalarHead:
     @torch.inference_mode()
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         states = last_states(self.model.base_model, sequences, packed=self._packs)
-        return self.model.score(states)[:, 0].float().tolist()
+        return head_in_float32(self.model.score, states)[:, 0].tolist()
 
 
 def _load_model(

@@ -11,6 +11,13 @@ from rerank_ray.models import engine
 from rerank_ray.models.decoding import log_probabilities
 
 
+def columns_of(labels: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """The different tokens of all calls' labels, and each call's labels as their places among them."""
+    tokens = sorted(set(itertools.chain.from_iterable(labels)))
+    place = {token: i for i, token in enumerate(tokens)}
+    return tokens, [[place[token] for token in ids] for ids in labels]
+
+
 def read_scores(
     logits: torch.Tensor,
     starts: Sequence[int],
@@ -23,7 +30,7 @@ def read_scores(
     All go to the device in one transfer and come back in one: each is a wait for what the device still has to do.
 
     Args:
-        logits: [N, vocabulary], of which a call's begin at its of `starts`.
+        logits: [N, vocabulary], or [N, columns] where labels are columns; a call's begin at its of `starts`.
     """
     at = [start for start, ids in zip(starts, labels, strict=True) for _ in ids]
     ids = torch.tensor([*at, *itertools.chain(*labels, *continuations)], dtype=torch.long)

@@ -210,6 +210,23 @@ def test_a_folder_that_is_not_there(path: str):
         resolve(ModelSettings(path=path))
 
 
+@torch.no_grad()
+def test_labels_logits_are_not_rounded_to_bfloat16(tiny_llama: Path):
+    """They are the float32 product of the output layer's weights with the states that its model computes in bfloat16,
+    where the model's own have 8 bits and so meet."""
+    model = HFCausal(HFCausalSettings(path=str(tiny_llama), dtype="bfloat16"))
+    words = ["cat", "dog", "a cat and a dog", "dog dog cat"]
+    calls = [NextToken(prompt=Prompt(parts=("Passage: ", "?"), passages=(w,)), labels=("Yes", "No")) for w in words]
+    ids = model.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    weights = model.model.get_output_embeddings().weight
+    for call, result in zip(calls, model.run(calls), strict=True):
+        (tokens,) = model.encoder.encode([call.prompt], [0])
+        state = model.model.base_model(torch.tensor([tokens])).last_hidden_state[0, -1]
+        assert result.value == pytest.approx((weights[ids].float() @ state.float()).tolist(), abs=0.1)
+        rounded = torch.tensor(result.value).bfloat16().float()
+        assert (rounded != torch.tensor(result.value)).any()
+
+
 def test_pickled_weights_need_permission(tiny_llama: Path, tmp_path: Path):
     shutil.copytree(tiny_llama, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")

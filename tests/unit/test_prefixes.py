@@ -165,7 +165,8 @@ def test_shared_scores_equal_a_plain_loop(folder: Path, tokens_per_batch: int):
         else:
             logs = plain(reference, [*ids, *behind[:-1]], len(behind))
             assert result.value == pytest.approx(logs[range(len(behind)), behind].tolist(), abs=1e-4)
-    assert sum(r.usage.cached_tokens for r in results) > sum(r.usage.prompt_tokens for r in results) / 4
+    # Labels and continuations are read from batches of their own.
+    assert sum(r.usage.cached_tokens for r in results) > sum(r.usage.prompt_tokens for r in results) / 8
 
 
 def test_a_recurrent_model_whose_config_names_no_layers_shares_nothing(tmp_path: Path):
