@@ -125,7 +125,9 @@ class DistillSettings(Settings):
     """Padded tokens in one forward pass: small enough that a step falls into batches of like lengths. A pair that is
     longer is a pass alone."""
     tokens_per_backward: PositiveInt = 4096
-    """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient."""
+    """Tokens whose activations are held at once: a step with more runs backward several times, to the same gradient. In
+    bfloat16 each micro-batch among them holds the weights in that type, too: where they are many, raise
+    tokens_per_micro_batch with it."""
     backward: Literal["auto", "plain", "cached"] = "auto"
     """`plain` never splits a query's group. `cached` keeps nothing of the forward pass but scores (head mvp: the views
     of each passage, and the decoder's pass over them) and computes each micro-batch again for its backward: the same
