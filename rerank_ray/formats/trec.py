@@ -64,24 +64,29 @@ def read_run(path: str, bad: BadLines) -> dict[str, tuple[RunEntry, ...]]:
         InputError: other than six columns, a rank that is no integer, a score that is no finite number, a document
             twice for one query.
     """
-    seen = FirstSeen("the pair of query and document")
+    # Millions of lines: each holds its entry and its document's id, and shares its query's.
+    run: dict[str, dict[str, RunEntry]] = {}
 
-    def parse(number: int, line: str) -> tuple[str, RunEntry]:
+    def parse(number: int, line: str) -> None:
         query_id, _, doc_id, rank, score, _ = _columns(line, 6, "qid Q0 docid rank score tag")
         try:
             entry = RunEntry(doc_id=doc_id, rank=int(rank), score=number_column("score", score), line_number=number)
         except ValueError as error:
             raise Fault(f"rank {rank[:40]!r} is not an integer", "write ranks from 1") from error
-        seen.check((query_id, doc_id), number)
-        return query_id, entry
+        first = run.get(query_id, {}).get(doc_id)
+        if first is not None:
+            raise Fault(
+                f"the pair of query and document '{query_id} / {doc_id}' is already used on line {first.line_number}",
+                "keep one of the two",
+            )
+        run.setdefault(query_id, {})[doc_id] = entry
 
-    run: dict[str, list[RunEntry]] = {}
-    for query_id, entry in parsed(path, bad, parse):
-        run.setdefault(query_id, []).append(entry)
-    return {query_id: _in_order(entries) for query_id, entries in run.items()}
+    for _ in parsed(path, bad, parse):
+        pass
+    return {query_id: _in_order(run.pop(query_id).values()) for query_id in list(run)}
 
 
-def _in_order(entries: list[RunEntry]) -> tuple[RunEntry, ...]:
+def _in_order(entries: Collection[RunEntry]) -> tuple[RunEntry, ...]:
     has_ranks = len({e.rank for e in entries}) == len(entries)
     return tuple(sorted(entries, key=lambda e: e.rank if has_ranks else -e.score))
 
