@@ -20,6 +20,7 @@ from torch import nn
 
 from rerank_ray.distill.optimizer import make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import World, sum_gradients
+from rerank_ray.distill.seeds import seed_of
 from rerank_ray.models.plain_attention import attention_for_training
 from rerank_ray.models.student import trained_parameters
 from rerank_ray.models.student.similarity import EncodedTexts, SimilarityStudent
@@ -75,9 +76,12 @@ def warm_up(
     seen: list[torch.Tensor] = []
     tenth, begun, done = math.ceil(settings.steps / 10), time.perf_counter(), 0
     if resume is not None:
-        done, seconds, seen = _load(resume, trained, optimizer, random, device)
+        done, seconds, seen = _load(resume, trained, optimizer, random)
+        seen = [divergences.to(device) for divergences in seen]
         begun -= seconds
     for step in range(done, settings.steps):
+        # Dropout depends on where the warm-up stands and not on what came before, so a resumed one draws the same.
+        torch.manual_seed(seed_of(seed, "exit_warm_up", step, world.rank))
         set_learning_rate(optimizer, settings.optimizer, step, settings.steps)
         texts = draw(read(int(random.integers(count))), settings, random)
         data = _StepData.of(student, *texts, settings.max_passage_length, world)
@@ -98,7 +102,7 @@ def warm_up(
         if (step + 1) % tenth == 0:
             metrics = {"step": step - settings.steps, "total_steps": settings.steps, **_means(student, seen[-tenth:])}
             state = {"step": step + 1, "seconds": time.perf_counter() - begun, "seen": torch.stack(seen)}
-            report(metrics, partial(_save, state, trained, optimizer, random, device))
+            report(metrics, partial(_save, state, trained, optimizer, random))
     _set_trained(embeddings, True)
     first, last = _means(student, seen[:tenth], "first_kl"), _means(student, seen[-tenth:], "last_kl")
     return first | last | {"exit_warm_up/seconds": time.perf_counter() - begun}
@@ -109,20 +113,14 @@ def _save(
     trained: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     random: np.random.Generator,
-    device: torch.device,
     folder: Path,
 ) -> None:
     weights = {"trained": [p.detach() for p in trained], "optimizer": optimizer.state_dict()}
-    drawn = {"random": random.bit_generator.state, "torch": _torch_state(device)}
-    torch.save(state | weights | drawn, folder / _STATE)
+    torch.save(state | weights | {"random": random.bit_generator.state}, folder / _STATE)
 
 
 def _load(
-    folder: Path,
-    trained: Sequence[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    random: np.random.Generator,
-    device: torch.device,
+    folder: Path, trained: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, random: np.random.Generator
 ) -> tuple[int, float, list[torch.Tensor]]:
     """Restore in place what `_save` wrote; returns the steps that are done, their seconds and their KLs."""
     state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
@@ -130,22 +128,7 @@ def _load(
         torch._foreach_copy_([p.detach() for p in trained], state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     random.bit_generator.state = state["random"]
-    # Of another kind of device, on which the run was begun, it is another size, and means nothing here.
-    if state["torch"].shape == _torch_state(device).shape:
-        _set_torch_state(state["torch"], device)
-    return state["step"], state["seconds"], list(state["seen"].to(device))
-
-
-def _torch_state(device: torch.device) -> torch.Tensor:
-    """The state of what draws dropout."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_torch_state(state: torch.Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+    return state["step"], state["seconds"], list(state["seen"])
 
 
 def _means(student: SimilarityStudent, divergences: Sequence[torch.Tensor], name: str = "kl") -> dict[str, float]:
