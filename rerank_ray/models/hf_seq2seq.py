@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -134,17 +135,15 @@ class HFSeq2Seq:
 
     @torch.inference_mode()
     def _score(self, rows: list[_Row]) -> list[Answer]:
-        labels, continuations = [r.labels for r in rows], [r.continuation for r in rows]
+        # The logits after position p of the decoder's input predict the token behind it.
+        spans = [range(len(r.begun) - 1, len(r.begun) + max(len(r.continuation) - 1, 0)) for r in rows]
+        tokens, labels = None, [r.labels for r in rows]
         if isinstance(rows[0].call, NextToken):
             tokens, labels = columns_of(labels)
-            with self._output.asked(range(len(rows)), [len(r.begun) - 1 for r in rows], tokens):
-                logits = self._start(rows, cache=None)[0][0]
-            starts = range(len(rows))
-        else:
-            logits = self._start(rows, cache=None)[0]
-            starts = [i * logits.shape[1] + len(row.begun) - 1 for i, row in enumerate(rows)]
-            logits = logits.flatten(0, 1)
-        values = read_scores(logits, starts, labels, continuations)
+        with self._output.asked([i for i, s in enumerate(spans) for _ in s], [p for s in spans for p in s], tokens):
+            logits = self._start(rows, cache=None)[0][0]
+        starts = [0, *itertools.accumulate(map(len, spans[:-1]))]
+        values = read_scores(logits, starts, labels, [r.continuation for r in rows])
         return [_answer(row, value, len(row.continuation)) for row, value in zip(rows, values, strict=True)]
 
     @torch.inference_mode()
