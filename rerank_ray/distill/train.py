@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from rerank_ray.distill import checkpoints
 from rerank_ray.distill.checkpoints import Progress
 from rerank_ray.distill.exit_warm_up import is_in_warm_up, warm_up
 from rerank_ray.distill.labels import LabelSet, Steps
+from rerank_ray.distill.list_scorer import ListScorer
 from rerank_ray.distill.optimizer import current_learning_rate, make_optimizer, set_learning_rate
 from rerank_ray.distill.parallel import STRATEGIES, World
 from rerank_ray.distill.sampling import sample_group
@@ -36,7 +36,7 @@ from rerank_ray.distill.targets import Targets, Term, objective, term_names, val
 from rerank_ray.errors import InputError, RunError
 from rerank_ray.models import engine
 from rerank_ray.models.plain_attention import attention_for_training
-from rerank_ray.models.student import Encoded, Student, trained_parameters
+from rerank_ray.models.student import Encoded, trained_parameters
 from rerank_ray.records import Labels
 from rerank_ray.settings.distill import DistillSettings
 
@@ -145,7 +145,7 @@ class Trainer:
         self.average = self._copy_of_trained() if settings.optimizer.averaging else None
         self.start = self._copy_of_trained() if settings.validation.interpolation else None
         self.progress = checkpoints.load(resume, self.trained, self.average, self.start) if resume else Progress()
-        self.scorer = _Scorer(self.student, self._autocast)
+        self.scorer = ListScorer(self.student, self._autocast)
         self.parallel = STRATEGIES[settings.execution.strategy](self.scorer, optimizer, settings, world)
         if resume:
             self.parallel.load_state(resume)
@@ -465,39 +465,6 @@ class Trainer:
         counts = {f"skipped_queries/{name}": int(count) for name, count in self._skipped.items()}
         self._skipped = dict.fromkeys(self._skipped, 0)
         return counts
-
-
-class _Scorer(nn.Module):
-    """Scores lists from micro-batches in one forward call, so that DDP sees one forward before each backward."""
-
-    def __init__(self, student: Student, autocast: Callable[[], torch.autocast]) -> None:
-        super().__init__()
-        self.student, self._autocast = student, autocast
-
-    def forward(
-        self, batches: list[tuple[torch.Tensor, dict]], sizes: Sequence[int], cached: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores [layers, pairs] of lists of these `sizes`, in the pairs' order, and the lists' views.
-
-        With `cached`, nothing of a micro-batch is kept but its output. Backward, which has the objective's gradient on
-        the outputs by then, computes each micro-batch again, with the dropout it had, and frees it before the next one:
-        gradient caching (Gao et al. 2021, GradCache) by way of torch's checkpointing.
-        """
-        order = torch.cat([indices for indices, _ in batches])
-        if cached:
-            parts = [checkpoint(self._output, inputs, use_reentrant=False) for _, inputs in batches]
-        else:
-            parts = [self._output(inputs) for _, inputs in batches]
-        outputs = torch.cat(parts, dim=1)
-        # Idle copies have the last places.
-        places = torch.argsort(order)[: sum(sizes)]
-        with self._autocast():
-            return self.student.scores(outputs[:, engine.moved(places, outputs.device)], sizes)
-
-    def _output(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        # One positional argument: checkpointing looks for the devices whose random state it restores in those alone.
-        with self._autocast():
-            return self.student(**inputs).float()
 
 
 def _sum_and_count(term: Term) -> torch.Tensor:

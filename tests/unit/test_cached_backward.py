@@ -74,7 +74,7 @@ def test_what_is_cached(labels: str, tiny_bert: Path, monkeypatch, backward: str
     """`auto` caches groups above tokens_per_backward; the others do so never and always."""
     calls = []
     monkeypatch.setattr(
-        "rerank_ray.distill.train.checkpoint", lambda *a, **k: calls.append(1) or torch_checkpoint(*a, **k)
+        "rerank_ray.distill.list_scorer.checkpoint", lambda *a, **k: calls.append(1) or torch_checkpoint(*a, **k)
     )
     trainer = Trainer(settings(labels, tiny_bert, backward=backward, tokens_per_backward=limit), World(), None)
     gradients(trainer)
