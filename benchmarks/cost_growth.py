@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
-from harness import alternate, publish, trec_dl_lists
+from harness import alternate, forget_texts, publish, trec_dl_lists
 
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.protocol import Pair
@@ -36,7 +37,12 @@ def main() -> None:
     lists = trec_dl_lists(queries=96, depth=100)
     calls = [Pair(query=r.query.text, text=c.contents) for r in lists for c in r.candidates][: options.pairs]
     parts = {f"{len(calls[::part])} pairs": calls[::part] for part in PARTS}
-    subjects = {name: lambda some=some: encoder.run(some) for name, some in parts.items()}
+
+    def score(some: list[Pair]) -> None:
+        forget_texts(encoder)
+        encoder.run(some)
+
+    subjects = {name: partial(score, some) for name, some in parts.items()}
     seconds = {n: statistics.median(s) for n, s in alternate(subjects, options.rounds, time.process_time).items()}
     counts = np.array([len(some) for some in parts.values()])
     exponent, _ = np.polyfit(np.log(counts), np.log(list(seconds.values())), 1)

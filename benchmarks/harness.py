@@ -31,6 +31,7 @@ from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.protocol import Pair
+from rerank_ray.models.text_tokens import TextTokens
 from rerank_ray.parquet import read_candidates
 from rerank_ray.records import CandidateList
 from rerank_ray.report.tables import markdown_table
@@ -38,6 +39,14 @@ from rerank_ray.report.tables import markdown_table
 DOCS = Path(__file__).parents[1] / "docs"
 DL19_QRELS = "trec-dl/qrels.dl19-passage.txt"
 Qrels = Mapping[str, Mapping[str, float]]
+_INSTRUCTIONS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+"""What processors multiply matrices with, best first, by the flag that says so."""
 _PACKAGES = ("rerank_ray", "torch", "transformers", "ray", "sentence-transformers")
 
 
@@ -89,6 +98,11 @@ def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
         raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
     lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
     return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
+
+
+def forget_texts(encoder: CrossEncoder) -> None:
+    """Let a cross-encoder tokenise anew what it has scored in a round before, as texts that come for the first time."""
+    encoder.student.texts = TextTokens(encoder.student.tokenizer, encoder.student.texts.longest)
 
 
 def scored(encoder: CrossEncoder, request: CandidateList) -> list[float]:
@@ -160,4 +174,8 @@ def _processor() -> str:
     except (OSError, subprocess.CalledProcessError):
         return platform.processor() or platform.machine()
     found = re.search(r"Model name:\s*(.+)", text)
-    return found[1].strip() if found else platform.machine()
+    name = found[1].strip() if found else platform.machine()
+    # The name alone is that of several generations, which multiply differently.
+    flags = set(text.split())
+    fastest = [of for flag, of in _INSTRUCTIONS.items() if flag in flags]
+    return f"{name} with {fastest[0]}" if fastest else name

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from harness import DL19_QRELS, agreement, alternate, mean_ndcg, publish, qrels_of, ratio, trec_dl_lists
+from harness import DL19_QRELS, agreement, alternate, forget_texts, mean_ndcg, publish, qrels_of, ratio, trec_dl_lists
 from sentence_transformers import CrossEncoder as Public
 
 from rerank_ray.models.cross_encoder import CrossEncoder
@@ -66,6 +66,7 @@ def main() -> None:
         ).tolist()
 
     def score(how: str) -> None:
+        forget_texts(ours[how])
         scores[f"rerank_ray, {how}"] = [a.value for a in ours[how].run(calls)]
 
     started = time.perf_counter()

@@ -78,6 +78,8 @@ _NAME = re.compile(rf"\d{{20}}-[0-9a-f]{{8}}-([0-9a-f]{{{2 * _DIGEST_BYTES}}})\.
 _SCHEMA = pa.schema([pa.field("digest", pa.binary(_DIGEST_BYTES)), pa.field("answer", pa.string())])
 # A lookup reads whole segments, and an open store holds this much of them.
 _SMALL_BYTES, _HELD_BYTES = 4 << 20, 256 << 20
+_MOST_LOOKS = 4
+"""How often a lookup follows answers into segments that others merge them into meanwhile."""
 _WRITES_UNTIL_MERGED = 32
 _ABANDONED_AFTER_S = 3600
 _FREED = 0.1
@@ -114,16 +116,17 @@ class LabelStore:
     def get(self, digests: Sequence[bytes]) -> list[Answer | None]:
         """The answers under these digests; None where there is none. An answer's usage says that no call was made."""
         answers: list[Answer | None] = [None] * len(digests)
-        known = list(self._segments)
-        self._look_up(digests, known, answers)
-        if len(self._segments) < len(known):
-            # Another process has merged those that are gone.
+        names = list(self._segments)
+        for _ in range(_MOST_LOOKS):
+            self._look_up(digests, [name for name in names if name in self._segments], answers)
+            if all(name in self._segments for name in names):
+                break
+            # Another process has merged those that are gone, and may do so again meanwhile.
             try:
-                added = self._index()
+                names = self._index()
             except OSError:
                 self.counts.failed_reads += 1
-            else:
-                self._look_up(digests, added, answers)
+                break
         self.counts.misses += sum(a is None for a in answers)
         self.counts.hits += sum(a is not None for a in answers)
         return answers
@@ -149,15 +152,14 @@ class LabelStore:
             left = left[[answers[i] is None for i in left.tolist()]]
 
     def _index(self) -> list[str]:
-        """Read the index of the segments that are there and not known yet; returns their names."""
+        """Read the index of the segments that are there and not known yet; returns their names, also of those that are
+        gone before they are read."""
         segments = _list_segments(self._uri)
         self._bytes = sum(size for _, size in segments)
-        added = []
-        for name, _ in segments:
-            table = None if name in self._segments else self._read(name)
-            if table is not None:
+        added = [name for name, _ in segments if name not in self._segments]
+        for name in added:
+            if (table := self._read(name)) is not None:
                 self._segments[name] = _Index(table)
-                added.append(name)
         return added
 
     def put(self, answers: Mapping[bytes, Answer]) -> None:

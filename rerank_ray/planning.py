@@ -72,6 +72,7 @@ class Forecast:
     seconds_beside: float
     """A row's time outside the models: prompts, parsing, the store."""
     load_seconds: float
+    """Until a replica is at its speed: what its first row takes longer than others is in it, compilation above all."""
     flops_per_token: float
     """0 where torch does not run the model."""
     memory_gib: float
@@ -137,29 +138,36 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     sampled = min(sample, left)
     requests = _sample(source_uri, source, finished, sampled)
 
-    from rerank_ray.models.engine import use_threads
+    from rerank_ray.models.engine import hide_gpus, use_threads
 
     # As a replica has them.
+    if not settings.execution.gpus_per_actor:
+        hide_gpus()
     use_threads(settings.execution.cpus_per_actor, settings.execution.gpus_per_actor)
     started = time.perf_counter()
     meter = _Meter(None if settings.store is None else LabelStore(settings.store))
     loaded = Ranker(ranker, wrap=meter.wrap)
     load_seconds = time.perf_counter() - started
-    # Not timed: engines start slowly, and counting operations takes time.
-    flops_per_token = _flops_per_token(loaded, meter, _with_other_texts(requests[0]))
+    other = _with_other_texts(requests[0])
+    # Of no row's time: a first one compiles, and fills the allocator.
+    loaded.rank([other])
+    ready_seconds = time.perf_counter() - started
     meter.totals = _Totals()
     started = time.perf_counter()
     size = settings.execution.rows_per_batch
     outcomes = [o for i in range(0, len(requests), size) for o in loaded.rank(requests[i : i + size])]
     seconds = time.perf_counter() - started
+    figures = meter.figures(seconds, sampled)
+    # Last: what is counted is not compiled, and what was run while it was counted never is.
+    flops_per_token = _flops_per_token(loaded, meter, _with_other_texts(other)) if meter.runs_here else 0.0
     forecast = Forecast(
         job=_job_digest(settings, source.fingerprint),
         rows=source.rows,
         finished=len(finished),
-        load_seconds=load_seconds,
+        load_seconds=max(load_seconds, ready_seconds - seconds / len(requests)),
         flops_per_token=flops_per_token,
         **_per_row(outcomes, sampled),
-        **meter.figures(seconds, sampled),
+        **figures,
         **_device(),
     )
     storage.write_text(run.path(FILE), json.dumps(asdict(forecast), indent=1) + "\n")
@@ -321,18 +329,23 @@ class _Meter:
     def __init__(self, store: LabelStore | None) -> None:
         self.store = store
         self.totals = _Totals()
+        self.runs_here = False
+        """Whether this process computes a model, and no server."""
 
     def wrap(self, backend: Backend, settings: ModelSettings) -> _Metered:
+        self.runs_here |= hasattr(backend, "device")
         return _Metered(backend, None if self.store is None else StoredBackend(backend, settings, self.store), self)
 
     def figures(self, seconds: float, rows: int) -> dict[str, float | bool]:
-        """The forecast's figures, when `rows` took so many seconds altogether."""
+        """The forecast's figures, when `rows` took so many seconds altogether. Where a model counts no tokens, as some
+        servers don't, its time is a row's."""
         totals = self.totals
+        by_token = totals.seconds if totals.tokens else 0.0
         return {
             "stored_calls": totals.stored_calls / max(1, totals.calls),
             "stored_tokens": totals.stored_tokens / max(1, totals.tokens),
-            "seconds_per_token": totals.seconds / max(1, totals.tokens),
-            "seconds_beside": (seconds - totals.seconds) / rows,
+            "seconds_per_token": by_token / max(1, totals.tokens),
+            "seconds_beside": (seconds - by_token) / rows,
             "embeds": totals.embeds,
         }
 
@@ -374,6 +387,7 @@ def _flops_per_token(ranker: Ranker, meter: _Meter, request: CandidateList) -> f
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    meter.totals = _Totals()
     with FlopCounterMode(display=False, custom_mapping=_cpu_operations()) as counter:
         ranker.rank([request])
     return counter.get_total_flops() / max(1, meter.totals.tokens)

@@ -72,12 +72,11 @@ class RankWorker:
     """One replica: a ranker behind the crash guard, reporting what it finishes."""
 
     def __init__(self, job: RowJob, attempts_uri: str, counter: ray.actor.ActorHandle, folder: str) -> None:
-        from rerank_ray.models.engine import require_gpu, use_threads
+        from rerank_ray.models.engine import hide_gpus, require_gpu, use_threads
 
         execution = job.execution
         if not execution.gpus_per_actor:
-            # Ray hides no GPU from a worker that reserves none: `device: auto` would put all of them on the first.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            hide_gpus()
         else:
             require_gpu()
         # Ray starts workers where its daemon was started; relative paths are the user's.

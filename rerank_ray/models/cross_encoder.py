@@ -29,6 +29,7 @@ class CrossEncoder:
         self.device = engine.pick_device(settings.device)
         dtype = engine.pick_dtype(settings.dtype, self.device)
         student = load_student(settings, dtype=dtype, views=settings.views)
+        student.score_in_float32()
         self.adaptive = _adaptive(settings, student) if settings.exit_layer == "adaptive" else None
         self.exit_layer = None
         if self.adaptive is None and (settings.exit_layer is not None or len(student.layers) > 1):

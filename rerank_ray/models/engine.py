@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,6 +79,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
+def hide_gpus() -> None:
+    """Let this process see no GPU, before it uses one. Ray hides none from a worker that reserves none: `device: auto`
+    would put all of them on the first."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def use_threads(cpus: float, gpus: float) -> None:
     """Give torch a thread for each CPU that a worker has, at least one; with a GPU torch's own choice stays."""
     if not gpus:
@@ -87,6 +94,8 @@ def use_threads(cpus: float, gpus: float) -> None:
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on the device. To a GPU it goes by way of pinned memory, or the CPU would wait for all that the GPU
     still has to do."""
+    if tensor.device == device:
+        return tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -201,9 +210,17 @@ def group_in_order(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""What libraries say beside PyTorch's own error: the CPU's allocator, cuBLAS of its workspace, the driver."""
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _check_device(device: torch.device, error: RuntimeError) -> None:

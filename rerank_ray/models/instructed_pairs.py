@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.text_tokens import TextTokens
 
 QUERY_PREFIX, DOCUMENT_PREFIX = "A: ", "B: "
 
@@ -21,8 +22,8 @@ class InstructedPairs:
         Raises:
             ModelError: too little is left for query and document.
         """
-        self.tokenizer = tokenizer
-        self.separator, self.instruction = self._ids(["\n", instruction])
+        self.texts = TextTokens(tokenizer, max_length)
+        self.separator, self.instruction = self.texts.ids(["\n", instruction])
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.room = max_length - len(self.start) - 2 * len(self.separator) - len(self.instruction)
         if self.room < 16 or self.room < (max_query_length or 0) + 8:
@@ -34,11 +35,8 @@ class InstructedPairs:
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[list[int]]:
         """Token ids of pairs; a query is cut to its length, the document to what is left."""
-        cut = [ids[: self.max_query_length] for ids in self._ids(queries)]
+        cut = [ids[: self.max_query_length] for ids in self.texts.ids(queries)]
         return [
             [*self.start, *q, *self.separator, *d[: self.room - len(q)], *self.separator, *self.instruction]
-            for q, d in zip(cut, self._ids(documents), strict=True)
+            for q, d in zip(cut, self.texts.ids(documents), strict=True)
         ]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]

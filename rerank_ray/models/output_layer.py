@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rerank_ray.models import engine
+
+Indices = Sequence[int] | torch.Tensor | int
+"""One index for all places, or one for each."""
 
 
 @dataclass(slots=True)
@@ -32,20 +36,18 @@ class OutputLayer:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layer = model.get_output_embeddings()
-        self._reads_weights = type(layer) is nn.Linear
+        self.layer = model.get_output_embeddings()
+        self._reads_weights = type(self.layer) is nn.Linear
         self._asked: _Asked | None = None
-        layer.register_forward_pre_hook(self._select)
-        layer.register_forward_hook(self._of_tokens)
+        self.layer.register_forward_pre_hook(self._select)
+        self.layer.register_forward_hook(self._of_tokens)
 
     @contextmanager
-    def asked(
-        self, rows: Sequence[int], positions: Sequence[int], tokens: Sequence[int] | None = None
-    ) -> Iterator[None]:
+    def asked(self, rows: Indices, positions: Indices, tokens: Indices | None = None) -> Iterator[None]:
         """A pass of the model inside gives logits [1, N, vocabulary] at (row, position) pairs, or [1, N, tokens]."""
-        ids = None if tokens is None else torch.tensor(tokens, dtype=torch.long)
-        places = (torch.tensor(given, dtype=torch.long) for given in (rows, positions))
-        self._asked = _Asked(*places, ids)
+        # A tensor without dimensions, as an index, would be read by Python, and a GPU waited for.
+        places = (torch.as_tensor(given, dtype=torch.long).reshape(-1) for given in (rows, positions))
+        self._asked = _Asked(*places, None if tokens is None else torch.as_tensor(tokens, dtype=torch.long))
         try:
             yield
         finally:
@@ -83,3 +85,10 @@ def head_in_float32(head: nn.Module, states: torch.Tensor) -> torch.Tensor:
     if type(head) is nn.Linear:
         return product_in_float32(states, head.weight, head.bias)
     return head(states).float()
+
+
+def give_float32(head: nn.Module) -> None:
+    """Let a head's linear layers of one output give float32, in place."""
+    for module in head.modules():
+        if type(module) is nn.Linear and module.out_features == 1:
+            module.forward = MethodType(head_in_float32, module)

@@ -30,7 +30,7 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[Group]:
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     common = [common_length(sequences[a][:-1], sequences[b][:-1]) for a, b in itertools.pairwise(order)]
-    _, groups = _divide(common, 0, len(order))
+    groups = _divide(common, len(order))
     return [Group(length=length, members=tuple(order[start:end])) for length, start, end in groups]
 
 
@@ -40,16 +40,32 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
 
 
-def _divide(common: list[int], start: int, end: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """Tokens saved and (prefix, start, end) of the best groups of a stretch; `common[i]` is between i and i + 1."""
-    if end - start < 2:
-        return 0, []
-    shortest = min(common[start : end - 1])
-    cuts = [i + 1 for i in range(start, end - 1) if common[i] == shortest]
-    parts = [_divide(common, a, b) for a, b in zip([start, *cuts], [*cuts, end], strict=True)]
-    saved, groups = sum(p[0] for p in parts), [g for p in parts for g in p[1]]
-    together = (end - start - 1) * shortest if shortest >= _FEWEST_TOKENS else 0
-    return (together, [(shortest, start, end)]) if together > saved else (saved, groups)
+def _divide(common: list[int], count: int) -> list[tuple[int, int, int]]:
+    """(prefix, start, end) of the best groups of so many sequences; `common[i]` is between i and i + 1.
+
+    Without recursion: a thousand versions of one text that differ ever later are a thousand stretches deep.
+    """
+    stretches, parts_of = [(0, count)], []
+    for start, end in stretches:
+        cuts = []
+        if end - start > 1:
+            shortest = min(common[start : end - 1])
+            cuts = [i + 1 for i in range(start, end - 1) if common[i] == shortest]
+        parts = list(itertools.pairwise([start, *cuts, end])) if cuts else []
+        parts_of.append(range(len(stretches), len(stretches) + len(parts)))
+        stretches += parts
+    saved = [0] * len(stretches)
+    groups: list[list[tuple[int, int, int]]] = [[] for _ in stretches]
+    for n in reversed(range(len(stretches))):  # parts stand behind the stretch that they are of
+        start, end = stretches[n]
+        shortest = min(common[start : end - 1], default=0)
+        saved[n] = sum(saved[part] for part in parts_of[n])
+        together = (end - start - 1) * shortest if shortest >= _FEWEST_TOKENS else 0
+        if together > saved[n]:
+            saved[n], groups[n] = together, [(shortest, start, end)]
+        else:
+            groups[n] = [group for part in parts_of[n] for group in groups[part]]
+    return groups[0]
 
 
 class Prefixes:

@@ -19,6 +19,7 @@ from rerank_ray.models.positions import check_causal, check_positions
 from rerank_ray.models.protocol import Pair, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve, resolve_adapter
 from rerank_ray.models.student.lora import saved_names
+from rerank_ray.models.text_tokens import TextTokens
 from rerank_ray.settings.models import ScalarHeadSettings
 
 
@@ -39,9 +40,7 @@ class ScalarHead:
         tokenizer = load(AutoTokenizer, resolved, settings)
         if not tokenizer.is_fast:
             raise ModelError(f"{settings.path}: needs a tokenizer that transformers runs with the tokenizers library")
-        self.tokenizer = tokenizer.backend_tokenizer
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        self.texts = TextTokens(tokenizer, max(settings.max_query_length, settings.max_document_length))
         self.device = engine.pick_device(settings.device)
         self.model = _load_model(resolved, adapter, settings, engine.pick_dtype(settings.dtype, self.device))
         self.model.to(self.device).eval()
@@ -59,18 +58,15 @@ class ScalarHead:
 
     def encode(self, calls: Sequence[Pair]) -> list[list[int]]:
         """Token ids of each pair: formatted, cut apart, and joined by the tokenizer's own template for pairs."""
-        special = self.tokenizer.num_special_tokens_to_add(is_pair=True)
         # Braces in a text are text.
         heads = [self.settings.query_format.removesuffix("{query}") + c.query for c in calls]
         tails = [self.settings.document_format.removesuffix("{text}") + c.text for c in calls]
-        queries = self.tokenizer.encode_batch(heads, add_special_tokens=False)
-        documents = self.tokenizer.encode_batch(tails, add_special_tokens=False)
         encoded = []
-        for query, document in zip(queries, documents, strict=True):
-            query.truncate(self.settings.max_query_length)
-            room = self.settings.max_length - special - len(query.ids)
-            document.truncate(min(self.settings.max_document_length, room))
-            encoded.append(self.tokenizer.post_process(query, document, add_special_tokens=True).ids)
+        for head, tail in zip(self.texts.ids(heads), self.texts.ids(tails), strict=True):
+            query = head[: self.settings.max_query_length]
+            room = self.settings.max_length - self.texts.pair.length - len(query)
+            document = tail[: min(self.settings.max_document_length, room)]
+            encoded.append(self.texts.pair.fill(query, document)["input_ids"])
         return encoded
 
     @torch.inference_mode()

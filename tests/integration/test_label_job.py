@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fixtures.tiny_models import tiny_cross_encoder_folder
+from rich.console import Console
 
 from rerank_ray import config
 from rerank_ray.audit import audit
@@ -364,14 +366,16 @@ def test_an_ensemble_teacher_labels_with_its_disagreement_and_a_bound_for_one_ki
     assert audit(str(run))["counts"]["errors"] == 11
 
 
-def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates, tmp_path, console):
+def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates, tmp_path):
     """With 5 % new rows, only those are asked; neither changes a score, and the counts say so."""
-    store = {"uri": str(tmp_path / "store")}
+    store, printed = {"uri": str(tmp_path / "store")}, []
 
     def run(rows: int, name: str, store: dict | None) -> tuple[dict, dict]:
         source = make_candidates(rows, name=f"candidates-{rows}")
         content = label_settings(source).model_dump(mode="json") | {"store": store}
+        console = Console(width=200, record=True, file=io.StringIO())
         jobs.label(config.validate(LabelSettings, content, source="test"), str(tmp_path / name), console)
+        printed.append(" ".join(console.export_text().split()))
         state = json.loads((tmp_path / name / "run.json").read_text())
         return {i: row["scores"] for i, row in rows_of(tmp_path / name).items()}, state
 
@@ -392,6 +396,8 @@ def test_a_second_run_over_the_same_rows_asks_the_model_nothing(make_candidates,
             "not_stored": 0,
             "hit_rate": hits / (hits + calls),
         }
+        assert f"label store │ {hits} of {hits + calls} calls ({hits / (hits + calls):.1%})" in printed[-1]
+    assert "label store" not in printed[0]
 
 
 @pytest.mark.parametrize("name", ["what?", "query_id=1"])

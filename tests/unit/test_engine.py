@@ -145,6 +145,19 @@ def test_the_cpus_allocator_runs_out_of_memory_too():
     assert BatchRunner(80, CPU).run([10] * 8, device) == [2 * i for i in range(8)]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCompile",
+    ],
+)
+def test_a_gpus_libraries_run_out_of_memory_too(words: str):
+    """As PyTorch words what cuBLAS and the driver say, which are no `OutOfMemoryError`."""
+    device = Device([10] * 8, 40, RuntimeError(words))
+    assert BatchRunner(80, CPU).run([10] * 8, device) == [2 * i for i in range(8)]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: device-side assert"), ValueError("bad"), MemoryError()])
 def test_other_errors_are_not_taken_for_out_of_memory(error: Exception):
     calls = []

@@ -395,7 +395,7 @@ def test_any_bytes_parse_or_give_an_input_error_with_path_and_line(tmp_path, con
             list(read(path, BadLines()))
         except InputError as error:
             place = str(error).removeprefix(path)
-            if place.startswith(": holds no judgment"):
+            if place.startswith((": holds no judgment", ": is gzip,")):
                 continue
             assert place.startswith((":", ": entry "))
             assert place.lstrip(": entry")[0].isdigit()

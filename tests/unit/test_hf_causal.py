@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models import output_layer
 from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.protocol import Answer, Failure, LogLikelihood, NextToken, Prompt
 from rerank_ray.models.resolve import _version, resolve
@@ -225,6 +226,31 @@ def test_labels_logits_are_not_rounded_to_bfloat16(tiny_llama: Path):
         assert result.value == pytest.approx((weights[ids].float() @ state.float()).tolist(), abs=0.1)
         rounded = torch.tensor(result.value).bfloat16().float()
         assert (rounded != torch.tensor(result.value)).any()
+
+
+def test_no_logits_but_those_that_are_read(tiny_llama: Path):
+    """Of labels two columns at each prompt's last position, outside the output layer; of a continuation the whole
+    vocabulary at as many positions as it has tokens, and at none of the prompt's but the last."""
+    model = HFCausal(HFCausalSettings(path=str(tiny_llama), dtype="float32"))
+    prompts = [Prompt(parts=("Passage: ", "?"), passages=(w,)) for w in ("cat", "dog " * 20, "a cat and a dog")]
+    columns, positions = [], []
+    layer, product = model.model.get_output_embeddings(), output_layer.product_in_float32
+
+    def counted(states, weight, bias):
+        columns.append((states.numel() // states.shape[-1], len(weight)))
+        return product(states, weight, bias)
+
+    layer.register_forward_hook(lambda _, inputs, __: positions.append(inputs[0].numel() // inputs[0].shape[-1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_layer, "product_in_float32", counted)
+        model.run([NextToken(prompt=p, labels=("Yes", "No")) for p in prompts])
+    assert sum(rows for rows, _ in columns) == len(prompts)
+    assert {of for _, of in columns} == {2}
+    assert sum(positions) == 0
+    continuation = " the cat of alpha"
+    model.run([LogLikelihood(prompt=p, continuation=continuation) for p in prompts])
+    tokens = model.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    assert sum(positions) == len(prompts) * len(tokens)
 
 
 def test_pickled_weights_need_permission(tiny_llama: Path, tmp_path: Path):

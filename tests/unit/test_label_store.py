@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -389,6 +391,50 @@ def test_room_is_made_before_a_job(tmp_path):
     LabelStore(settings).put({digest(99): answer(99)})
     tidy(settings)
     assert LabelStore(settings).get([digest(99)])[0] is not None
+
+
+WRITER = """
+import sys
+from rerank_ray.label_store import LabelStore, tidy
+from rerank_ray.models.protocol import Answer
+from rerank_ray.records import Usage
+from rerank_ray.settings.jobs import StoreSettings
+uri, number = sys.argv[1], int(sys.argv[2])
+settings = StoreSettings(uri=uri)
+store = LabelStore(settings)
+print("ready", flush=True)
+sys.stdin.readline()
+def digest(n):
+    return n.to_bytes(4, "big") * 4
+for round in range(30):
+    mine, common = 1000 * (number + 1) + round, round
+    store.put({digest(n): Answer(value=(float(n),), usage=Usage(calls=1, prompt_tokens=7)) for n in (mine, common)})
+    if round % 7 == number:
+        tidy(settings)
+    for n, found in zip(range(30), store.get([digest(n) for n in range(30)])):
+        assert found is None or found.value == (n,), (n, found)
+    assert store.get([digest(mine)])[0].value == (mine,)
+counts = store.counts
+assert (counts.corrupt_segments, counts.failed_writes, counts.failed_reads, counts.not_stored) == (0, 0, 0, 0), counts
+"""
+
+
+def test_processes_write_read_and_tidy_one_store(tmp_path):
+    """Three at once, each with answers of its own and with the others'; at the end all are there."""
+    python = [sys.executable, "-c", WRITER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*python, str(n)], **pipes) for n in range(3)]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=60)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    wanted = [*range(30), *(1000 * (n + 1) + k for n in range(3) for k in range(30))]
+    found = opened(tmp_path).get([digest(n) for n in wanted])
+    assert [a and a.value for a in found] == [(n,) for n in wanted]
 
 
 def test_files_of_others_are_left_alone(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from fixtures.rows import make_list
 from rich.console import Console
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rerank_ray import config, planning, storage
@@ -26,7 +29,9 @@ from rerank_ray.models.hf_causal import HFCausal
 from rerank_ray.models.prepacked import PrepackedLinear
 from rerank_ray.parquet import inspect_input, write_candidates, write_rows
 from rerank_ray.planning import Forecast, compare, load_job, plan, print_forecast
+from rerank_ray.ranking import rankers
 from rerank_ray.ranking.rankers import Ranker, preflight
+from rerank_ray.records import Usage
 from rerank_ray.runs import RunFolder
 from rerank_ray.schema import CANDIDATES, candidate_row
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings, StoreSettings
@@ -219,6 +224,89 @@ def test_a_ranker_without_a_model_takes_its_own_time(tmp_path):
     assert seen.seconds_beside > 0
 
 
+def test_the_sample_is_timed_as_a_replica_runs(source, tmp_path, monkeypatch):
+    """While operations are counted nothing is compiled, nor ever after: they are counted last."""
+    modes = []
+
+    class Here(Fake):
+        device = torch.device("cpu")
+
+        def run(self, calls):
+            modes.append(_get_current_dispatch_mode())
+            return super().run(calls)
+
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Here)
+    plan(job(source), str(tmp_path / "run"), sample=8)
+    assert [mode is None for mode in modes] == [True] * (len(modes) - 1) + [False]
+    assert len(modes) == 1 + 8 // 4 + 1
+
+
+def test_a_model_elsewhere_is_not_asked_for_a_count(source, tmp_path, monkeypatch):
+    """Servers are paid for each call: one row warms them up, and none is asked to count operations."""
+    asked = []
+
+    class Server(Fake):
+        def run(self, calls):
+            asked.append(len(calls))
+            return super().run(calls)
+
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
+    assert plan(job(source), str(tmp_path / "run"), sample=8).flops_per_token == 0
+    assert sum(asked) == (1 + 8) * SIZE
+
+
+def test_time_without_tokens_is_the_rows(source, tmp_path, monkeypatch, clock):
+    """A server that counts no tokens: 20 rows · 3 calls · 0.5 s all the same."""
+    load = rankers.load_backend
+
+    class Uncounted(load):
+        def run(self, calls):
+            return [replace(r, usage=Usage(calls=1)) for r in super().run(calls)]
+
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Uncounted)
+    seen = plan(job(source), str(tmp_path / "run"), sample=5)
+    assert seen.work(20) == {"calls": 60.0, "tokens": 0.0, "replica_seconds": pytest.approx(30.0)}
+    assert printed(seen, ExecutionSettings())["time"].startswith("0:00:37 ")
+
+
+def test_a_first_row_that_takes_longer_is_the_loadings(source, tmp_path, monkeypatch, clock):
+    """Compiling takes 40 s at the first call, beside 7 s of loading."""
+    load, now = rankers.load_backend, planning.time.perf_counter
+    late = []
+
+    class Compiled(load):
+        def run(self, calls):
+            late.append(40.0)
+            return super().run(calls)
+
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: now() + (40.0 if late else 0.0))
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Compiled)
+    seen = plan(job(source), str(tmp_path / "run"), sample=5)
+    assert (seen.load_seconds, seen.work(20)["replica_seconds"]) == (pytest.approx(47.0), pytest.approx(30.0))
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5])
+def test_a_job_without_gpus_is_planned_without(source, tmp_path, monkeypatch, gpus: float):
+    """As its replicas, which see none; on a machine that has one `device: auto` would time that."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    plan(job(source, execution={"gpus_per_actor": gpus}), str(tmp_path / "run"), sample=2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if gpus else "")
+
+
+def test_shared_tokens_are_those_of_the_job(tiny_llama, tmp_path):
+    """A query's prompts share its beginning, in the plan as in the job: both compute as many tokens."""
+    rows = [make_list(f"q{n:02d}", SIZE) for n in range(6)]
+    rows = [replace(r, query=replace(r.query, text=r.query.text + " the cat of alpha" * 8)) for r in rows]
+    write_candidates(rows, str(tmp_path / "in"))
+    model = {"kind": "hf_causal", "path": str(tiny_llama), "dtype": "float32", "max_length": 256}
+    settings = job(str(tmp_path / "in"), teacher={"method": "yes_no", "model": model}, execution={"rows_per_batch": 6})
+    seen = plan(settings, str(tmp_path / "run"), sample=6)
+    usages = [o.usage for o in Ranker(settings.teacher).rank(rows)]
+    assert seen.shared_tokens == pytest.approx(sum(u.cached_tokens for u in usages) / 6)
+    assert seen.shared_tokens > 0.2 * seen.prompt_tokens
+    assert seen.work(6)["tokens"] == pytest.approx(sum(u.computed_tokens for u in usages))
+
+
 def test_what_warmed_the_engine_up_is_not_taken_for_work_saved(tiny_bert, source, tmp_path):
     """A worker remembers embeddings of documents; in the plan as in the job, each row's are new to it."""
     teacher = {"method": "bi_encoder", "model": {"kind": "bi_encoder", "path": str(tiny_bert), "dtype": "float32"}}
@@ -275,6 +363,8 @@ def test_time_and_cost():
     lines = printed(forecast(), ExecutionSettings(gpus_per_actor=0.5), gpus=4, price_per_hour=2.5)
     assert lines["rows"] == "1,000, 200 of them finished: 800 left"
     assert lines["model calls"] == "8,000, 50.0% of them in the label store"
+    assert lines["prompt tokens"] == "800,000, 240,000 of them shared"
+    assert (lines["output tokens"], lines["memory of a replica"]) == ("80,000", "1.5 GiB")
     assert lines["tokens to compute"] == "480,000 ± 2.0% (one standard error)"
     assert lines["floating-point operations"] == "4.8e+14, 0.1 · 10¹² a second in the sample"
     assert lines["time"].startswith("0:12:00 on 4 GPUs, 0:00:20 of it")

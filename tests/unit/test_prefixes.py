@@ -55,6 +55,15 @@ def test_the_last_token_is_always_computed():
     assert sorted(group.members) == [0, 1, 2]
 
 
+def test_a_thousand_versions_of_one_text():
+    """Version n shares 16 + n tokens with each later one, so what begins alike is a stretch in a stretch, a thousand
+    deep. The versions from n on save (1500 − n − 1) · (16 + n) tokens, most at n = 741 or 742, and no two groups can
+    be made of them."""
+    (group,) = shared_prefixes([[*[1] * (16 + n), 2] for n in range(1500)])
+    assert group.length * (len(group.members) - 1) == max((1500 - n - 1) * (16 + n) for n in range(1500)) == 757 * 758
+    assert sorted(group.members) == list(range(1500 - len(group.members), 1500))
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.lists(st.integers(0, 1), max_size=20)), max_size=30))
 def test_groups_are_disjoint_and_truly_share(parts: list[tuple[int, int, list[int]]]):
     sequences = [[*[a] * 16, *[b] * 8, *rest] for a, b, rest in parts]

@@ -15,6 +15,7 @@ from fixtures.rows import write_labels
 from fixtures.teachable import CANDIDATES, settings, teachable
 from fixtures.training_world import Reports, in_three_parts
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rerank_ray.distill.checkpoints import STUDENT
 from rerank_ray.distill.metrics_log import summary_line
@@ -195,6 +196,36 @@ def test_the_thread_that_prepares_uses_the_device(labels: str, tiny_bert: Path, 
     ((device, thread),) = used
     assert device == trainer.device
     assert thread != threading.get_ident()
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts the operations that hand a tensor's value to Python, for which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["linear", "similarity", "decoder, layer-wise", "decoder, yes_no", "averaged"])
+def test_a_step_waits_for_no_value(
+    labels: str, tiny_bert: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+):
+    """From the forward pass to the optimizer, once the first step has made its state: no number is read off a tensor.
+    That the counter would see one is shown by the norm of the gradient."""
+    base = tiny_llama if variant.startswith("decoder") else tiny_bert
+    trainer = Trainer(settings(labels, base, **VARIANTS[variant], max_steps=8), World(), None)
+    trainer.train_step()
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: pytest.fail("numpy"))
+    with HostSyncs() as syncs:
+        metrics = trainer.train_step()
+        assert syncs.count == 0
+        assert float(metrics["gradient_norm"]) > 0
+    assert syncs.count == 1
 
 
 @pytest.mark.parametrize("head", ["linear", "similarity"])
@@ -443,10 +474,12 @@ def test_the_schedule(labels: str, tiny_bert: Path, decay: str, expected: list[f
 
 
 def test_weight_decay_and_rates_by_group(labels: str, tiny_bert: Path):
-    """Vectors and new parameters are not decayed; new parameters have their own rate; none is left out."""
+    """Vectors and new parameters are not decayed; new parameters have their own rate; none is left out. All of a
+    group's are updated by one operation."""
     chosen = settings(labels, tiny_bert, optimizer={"weight_decay": 0.1})
     trainer = Trainer(chosen, World(), None)
     groups = trainer.parallel.optimizer.param_groups
+    assert all(group["fused"] for group in groups)
     by_id = {id(p): g for g in groups for p in g["params"]}
     assert len(by_id) == len(list(trainer.student.parameters()))
     for name, parameter in trainer.student.named_parameters():

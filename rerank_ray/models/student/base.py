@@ -170,6 +170,10 @@ class Student(nn.Module):
         """Compute of the last layer no more than the head reads, where that is less: scores stay as they are, and the
         model's states are no longer all of them."""
 
+    def score_in_float32(self) -> None:
+        """Read scores off the last states in float32, for scoring: a bfloat16 product rounds those between 4 and 8 to
+        steps of 0.03, and passages of a list come to have the same."""
+
     def truncated(self, layer: int, *, alone: bool = False) -> Student:
         """The student that ends at `layer`: same scores as this one's at that layer, with the layers above removed.
 

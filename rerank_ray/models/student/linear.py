@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
+from rerank_ray.models.output_layer import give_float32
 from rerank_ray.models.packing import Packing, is_packable
 from rerank_ray.models.positions import first_position
 from rerank_ray.models.student.base import Student, StudentDescription, check_layer, described_at, encode_pairs
@@ -79,6 +80,11 @@ class LinearStudent(Student):
 
     def leave_out_what_is_not_read(self) -> None:
         compute_first_token_alone(self.model)
+
+    def score_in_float32(self) -> None:
+        own = (child for child in self.model.children() if child is not self.model.base_model)
+        for head in (*self.early_heads.values(), *own):
+            give_float32(head)
 
     def truncated(self, layer: int, *, alone: bool = False) -> LinearStudent:
         check_layer(layer, self.layers)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rerank_ray.errors import ModelError
 from rerank_ray.models import packed_decoder
 from rerank_ray.models.continuations import continuation_ids, label_ids
+from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.positions import check_causal
 from rerank_ray.models.protocol import NextToken
 from rerank_ray.models.student.base import Student, StudentDescription, clipped
@@ -29,6 +30,8 @@ class PromptedStudent(Student):
     def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
         super().__init__(description, tokenizer)
         self.model = model
+        self._output: OutputLayer | None = None
+        self._in_float32 = False
         self.is_seq2seq = model.config.is_encoder_decoder
         prompt = description.prompt
         self.encoder = PromptEncoder(tokenizer, description.max_length, chat=False if self.is_seq2seq else None)
@@ -78,31 +81,24 @@ class PromptedStudent(Student):
     def forward(self, *, input_ids: torch.Tensor, attention_mask=None, **batch: torch.Tensor) -> torch.Tensor:
         if self.is_seq2seq:
             begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
-            output = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun, use_cache=False
-            )
-            logits = output.logits[:, -1]
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": begun}
+            inputs["use_cache"] = False
+            at = torch.arange(len(begun), device=begun.device), len(self.begun) - 1
         else:
-            logits = self._causal_logits(
-                *packed_decoder.inputs_and_ends(input_ids=input_ids, attention_mask=attention_mask, **batch)
-            )
-        labels = logits[:, self.label_ids].float()
+            inputs, at = packed_decoder.inputs_and_ends(input_ids=input_ids, attention_mask=attention_mask, **batch)
+        with self._output_layer().asked(*at, self.label_ids if self._in_float32 else None):
+            logits = self.model(**inputs).logits[0]
+        labels = logits if self._in_float32 else logits[:, self.label_ids].float()
         return (labels[:, 0] - labels[:, 1] if len(self.label_ids) == 2 else labels[:, 0])[None]
 
-    def _causal_logits(self, inputs: dict[str, object], at: tuple) -> torch.Tensor:
-        """Logits [B, V] at some places of the model's states; the output layer computes no others.
+    def _output_layer(self) -> OutputLayer:
+        """Of the layer that the model has now: adapters put another in its place."""
+        if self._output is None or self._output.layer is not self.model.get_output_embeddings():
+            self._output = OutputLayer(self.model)
+        return self._output
 
-        A hook, because models do more to logits than this layer (scales, soft caps), each in its own way.
-        """
-
-        def select(_output_layer: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            return (states[0][at][:, None],)
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
-        try:
-            return self.model(**inputs).logits[:, 0]
-        finally:
-            hook.remove()
+    def score_in_float32(self) -> None:
+        self._in_float32 = True
 
     def new_parameters(self) -> list[nn.Parameter]:
         return []

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rerank_ray.models.output_layer import give_float32
 from rerank_ray.models.student.base import Student, StudentDescription, encode_pairs
 
 
@@ -44,3 +45,6 @@ class T5EncoderStudent(Student):
         hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weights = mask[:, :, None].to(hidden.dtype)
         return self.linear((hidden * weights).sum(1) / weights.sum(1)).T
+
+    def score_in_float32(self) -> None:
+        give_float32(self.linear)

@@ -1,0 +1,56 @@
+"""Students in bfloat16 read their scores off the last states without rounding them to eight bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.students import DOCUMENTS, QUERIES, start, stirred
+from torch import nn
+
+from rerank_ray.models.cross_encoder import CrossEncoder
+from rerank_ray.models.output_layer import give_float32
+from rerank_ray.models.protocol import Pair
+from rerank_ray.models.student import StudentPrompt
+from rerank_ray.settings.models import CrossEncoderSettings
+
+MONOT5 = StudentPrompt(text="Query: {query} Document: {passage} Relevant:", chat=False, labels=("true", "false"))
+WORDS = StudentPrompt(text="{query} | {passage} ?", chat=False, labels=("Yes", "No"))
+STUDENTS = {
+    "linear": ("tiny_bert", {"head": "linear"}),
+    "layer-wise": ("tiny_bert", {"head": "linear", "layers": (1, 3)}),
+    "decoder": ("tiny_llama", {"head": "linear"}),
+    "decoder, layer-wise": ("tiny_llama", {"head": "linear", "layers": (1, 2)}),
+    "decoder, yes_no": ("tiny_llama", {"head": "yes_no", "prompt": WORDS}),
+    "T5, its encoder": ("tiny_t5", {"head": "linear"}),
+    "T5, yes_no": ("tiny_t5", {"head": "yes_no", "prompt": MONOT5}),
+    "T5, one token": ("tiny_t5", {"head": "token_logit", "prompt": MONOT5.model_copy(update={"labels": ("cat",)})}),
+}
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_scores_have_more_than_eight_bits(request: pytest.FixtureRequest, tmp_path: Path, kind: str):
+    """They are near those of the model in float32, and hardly one is a number that bfloat16 has."""
+    base, given = STUDENTS[kind]
+    stirred(start(request.getfixturevalue(base), **given)).save(tmp_path / "s")
+    pairs = [Pair(query=q, text=d) for q, d in zip(QUERIES, DOCUMENTS, strict=True)]
+    exact, rounded = (
+        torch.tensor(
+            [r.value for r in CrossEncoder(CrossEncoderSettings(path=str(tmp_path / "s"), dtype=dtype)).run(pairs)]
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+    assert (rounded.bfloat16().float() != rounded).sum() > len(pairs) // 2
+
+
+def test_a_heads_own_float32_is_the_product_of_unrounded_numbers():
+    """Of the layer with one output alone: what is before it reads and gives the states' type."""
+    head = nn.Sequential(nn.Linear(48, 24), nn.Linear(24, 1)).bfloat16()
+    states = torch.randn(5, 48).bfloat16()
+    inner = head[0](states)
+    give_float32(head)
+    expected = inner.float() @ head[1].weight.float().T + head[1].bias.float()
+    torch.testing.assert_close(head(states), expected)
+    assert head[0](states).dtype == torch.bfloat16
