@@ -14,6 +14,7 @@ from rerank_ray.models.acceleration import accelerate, compiles_in_parts
 from rerank_ray.models.attention_reader import AttentionReader, answer_apart
 from rerank_ray.models.continuations import end_ids
 from rerank_ray.models.gguf_header import read_once
+from rerank_ray.models.last_token import computes_last_token_alone
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.packed_decoder import CausalPacking, packs_in_scoring
@@ -64,7 +65,8 @@ class _Row:
 
     @property
     def computed(self) -> list[int]:
-        return [*self.prompt, *self.continuation][self.shared :]
+        """Behind a continuation's last token nothing is read."""
+        return [*self.prompt, *self.continuation[:-1]][self.shared :]
 
 
 class HFCausal:
@@ -100,6 +102,7 @@ class HFCausal:
         self.encoder = PromptEncoder(self.tokenizer, settings.max_length, settings.chat)
         # A model that is trained is called by others too.
         self._packs = loaded and packs_in_scoring(self.model, settings)
+        self._last_alone = computes_last_token_alone(self.model)
         self.runner = engine.BatchRunner(
             settings.tokens_per_batch, self.device, in_cache=engine.LLM_TOKENS_IN_CACHE, packed=self._packs
         )
@@ -208,7 +211,7 @@ class HFCausal:
     def _prefixes(self, sequences: list[list[int]]) -> Prefixes:
         """Compute the keys and values of several prefixes in one pass."""
         if self._packs:
-            packing = CausalPacking.of(sequences, self.device, keep=True)
+            packing = CausalPacking.of(sequences, self.device, keep=True, last_alone=self._last_alone)
             self._logits([], [], **packing.inputs())
             lengths = torch.tensor([len(s) for s in sequences], device=self.device)
             return Prefixes(DynamicCache(packing.kept), lengths)
@@ -287,15 +290,19 @@ class HFCausal:
     ) -> torch.Tensor:
         """Logits [N, vocabulary] at each row's wanted positions, row after row, or [N, tokens]."""
         groups = [r.group for r in rows]
-        packing = CausalPacking.of([r.computed for r in rows], self.device, prefixes, groups)
+        ends = [row.shared + len(row.computed) - 1 for row in rows]
+        alone = self._last_alone and all(span == range(end, end + 1) for span, end in zip(wanted, ends, strict=True))
+        packing = CausalPacking.of([r.computed for r in rows], self.device, prefixes, groups, last_alone=alone)
         places = [
             start + position - row.shared
             for start, row, span in zip(packing.starts.tolist(), rows, wanted, strict=True)
             for position in span
         ]
-        return self._logits([0] * len(places), places, tokens, **packing.inputs())
+        return self._logits([0] * len(places), range(len(rows)) if alone else places, tokens, **packing.inputs())
 
-    def _logits(self, rows: list[int], positions: list[int], tokens: list[int] | None = None, **inputs) -> torch.Tensor:
+    def _logits(
+        self, rows: list[int], positions: Sequence[int], tokens: list[int] | None = None, **inputs
+    ) -> torch.Tensor:
         """Logits [N, vocabulary] at (row, position) pairs, or [N, tokens]; the output layer computes no others."""
         with self._output.asked(rows, positions, tokens):
             return self.model(**inputs).logits[0]

@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import compiles_in_parts
+from rerank_ray.models.last_token import compute_last_token_alone, computes_last_token_alone
 from rerank_ray.models.packing import Packing
 from rerank_ray.models.plain_attention import attention, is_taken_apart
 from rerank_ray.models.prefixes import Prefixes
@@ -40,6 +41,7 @@ def make_packable(model: PreTrainedModel, max_length: int) -> bool:
     if (window is not None and window < max_length) or not model._can_set_attn_implementation():
         return False
     model.set_attn_implementation(_PACKED)
+    compute_last_token_alone(model)
     return is_packable(model)
 
 
@@ -84,6 +86,7 @@ class CausalPacking:
         prefixes: DynamicCache | None = None,
         shared: torch.Tensor | None = None,
         keep: bool = False,
+        last_alone: bool = False,
     ) -> None:
         """Take what `collate_packed` gives.
 
@@ -91,7 +94,10 @@ class CausalPacking:
             prefixes: keys and values [B, K, P, D] of each layer, of prefixes that end at the last column.
             shared: how many tokens each sequence's prefix has, [B], at most P.
             keep: also keep the keys and values that are computed, as `kept`.
+            last_alone: the model's states are those of each sequence's last token, [1, B, H], and not of all; the
+                model `computes_last_token_alone`.
         """
+        self.last_alone = last_alone
         self._ids = input_ids
         self._packing = Packing(places=places, mask=attention_mask, multiple=_ROW_MULTIPLE)
         self._prefixes = prefixes
@@ -109,6 +115,7 @@ class CausalPacking:
         rows: Sequence[int] = (),
         *,
         keep: bool = False,
+        last_alone: bool = False,
     ) -> CausalPacking:
         """Pack the tokens to compute of each sequence.
 
@@ -117,9 +124,15 @@ class CausalPacking:
         """
         batch = {name: engine.moved(tensor, device) for name, tensor in collate_packed(sequences).items()}
         if prefixes is None:
-            return cls(**batch, keep=keep)
+            return cls(**batch, keep=keep, last_alone=last_alone)
         index = torch.tensor(rows, device=device)
-        return cls(**batch, prefixes=prefixes.cache(index), shared=prefixes.lengths[index], keep=keep)
+        return cls(
+            **batch,
+            prefixes=prefixes.cache(index),
+            shared=prefixes.lengths[index],
+            keep=keep,
+            last_alone=last_alone,
+        )
 
     def inputs(self) -> dict[str, object]:
         """A model's arguments, of T' tokens in one row."""
@@ -177,12 +190,8 @@ class CausalPacking:
         Returns:
             [1, T', H, D], packed.
         """
-        query, key, value = (self._packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
-        if self.kept is not None:
-            self.kept.append((key, value))
-        if self._prefixes is not None:
-            cached = self._prefixes.layers[layer]
-            key, value = torch.cat([cached.keys, key], 2), torch.cat([cached.values, value], 2)
+        query = self._unpacked(query)
+        key, value = self._behind_prefixes(layer, key, value)
         if is_taken_apart(query):
             output = _by_blocks(query, key, value, allowed, scale, dropout)
         elif self._prefixes is None:
@@ -192,6 +201,49 @@ class CausalPacking:
         else:
             output = attention(query, key, value, allowed, scale=scale, dropout=dropout)
         return self._packing.pack(output.transpose(1, 2))
+
+    def attend_from_ends(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attention of one layer for each sequence's last token.
+
+        Args:
+            query: [1, H, B, D].
+            key, value: [1, K, T', D], packed; H is a multiple of K.
+
+        Returns:
+            [1, B, H, D].
+        """
+        key, value = self._behind_prefixes(layer, key, value)
+        allowed = self._packing.mask.bool()
+        if self._prefixes is not None:
+            front = self._prefixes.get_seq_length()
+            columns = torch.arange(front, device=allowed.device)
+            allowed = torch.cat([columns >= front - self._shared[:, None], allowed], 1)
+        own = query.transpose(0, 2)
+        output = attention(own, key, value, allowed[:, None, None], scale=scale, dropout=dropout)
+        return output.permute(2, 0, 1, 3)
+
+    def _unpacked(self, states: torch.Tensor) -> torch.Tensor:
+        """[1, H, T', D] to [B, H, L, D]."""
+        return self._packing.unpack(states.transpose(1, 2)).transpose(1, 2)
+
+    def _behind_prefixes(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, P + L, D] of packed ones, which are kept if that was asked for."""
+        key, value = self._unpacked(key), self._unpacked(value)
+        if self.kept is not None:
+            self.kept.append((key, value))
+        if self._prefixes is None:
+            return key, value
+        cached = self._prefixes.layers[layer]
+        return torch.cat([cached.keys, key], 2), torch.cat([cached.values, value], 2)
 
 
 def _by_blocks(
@@ -214,18 +266,26 @@ def _by_blocks(
 
 
 def inputs_and_ends(
+    model: PreTrainedModel,
     *,
     input_ids: torch.Tensor,
     last: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
+    all_states: bool = False,
 ) -> tuple[dict[str, object], tuple]:
     """A decoder's arguments for what `collate_padded` or `collate_packed` gives, and the index of each sequence's last
-    token in its states."""
+    token in its states.
+
+    Args:
+        all_states: other layers' states are read too, and have the index that the last one's have.
+    """
+    every = torch.arange(len(input_ids), device=input_ids.device)
     if places is None:
-        return {"input_ids": input_ids, "use_cache": False}, (torch.arange(len(last), device=last.device), last)
-    packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places)
-    return packing.inputs(), (0, packing.ends)
+        return {"input_ids": input_ids, "use_cache": False}, (every, last)
+    alone = computes_last_token_alone(model) and not all_states
+    packing = CausalPacking(input_ids=input_ids, attention_mask=attention_mask, places=places, last_alone=alone)
+    return packing.inputs(), (0, every if alone else packing.ends)
 
 
 def last_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, packed: bool) -> torch.Tensor:
@@ -236,7 +296,8 @@ def last_states(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, p
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     batch = collate_packed(sequences) if packed else collate_padded(sequences, limit)
-    inputs, ends = inputs_and_ends(**{name: engine.moved(tensor, model.device) for name, tensor in batch.items()})
+    moved = {name: engine.moved(tensor, model.device) for name, tensor in batch.items()}
+    inputs, ends = inputs_and_ends(model, **moved)
     return model(**inputs).last_hidden_state[ends]
 
 

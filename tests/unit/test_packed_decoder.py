@@ -16,6 +16,7 @@ from rerank_ray.errors import ModelError
 from rerank_ray.models import acceleration, packed_decoder
 from rerank_ray.models.cross_encoder import CrossEncoder
 from rerank_ray.models.hf_causal import HFCausal
+from rerank_ray.models.last_token import computes_last_token_alone
 from rerank_ray.models.packed_decoder import PACKABLE_DECODERS
 from rerank_ray.models.plain_attention import attention_for_training
 from rerank_ray.models.protocol import Attention, LogLikelihood, NextToken, Pair, Prompt
@@ -69,6 +70,46 @@ def test_answers_are_those_of_one_sequence_at_a_time(monkeypatch: pytest.MonkeyP
             assert sum(r.usage.cached_tokens for r in results) > 0 or not share_prefix
             for result, wanted in zip(results, expected, strict=True):
                 assert result.value == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", PACKABLE_DECODERS)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_labels_are_read_off_the_last_token_alone(tmp_path: Path, kind: str, share_prefix: bool):
+    """They are transformers' logits behind each prompt. The last layer of Llama's kind computes one row a prompt, and
+    one a prefix; of the others, whole prompts."""
+    folder = folder_of(kind, tmp_path)
+    model, rows = backend(folder, share_prefix=share_prefix), []
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.model.base_model.layers[-1].mlp.register_forward_hook(lambda _, x, __: rows.append(x[0].shape[:2].numel()))
+    ids = model.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    results = model.run([NextToken(prompt=p, labels=("Yes", "No")) for p in PROMPTS])
+    computed, rows = sum(rows), []
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        (tokens,) = model.encoder.encode([prompt], [0])
+        with torch.no_grad():
+            logits = reference(torch.tensor([tokens])).logits[0, -1, ids]
+        assert result.value == pytest.approx(logits.tolist(), abs=1e-4)
+    if computes_last_token_alone(model.model):
+        assert len(PROMPTS) <= computed <= len(PROMPTS) + (len(FRONTS) if share_prefix else 0)
+    else:
+        assert computed > 3 * len(PROMPTS)
+    assert computes_last_token_alone(model.model) == (kind in ("gemma", "llama", "mistral", "qwen2", "qwen3"))
+
+
+def test_a_continuation_of_one_token_is_read_off_the_last_token_alone(tmp_path: Path):
+    """Its logits are those of the prompt's last token; of longer ones every token's are read."""
+    folder = folder_of("llama", tmp_path)
+    model = backend(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for continuation in ("cat", CONTINUATION):
+        behind = model.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        calls = [LogLikelihood(prompt=p, continuation=continuation) for p in PROMPTS]
+        for prompt, result in zip(PROMPTS, model.run(calls), strict=True):
+            (tokens,) = model.encoder.encode([prompt], [len(behind)])
+            with torch.no_grad():
+                logits = reference(torch.tensor([[*tokens, *behind]])).logits[0, len(tokens) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(behind)), behind].tolist()
+            assert result.value == pytest.approx(expected, abs=1e-4)
 
 
 def shapes_of(model: HFCausal) -> list[tuple[int, ...]]:

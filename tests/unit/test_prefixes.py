@@ -242,7 +242,8 @@ def test_memory_that_prefixes_take_is_given_back(tiny_llama: Path, monkeypatch: 
 
 def test_prompts_that_begin_alike_go_into_one_pool(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     """Eight queries' likelihoods under six passages, query by query: in pools of eight each passage is computed once,
-    all but its prompt's last token, and that one and the query for each call, as among all calls together."""
+    all but its prompt's last token, and for each call that one and the query, all but its last token, as among all
+    calls together."""
     parts = ("Write a query that this passage answers.\nPassage: ", "\nQuery: ")
     prompts = [Prompt(parts=parts, passages=(f"{n} the dog of beta and the cat of {n}",)) for n in range(6)]
     calls = [LogLikelihood(prompt=p, continuation=f"which cat, {n}?") for n in range(8) for p in prompts]
@@ -253,7 +254,7 @@ def test_prompts_that_begin_alike_go_into_one_pool(tiny_llama: Path, monkeypatch
     results = divided.run(calls)
     for found, alone in zip(results, expected, strict=True):
         assert found.value == pytest.approx(alone.value, abs=1e-4)
-    tokens = sum(r.usage.prompt_tokens - 1 for r in expected[:6]) + sum(1 + r.usage.output_tokens for r in expected)
+    tokens = sum(r.usage.prompt_tokens - 1 for r in expected[:6]) + sum(r.usage.output_tokens for r in expected)
     assert whole.runner.computed.tokens == divided.runner.computed.tokens == tokens
     assert sum(r.usage.cached_tokens for r in results) == 7 * sum(r.usage.prompt_tokens - 1 for r in expected[:6])
 

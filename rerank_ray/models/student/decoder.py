@@ -88,8 +88,8 @@ class DecoderStudent(LinearStudent):
         return packed_decoder.collate_packed([e["input_ids"] for e in encoded])
 
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
-        inputs, at = packed_decoder.inputs_and_ends(**batch)
         early = len(self.early_heads) > 0
+        inputs, at = packed_decoder.inputs_and_ends(self.model, **batch, all_states=early)
         output = self.model.base_model(**inputs, output_hidden_states=early)
         scores = [self.model.score(output.last_hidden_state[at])[:, 0]]
         if early:

@@ -85,7 +85,9 @@ class PromptedStudent(Student):
             inputs["use_cache"] = False
             at = torch.arange(len(begun), device=begun.device), len(self.begun) - 1
         else:
-            inputs, at = packed_decoder.inputs_and_ends(input_ids=input_ids, attention_mask=attention_mask, **batch)
+            inputs, at = packed_decoder.inputs_and_ends(
+                self.model, input_ids=input_ids, attention_mask=attention_mask, **batch
+            )
         with self._output_layer().asked(*at, self.label_ids if self._in_float32 else None):
             logits = self.model(**inputs).logits[0]
         labels = logits if self._in_float32 else logits[:, self.label_ids].float()
