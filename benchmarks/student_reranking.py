@@ -33,6 +33,7 @@ from rerank_ray.models.protocol import Pair
 from rerank_ray.settings.models import CrossEncoderSettings
 
 SIZE, PRODUCTS = 2048, 20
+NAME, TITLE = "student_reranking", "A student's scoring"
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--name", default="student_reranking", help="of the record and of the section in the docs")
+    parser.add_argument("--name", default=NAME, help="of the record and of the section in the docs")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lists = trec_dl_lists(options.queries, options.depth)
@@ -100,7 +101,7 @@ def main() -> None:
     speed = PRODUCTS * 2 * SIZE**3 / statistics.median(seconds["product"])
     publish(
         options.name,
-        title="A student's scoring",
+        title=TITLE if options.name == NAME else f"{TITLE} ({options.name})",
         about=f"{len(pairs)} pairs of TREC-DL 2019, {statistics.mean(lengths):.0f} tokens on average, "
         f"{work / len(pairs) / 1e9:.2f} GFLOP a pair; the machine multiplies {SIZE}² {fastest} matrices at "
         f"{speed / 1e12:.2f} TFLOP/s, at which {speed / work * len(pairs):.0f} pairs/s would be the most. "

@@ -43,7 +43,7 @@ from rerank_ray.settings.jobs import StoreSettings
 # Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that is scored
 # as a whole would have to come again as a whole.
 STORED_CALLS = (NextToken, LogLikelihood, Generate, Pair, Embed)
-_READINGS = 4
+_READINGS = 5
 """Raised where the same call of a model comes to be read otherwise: answers from before are no answers then."""
 # What says how a model is run, fed and paid for, not what it answers.
 _NOT_IN_KEY = frozenset(

@@ -54,3 +54,13 @@ def test_a_heads_own_float32_is_the_product_of_unrounded_numbers():
     expected = inner.float() @ head[1].weight.float().T + head[1].bias.float()
     torch.testing.assert_close(head(states), expected)
     assert head[0](states).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("base", "prompt"), [("tiny_llama", WORDS), ("tiny_t5", MONOT5)])
+def test_the_output_layer_is_left_as_it_is(request: pytest.FixtureRequest, base: str, prompt: StudentPrompt):
+    """Prepacked, or of 8-bit integers, it would round what is read off it."""
+    student = start(request.getfixturevalue(base), "yes_no", prompt=prompt)
+    inside = [module for stack in student.stacks for module in stack.modules()]
+    assert student.model.get_output_embeddings() not in inside
+    layers = [m for m in student.model.modules() if isinstance(m, nn.Linear)]
+    assert [m for m in layers if m not in inside] == [student.model.get_output_embeddings()]

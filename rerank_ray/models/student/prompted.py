@@ -102,5 +102,11 @@ class PromptedStudent(Student):
     def score_in_float32(self) -> None:
         self._in_float32 = True
 
+    @property
+    def stacks(self) -> Sequence[nn.Module]:
+        """Without the output layer, of which a few columns are read."""
+        base = self.model.base_model
+        return (self.model.encoder, self.model.decoder) if base is self.model else (base,)
+
     def new_parameters(self) -> list[nn.Parameter]:
         return []
