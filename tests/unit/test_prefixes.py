@@ -48,6 +48,12 @@ def test_queries_that_share_a_template():
     assert [(g.length, len(g.members)) for g in shared_prefixes(lone)] == [(20, 5)]
 
 
+def test_a_small_part_of_long_sequences_is_not_shared():
+    """Two of 20 shared tokens and n of their own save 20 of 40 + 2 n: a sixteenth, if n is 140."""
+    for own, count in ((140, 1), (141, 0)):
+        assert len(shared_prefixes([[*LONG, *[d] * own] for d in (1, 2)])) == count
+
+
 def test_the_last_token_is_always_computed():
     """Its position holds the first logits that a call asks for; equal prompts share all the others."""
     (group,) = shared_prefixes([LONG, LONG, [*LONG, 1]])
