@@ -87,7 +87,7 @@ def figures(measured: list[dict], old_share: float) -> dict[str, dict]:
     return {
         "full run, without a store": line("without a store"),
         "with the store, 5 % new": line("with the store"),
-        "filling the store, 95 % of the rows, and the share of a full run over those": line("filling a store", old_share),
+        "filling the store with 95 % (of a full run of those)": line("filling a store", old_share),
     }
 
 
