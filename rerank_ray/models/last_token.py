@@ -36,7 +36,7 @@ def _forward(layer: nn.Module, hidden_states: torch.Tensor, **inputs: Any) -> to
 
     Args:
         hidden_states: [1, T', H], packed.
-        inputs: `packing` and `position_embeddings` are read of them, and all where nothing is cut.
+        inputs: `packing`, `position_embeddings` and `attention_mask` are read of them, and all where nothing is cut.
 
     Returns:
         [1, B, H].
@@ -57,6 +57,7 @@ def _forward(layer: nn.Module, hidden_states: torch.Tensor, **inputs: Any) -> to
         query,
         key,
         value,
+        inputs["attention_mask"],
         scale=attention.scaling,
         dropout=attention.attention_dropout if attention.training else 0.0,
     )

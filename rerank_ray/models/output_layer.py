@@ -35,9 +35,11 @@ class OutputLayer:
     By hooks, because models do more to logits than this layer (scales, soft caps), each in its own way.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, in_float32: bool = True) -> None:
+        """`in_float32` is false of a model that is trained: its own product has the gradient, however its weights are
+        divided."""
         self.layer = model.get_output_embeddings()
-        self._reads_weights = type(self.layer) is nn.Linear
+        self._reads_weights = in_float32 and type(self.layer) is nn.Linear
         self._asked: _Asked | None = None
         self.layer.register_forward_pre_hook(self._select)
         self.layer.register_forward_hook(self._of_tokens)

@@ -208,6 +208,7 @@ class CausalPacking:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        allowed: torch.Tensor,
         *,
         scale: float | None,
         dropout: float,
@@ -217,18 +218,16 @@ class CausalPacking:
         Args:
             query: [1, H, B, D].
             key, value: [1, K, T', D], packed; H is a multiple of K.
+            allowed: of `inputs`.
 
         Returns:
             [1, B, H, D].
         """
         key, value = self._behind_prefixes(layer, key, value)
-        allowed = self._packing.mask.bool()
-        if self._prefixes is not None:
-            front = self._prefixes.get_seq_length()
-            columns = torch.arange(front, device=allowed.device)
-            allowed = torch.cat([columns >= front - self._shared[:, None], allowed], 1)
-        own = query.transpose(0, 2)
-        output = attention(own, key, value, allowed[:, None, None], scale=scale, dropout=dropout)
+        last = self._packing.mask.sum(1) - 1
+        rows = torch.arange(len(last), device=last.device)
+        allowed = allowed.expand(len(last), -1, -1, -1)[rows, :, last]
+        output = attention(query.transpose(0, 2), key, value, allowed[:, :, None], scale=scale, dropout=dropout)
         return output.permute(2, 0, 1, 3)
 
     def _unpacked(self, states: torch.Tensor) -> torch.Tensor:

@@ -59,23 +59,20 @@ def _divide(common: list[int], count: int) -> list[tuple[int, int, int]]:
     Without recursion: a thousand versions of one text that differ ever later are a thousand stretches deep.
     """
     stretches, parts_of = [(0, count)], []
+    shortest: list[int] = []
     for start, end in stretches:
-        cuts = []
-        if end - start > 1:
-            shortest = min(common[start : end - 1])
-            cuts = [i + 1 for i in range(start, end - 1) if common[i] == shortest]
+        shortest.append(min(common[start : end - 1], default=0))
+        cuts = [i + 1 for i in range(start, end - 1) if common[i] == shortest[-1]]
         parts = list(itertools.pairwise([start, *cuts, end])) if cuts else []
         parts_of.append(range(len(stretches), len(stretches) + len(parts)))
         stretches += parts
     saved = [0] * len(stretches)
     groups: list[list[tuple[int, int, int]]] = [[] for _ in stretches]
-    for n in reversed(range(len(stretches))):  # parts stand behind the stretch that they are of
-        start, end = stretches[n]
-        shortest = min(common[start : end - 1], default=0)
+    for n, (start, end) in reversed(list(enumerate(stretches))):  # parts stand behind the stretch that they are of
         saved[n] = sum(saved[part] for part in parts_of[n])
-        together = (end - start - 1) * shortest if shortest >= _FEWEST_TOKENS else 0
+        together = (end - start - 1) * shortest[n] if shortest[n] >= _FEWEST_TOKENS else 0
         if together > saved[n]:
-            saved[n], groups[n] = together, [(shortest, start, end)]
+            saved[n], groups[n] = together, [(shortest[n], start, end)]
         else:
             groups[n] = [group for part in parts_of[n] for group in groups[part]]
     return groups[0]

@@ -81,22 +81,25 @@ class PromptedStudent(Student):
     def forward(self, *, input_ids: torch.Tensor, attention_mask=None, **batch: torch.Tensor) -> torch.Tensor:
         if self.is_seq2seq:
             begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": begun}
-            inputs["use_cache"] = False
+            inputs = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "decoder_input_ids": begun,
+                "use_cache": False,
+            }
             at = torch.arange(len(begun), device=begun.device), len(self.begun) - 1
         else:
             inputs, at = packed_decoder.inputs_and_ends(
                 self.model, input_ids=input_ids, attention_mask=attention_mask, **batch
             )
-        with self._output_layer().asked(*at, self.label_ids if self._in_float32 else None):
-            logits = self.model(**inputs).logits[0]
-        labels = logits if self._in_float32 else logits[:, self.label_ids].float()
+        with self._output_layer().asked(*at, self.label_ids):
+            labels = self.model(**inputs).logits[0]
         return (labels[:, 0] - labels[:, 1] if len(self.label_ids) == 2 else labels[:, 0])[None]
 
     def _output_layer(self) -> OutputLayer:
         """Of the layer that the model has now: adapters put another in its place."""
         if self._output is None or self._output.layer is not self.model.get_output_embeddings():
-            self._output = OutputLayer(self.model)
+            self._output = OutputLayer(self.model, in_float32=self._in_float32)
         return self._output
 
     def score_in_float32(self) -> None:
