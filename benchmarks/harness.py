@@ -30,9 +30,11 @@ from rerank_ray.formats.lines import BadLines
 from rerank_ray.formats.qrels import read_qrels
 from rerank_ray.metrics.agreement import ndcg
 from rerank_ray.models.cross_encoder import CrossEncoder
-from rerank_ray.models.protocol import Pair
+from rerank_ray.models.protocol import Backend, Pair
 from rerank_ray.models.text_tokens import TextTokens
 from rerank_ray.parquet import read_candidates
+from rerank_ray.ranking import scheduler
+from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList
 from rerank_ray.report.tables import markdown_table
 
@@ -103,6 +105,14 @@ def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
 def forget_texts(encoder: CrossEncoder) -> None:
     """Let a cross-encoder tokenise anew what it has scored in a round before, as texts that come for the first time."""
     encoder.student.texts = TextTokens(encoder.student.tokenizer, encoder.student.texts.longest)
+
+
+def ranked(method, backend: Backend, requests: Sequence[CandidateList]) -> list[Outcome]:
+    """What becomes of the lists, side by side; a benchmark of queries that failed would be of less work."""
+    outcomes = scheduler.run(method, backend, requests)
+    if failed := [outcome.error for outcome in outcomes if outcome.error]:
+        raise SystemExit(f"{len(failed)} queries failed, for example: {failed[0]}")
+    return outcomes
 
 
 def scored(encoder: CrossEncoder, request: CandidateList) -> list[float]:
@@ -177,5 +187,5 @@ def _processor() -> str:
     name = found[1].strip() if found else platform.machine()
     # The name alone is that of several generations, which multiply differently.
     flags = set(text.split())
-    fastest = [of for flag, of in _INSTRUCTIONS.items() if flag in flags]
-    return f"{name} with {fastest[0]}" if fastest else name
+    fastest = next((of for flag, of in _INSTRUCTIONS.items() if flag in flags), None)
+    return f"{name} with {fastest}" if fastest else name

