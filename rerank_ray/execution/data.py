@@ -50,6 +50,7 @@ from rerank_ray.stages import RankStage, WriteStage
 Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
 _TELL_EVERY_S = 5.0
+_TRIM_EVERY_S = 60.0
 _RETRY = "retry.json"
 _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
@@ -90,6 +91,7 @@ class RankWorker:
         self._stage = stage(store=self._store)
         self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
+        self._trimmed = time.monotonic()
         counter.describe.remote(self._stage.ranker.name, self._stage.ranker.parameters)
         threading.Thread(target=self._tell_what_is_computed, daemon=True).start()
 
@@ -102,7 +104,9 @@ class RankWorker:
             # Only a new replica has a model again, and only this one's end lets the crash guard count the rows.
             print(error, file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
-        _give_back_heap()
+        if time.monotonic() - self._trimmed > _TRIM_EVERY_S:
+            _give_back_heap()
+            self._trimmed = time.monotonic()
         ended = time.time()
         usage = self._stage.usage
         self._counter.add.remote(
@@ -139,7 +143,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 def _give_back_heap() -> None:
     """Hand what is free in the heap back to the system. Activations of ever other sizes leave holes, which glibc keeps,
-    and which grow over the first hundreds of batches; this takes some 6 ms after one of seconds."""
+    and which grow over the first hundreds of batches. It takes some 15 ms, and the next batch takes its pages anew."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 
