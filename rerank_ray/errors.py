@@ -34,15 +34,7 @@ class ModelError(RerankRayError):
 
 
 class UnavailableError(ModelError):
-    """A model that no call can reach, or that refuses every one alike: no fault of a row.
-
-    `results` are those of the calls that were finished before, in the calls' places, and None in the others'; empty
-    where none was. They may have been paid for.
-    """
-
-    def __init__(self, message: str, results: Sequence = ()) -> None:
-        super().__init__(message)
-        self.results = tuple(results)
+    """A model that no call can reach, or that refuses every one alike: no fault of a row."""
 
 
 class LostError(UnavailableError):

@@ -2,7 +2,8 @@
 
 A folder of small Parquet files, the segments, which any number of processes share without locks: a segment is written
 once under a name of its own, and never changed. Its name ends in the digest of its bytes, so that damage is found
-before anything is read. Readers know the segments that were there when they opened the store, and their own.
+before anything is read. Readers know the segments that were there when they opened the store, their own, and
+all that are there when one of these has been merged into another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from rerank_ray import __version__, storage
 from rerank_ray.config import Settings
-from rerank_ray.errors import InputError, RunError, UnavailableError
+from rerank_ray.errors import InputError, RunError
 from rerank_ray.models.protocol import (
     Answer,
     Backend,
@@ -81,6 +82,7 @@ _SMALL_BYTES, _HELD_BYTES = 4 << 20, 256 << 20
 _MOST_LOOKS = 4
 """How often a lookup follows answers into segments that others merge them into meanwhile."""
 _WRITES_UNTIL_MERGED = 32
+_STORE_EVERY_S = 10.0
 _ABANDONED_AFTER_S = 3600
 _FREED = 0.1
 """The share of `max_gb` that is free when a job begins: a store that is full takes some of every job's answers."""
@@ -267,8 +269,7 @@ class StoredBackend:
     def run(self, calls: Sequence[Call]) -> list[Result]:
         """Answer the calls, in their order; new answers are stored, failures and values that are no numbers never.
 
-        Raises:
-            UnavailableError: as the backend does; what it had answered by then is stored.
+        What a server has answered is stored while others are waited for, and also where the backend raises.
         """
         stored = [i for i, call in enumerate(calls) if isinstance(call, STORED_CALLS)]
         digests = {i: self._digest(calls[i]) for i in stored}
@@ -277,21 +278,17 @@ class StoredBackend:
             results[i] = answer
         missing = [i for i, result in enumerate(results) if result is None]
         if missing:
+            keeper = _Keeper(self._store, [digests.get(i) for i in missing])
+            told = (keeper.take,) if getattr(self._backend, "tells_each_answer", False) else ()
             try:
-                answered = self._backend.run([calls[i] for i in missing])
-            except UnavailableError as error:
-                self._keep([digests.get(i) for i in missing], error.results)
-                raise
-            self._keep([digests.get(i) for i in missing], answered)
+                answered = self._backend.run([calls[i] for i in missing], *told)
+                for number, result in enumerate(answered):
+                    keeper.take(number, result)
+            finally:
+                keeper.store()
             for i, result in zip(missing, answered, strict=True):
                 results[i] = result
         return results
-
-    def _keep(self, digests: Sequence[bytes | None], results: Sequence[Result | None]) -> None:
-        """Store results under their digests; those of calls that are not stored have None."""
-        # An error may bring none at all.
-        kept = zip(digests, results, strict=False)
-        self._store.put({digest: result for digest, result in kept if digest and _worth_keeping(result)})
 
     def holds(self, calls: Sequence[Call]) -> list[bool]:
         """Which calls the store answers; the model is not asked."""
@@ -301,6 +298,29 @@ class StoredBackend:
     def _digest(self, call: Call) -> bytes:
         # The text of a call names its class and every field of it, strings quoted and floats exact.
         return hashlib.blake2b(f"{self._key}\n{call!r}".encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+class _Keeper:
+    """Puts one round's answers into a store: what has come every few seconds, for a process may be killed."""
+
+    def __init__(self, store: LabelStore, digests: Sequence[bytes | None]) -> None:
+        """Take the calls' digests, None of those that are not stored."""
+        self._store, self._digests = store, dict(enumerate(digests))
+        self._come: dict[bytes, Answer] = {}
+        self._stored = time.monotonic()
+
+    def take(self, number: int, result: Result) -> None:
+        """Keep a call's result; one that was taken before is not taken again."""
+        digest = self._digests.pop(number, None)
+        if digest and _worth_keeping(result):
+            self._come[digest] = result
+            if time.monotonic() - self._stored > _STORE_EVERY_S:
+                self.store()
+
+    def store(self) -> None:
+        """Store what has come since the last time."""
+        self._store.put(self._come)
+        self._come, self._stored = {}, time.monotonic()
 
 
 def model_key(backend: Backend, settings: Settings) -> str:
@@ -358,7 +378,7 @@ def _decode(text: str) -> Answer:
     )
 
 
-def _worth_keeping(result: Result | None) -> bool:
+def _worth_keeping(result: Result) -> bool:
     """A value that is no number may be a failure of the moment, and would be one for ever."""
     if not isinstance(result, Answer):
         return False

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -92,26 +92,33 @@ class HTTPClient:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key.get_secret_value()}"}
         self._http = httpx2.AsyncClient(limits=limits, timeout=None, headers=headers)
 
-    def post(self, requests: Sequence[Request]) -> list[dict | Failure]:
+    def post(
+        self, requests: Sequence[Request], take: Callable[[int, dict | Failure], object] = lambda *_: None
+    ) -> list[dict | Failure]:
         """Send all requests, at most `concurrency` at once; answers in their order.
 
+        Args:
+            take: called with each request's number and its answer, as they come.
+
         Raises:
-            UnavailableError: the server can't be reached, or refuses the key, the model or the path; with the answers
-                that came before.
+            UnavailableError: the server can't be reached, or refuses the key, the model or the path.
             ConfigError: there is a budget of tokens, and the server does not count them.
         """
-        return self._runner.run(self._post_all(requests))
 
-    async def _post_all(self, requests: Sequence[Request]) -> list[dict | Failure]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._post(r)) for r in requests]
-        except ExceptionGroup as errors:
-            error = errors.exceptions[0]
-            if isinstance(error, UnavailableError):
-                error.results = tuple(_result_or_none(t) for t in tasks)
-            raise error from None
-        return [t.result() for t in tasks]
+        async def post_one(number: int) -> dict | Failure:
+            answer = await self._post(requests[number])
+            take(number, answer)
+            return answer
+
+        async def post_all() -> list[dict | Failure]:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(post_one(number)) for number in range(len(requests))]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            return [t.result() for t in tasks]
+
+        return self._runner.run(post_all())
 
     async def _post(self, request: Request) -> dict | Failure:
         tries = self.settings.max_tries
@@ -193,10 +200,6 @@ class HTTPClient:
             text = text.replace(self._key.get_secret_value(), "[API key]")
         line = " ".join(text.split())
         return line if len(line) <= _QUOTED_CHARACTERS else line[: _QUOTED_CHARACTERS - 1] + "…"
-
-
-def _result_or_none(task: asyncio.Task) -> dict | Failure | None:
-    return None if task.cancelled() or task.exception() is not None else task.result()
 
 
 def _api_key(variable: str | None) -> SecretStr | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 from transformers import AutoTokenizer
 
-from rerank_ray.errors import ConfigError, ModelError, UnavailableError
+from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models.http_client import HTTPClient, Request
 from rerank_ray.models.loading import load
 from rerank_ray.models.protocol import Answer, Call, Failure, Generate, LogLikelihood, NextToken, Prompt, Result
@@ -48,6 +48,7 @@ class OpenAIHTTP:
 
     exit_layer = None
     parameters = 0
+    tells_each_answer = True
 
     def __init__(self, settings: OpenAIHTTPSettings) -> None:
         """Reach the server.
@@ -98,22 +99,24 @@ class OpenAIHTTP:
             if isinstance(request, Failure):
                 raise ConfigError(f"{self.settings.url}: {request.reason}")
 
-    def run(self, calls: Sequence[Call]) -> list[Result]:
-        """Answer the calls, in their order; an `UnavailableError` brings those that were answered before it."""
+    def run(self, calls: Sequence[Call], take: Callable[[int, Result], object] = lambda *_: None) -> list[Result]:
+        """Answer the calls, in their order.
+
+        Args:
+            take: called with each call's number and its answer, as the server sends them.
+        """
         results: list[Any] = self._requests(calls)
         ready = [i for i, r in enumerate(results) if isinstance(r, Request)]
-        try:
-            replies = self._client.post([results[i] for i in ready])
-        except UnavailableError as error:
-            for i, reply in zip(ready, error.results, strict=True):
-                results[i] = self._result(calls[i], reply)
-            error.results = tuple(results)
-            raise
-        for i, reply in zip(ready, replies, strict=True):
+
+        def take_reply(number: int, reply: dict | Failure) -> None:
+            i = ready[number]
             results[i] = self._result(calls[i], reply)
+            take(i, results[i])
+
+        self._client.post([results[i] for i in ready], take_reply)
         return results
 
-    def _result(self, call: Call, reply: dict | Failure | None) -> Result | None:
+    def _result(self, call: Call, reply: dict | Failure) -> Result:
         if not isinstance(reply, dict):
             return reply
         parsed = _parsed(reply)

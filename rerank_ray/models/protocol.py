@@ -175,7 +175,11 @@ Result = Answer | Failure
 
 
 class Backend(Protocol):
-    """Answers calls of the kinds in `answers`, in any number and order; answers do not depend on each other."""
+    """Answers calls of the kinds in `answers`, in any number and order; answers do not depend on each other.
+
+    The `run` of one that `tells_each_answer` (none does without that attribute) also takes a function, which it calls
+    with each call's number and result as they come.
+    """
 
     answers: frozenset[type]
     name: str

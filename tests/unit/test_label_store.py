@@ -184,6 +184,31 @@ def test_failures_and_values_that_are_no_numbers_are_asked_again(tmp_path):
     assert segments(tmp_path) == []
 
 
+@pytest.mark.parametrize(("every_s", "while_waiting"), [(-1.0, 3), (3600.0, 0)])
+def test_what_a_server_has_answered_outlives_the_rest(tmp_path, monkeypatch, every_s: float, while_waiting: int):
+    """Each answer costs money: it is stored while others are waited for, and at the latest where these fail."""
+    monkeypatch.setattr(label_store, "_STORE_EVERY_S", every_s)
+    calls = [Pair(query="q", text=str(n)) for n in range(5)]
+
+    class Server(Model):
+        tells_each_answer = True
+
+        def run(self, asked, take):
+            for n in (1, 0, 3):
+                take(n, answer(n))
+            assert sum(stored(tmp_path, Model(None)).holds(calls)) == while_waiting
+            raise RuntimeError("the fourth ended the connection")
+
+    backend = stored(tmp_path, Server(None))
+    with pytest.raises(RuntimeError, match="fourth"):
+        backend.run(calls)
+    again = Model(answer)
+    again.answer = lambda call: answer(int(call.text))
+    results = stored(tmp_path, again).run(calls)
+    assert [r.value for r in results] == [answer(n).value for n in range(5)]
+    assert [call.text for call in again.calls] == ["2", "4"]
+
+
 def test_attention_passes_through_in_its_place(tmp_path):
     """Calls that are not stored are asked together with those that are missing, and come back in their order."""
     fake = Fake(FakeSettings())
