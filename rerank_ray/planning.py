@@ -38,6 +38,7 @@ from rerank_ray.runs import RunFolder, resolve_input
 from rerank_ray.schema import CANDIDATES, candidate_list_from_row
 from rerank_ray.settings.jobs import ExecutionSettings, LabelSettings, RerankSettings
 from rerank_ray.settings.models import ModelSettings
+from rerank_ray.shares import share_out
 
 FILE = "plan.json"
 _SEED = 0
@@ -138,12 +139,9 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     sampled = min(sample, left)
     requests = _sample(source_uri, source, finished, sampled)
 
-    from rerank_ray.models.engine import hide_gpus, use_threads
+    from rerank_ray.models.engine import set_up_replica
 
-    # As a replica has them.
-    if not settings.execution.gpus_per_actor:
-        hide_gpus()
-    use_threads(settings.execution.cpus_per_actor, settings.execution.gpus_per_actor)
+    set_up_replica(settings.execution.cpus_per_actor, settings.execution.gpus_per_actor)
     started = time.perf_counter()
     meter = _Meter(None if settings.store is None else LabelStore(settings.store))
     loaded = Ranker(ranker, wrap=meter.wrap)
@@ -154,7 +152,7 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     ready_seconds = time.perf_counter() - started
     meter.totals = _Totals()
     started = time.perf_counter()
-    size = settings.execution.rows_per_batch
+    size = share_out(left, settings.execution).batch
     outcomes = [o for i in range(0, len(requests), size) for o in loaded.rank(requests[i : i + size])]
     seconds = time.perf_counter() - started
     figures = meter.figures(seconds, sampled)
@@ -241,10 +239,11 @@ def print_forecast(
     console.print(table)
     if execution.gpus_per_actor and forecast.gpu_memory_gib is None:
         console.print("The job's replicas have GPUs and this machine has none: its times are those of a CPU.")
-    if forecast.sampled < min(execution.rows_per_batch, left):
+    side_by_side = share_out(left, execution).batch
+    if forecast.sampled < side_by_side:
         console.print(
-            f"The sample has fewer rows than the {execution.rows_per_batch} that a replica ranks side by side: where a "
-            f"call is mostly waited for, as a server's is, the time is too high: --sample {execution.rows_per_batch}."
+            f"The sample has fewer rows than the {side_by_side} that a replica ranks side by side: where a "
+            f"call is mostly waited for, as a server's is, the time is too high: --sample {side_by_side}."
         )
     if forecast.embeds:
         console.print("Documents that come again are embedded once: tokens and time are an upper bound.")

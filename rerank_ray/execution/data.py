@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
 import logging
 import os
@@ -11,7 +9,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -35,8 +32,8 @@ from rerank_ray.accounting import (
 from rerank_ray.errors import LostError, RunError
 from rerank_ray.execution.cluster import root_cause, session
 from rerank_ray.execution.progress import ProgressDisplay, nothing_done
-from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.label_store import LabelStore, tidy
+from rerank_ray.models import heap
 from rerank_ray.parquet import InputSummary
 from rerank_ray.quarantine import CrashGuard
 from rerank_ray.records import Computed
@@ -45,12 +42,13 @@ from rerank_ray.schema import CANDIDATES, PASSAGES
 from rerank_ray.settings.jobs import ExecutionSettings, StoreSettings
 from rerank_ray.settings.rankers import RankerSettings
 from rerank_ray.settings.synthesize import QueryWriterSettings
+from rerank_ray.shares import Shares, share_out
 from rerank_ray.stages import RankStage, WriteStage
 
 Output = Literal["labels", "rankings", "queries"]
 _READ_CPUS = _WRITE_CPUS = 0.25
 _TELL_EVERY_S = 5.0
-_TRIM_EVERY_S = 60.0
+_GIVE_BACK_EVERY_S = 300.0
 _RETRY = "retry.json"
 _FILES_PER_FOOTER_READER = 256
 _MOST_FOOTER_READERS = 32
@@ -73,17 +71,15 @@ class RankWorker:
     """One replica: a ranker behind the crash guard, reporting what it finishes."""
 
     def __init__(self, job: RowJob, attempts_uri: str, counter: ray.actor.ActorHandle, folder: str) -> None:
-        from rerank_ray.models.engine import hide_gpus, require_gpu, use_threads
+        from rerank_ray.models import engine
 
         execution = job.execution
-        if not execution.gpus_per_actor:
-            hide_gpus()
-        else:
-            require_gpu()
+        if execution.gpus_per_actor:
+            engine.require_gpu()
         # Ray starts workers where its daemon was started; relative paths are the user's.
         if os.path.isdir(folder):
             os.chdir(folder)
-        use_threads(execution.cpus_per_actor, execution.gpus_per_actor)
+        engine.set_up_replica(execution.cpus_per_actor, execution.gpus_per_actor)
         self._store = None if job.store is None else LabelStore(job.store)
         self._id = uuid.uuid4().hex
         writes = job.output == "queries"
@@ -91,7 +87,7 @@ class RankWorker:
         self._stage = stage(store=self._store)
         self._guard = CrashGuard(self._stage, attempts_uri, execution.max_crashes_per_row)
         self._counter = counter
-        self._trimmed = time.monotonic()
+        self._gave_back = time.monotonic()
         counter.describe.remote(self._stage.ranker.name, self._stage.ranker.parameters)
         threading.Thread(target=self._tell_what_is_computed, daemon=True).start()
 
@@ -104,9 +100,9 @@ class RankWorker:
             # Only a new replica has a model again, and only this one's end lets the crash guard count the rows.
             print(error, file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
-        if time.monotonic() - self._trimmed > _TRIM_EVERY_S:
-            _give_back_heap()
-            self._trimmed = time.monotonic()
+        if time.monotonic() - self._gave_back > _GIVE_BACK_EVERY_S:
+            heap.give_back()
+            self._gave_back = time.monotonic()
         ended = time.time()
         usage = self._stage.usage
         self._counter.add.remote(
@@ -130,22 +126,6 @@ class RankWorker:
             if (computed := self._stage.ranker.computed) != told:
                 self._counter.computed.remote(self._id, computed)
                 told = computed
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):
-        # Another C library than glibc.
-        return None
-
-
-def _give_back_heap() -> None:
-    """Hand what is free in the heap back to the system. Activations of ever other sizes leave holes, which glibc keeps,
-    and which grow over the first hundreds of batches. It takes some 15 ms, and the next batch takes its pages anew."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
 
 
 def rank_rows(job: RowJob, *, retry_errors: bool) -> tuple[Counts, dict]:

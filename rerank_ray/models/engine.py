@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from rerank_ray.errors import LostError, ModelError
+from rerank_ray.models import heap
 from rerank_ray.models.protocol import Answer, Generate, LogLikelihood, NextToken
 from rerank_ray.records import Computed, Usage
 
@@ -89,6 +90,15 @@ def use_threads(cpus: float, gpus: float) -> None:
     """Give torch a thread for each CPU that a worker has, at least one; with a GPU torch's own choice stays."""
     if not gpus:
         torch.set_num_threads(max(1, int(cpus)))
+
+
+def set_up_replica(cpus: float, gpus: float) -> None:
+    """Let this process score as a replica does: on no GPU that it was not given, with a thread for each CPU, and with
+    memory that was freed kept for the next batch."""
+    if not gpus:
+        hide_gpus()
+    use_threads(cpus, gpus)
+    heap.keep_freed()
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -255,6 +255,21 @@ def test_a_model_elsewhere_is_not_asked_for_a_count(source, tmp_path, monkeypatc
     assert sum(asked) == (1 + 8) * SIZE
 
 
+def test_as_many_rows_side_by_side_as_in_the_job(source, tmp_path, monkeypatch):
+    """Its blocks are of two rows, however many a batch may have."""
+    asked = []
+
+    class Server(Fake):
+        def run(self, calls):
+            asked.append(len(calls))
+            return super().run(calls)
+
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
+    execution = {"rows_per_batch": 8, "rows_per_block": 2}
+    plan(job(source, execution=execution), str(tmp_path / "run"), sample=8)
+    assert asked == [SIZE, *[2 * SIZE] * 4]
+
+
 def test_time_without_tokens_is_the_rows(source, tmp_path, monkeypatch, clock):
     """A server that counts no tokens: 20 rows · 3 calls · 0.5 s all the same."""
     load = rankers.load_backend

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rerank_ray.execution.shares import Shares, share_out
 from rerank_ray.settings.jobs import ExecutionSettings
+from rerank_ray.shares import Shares, share_out
 
 numbers = st.integers(1, 80)
 
