@@ -74,6 +74,8 @@ def calibrate_exit(
     # A student that can't leave early is refused before anything is scored.
     AdaptiveExit(model, [0.0] + [None] * (len(model.layers) - 2))
     model = model.to(device)
+    # As where it scores.
+    model.score_in_float32()
     lists = _held_out(Path(student).parent) if labels is None else _labelled(labels)
     measured = _measure(model, islice(lists, limit), gains)
     ndcg = np.array([by_layer for _, _, by_layer in measured]).reshape(-1, len(model.layers))

@@ -66,7 +66,8 @@ class AdaptiveExit:
         for segment in self.segments:
             segment.student.to(device)
             segment.pack(settings)
-            accelerate(segment.student.pretrained, settings)
+            for stack in segment.student.stacks:
+                accelerate(stack, settings)
         return self
 
     def run(self, lists: Sequence[Sequence[Encoded]], runner: BatchRunner) -> list[tuple[float, ...]]:
@@ -87,7 +88,9 @@ class AdaptiveExit:
             if number < len(self.margins):
                 margin = self.margins[number]
                 inside = [p[goes_on(scores, margin)] for p, scores in zip(inside, values, strict=True)]
-                states = {(i, int(j)): states[i, int(j)] for i, places in enumerate(inside) for j in places}
+                left = [(i, int(j)) for i, places in enumerate(inside) for j in places]
+                # Copies, where some are gone: what is left of a batch would keep the memory of all of it.
+                states = {p: states[p].clone() if len(left) < len(pairs) else states[p] for p in left}
         return [tuple(merged(of_list).tolist()) for of_list in stages]
 
     @torch.inference_mode()

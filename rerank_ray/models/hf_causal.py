@@ -18,7 +18,7 @@ from rerank_ray.models.last_token import computes_last_token_alone
 from rerank_ray.models.loading import load, load_adapted
 from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.packed_decoder import CausalPacking, packs_in_scoring
-from rerank_ray.models.positions import check_causal, check_positions
+from rerank_ray.models.positions import check_causal, check_positions, position_limit
 from rerank_ray.models.prefixes import Prefixes, align_right, shared_prefixes
 from rerank_ray.models.protocol import (
     Answer,
@@ -72,9 +72,9 @@ class _Row:
 class HFCausal:
     """Answers `NextToken`, `LogLikelihood`, `Generate` and `Attention`.
 
-    Sequences are padded on the right and need no attention mask: a causal model's real tokens never see what follows
-    them. Logits are computed only at the positions that are asked for. Prompts that begin alike share the keys and
-    values of their beginning.
+    Where sequences are padded it is on the right and needs no attention mask: a causal model's real tokens never see
+    what follows them. Prefixes of several lengths, and sequences laid end to end, have one. Logits are computed only at
+    the positions that are asked for. Prompts that begin alike share the keys and values of their beginning.
     """
 
     answers = frozenset({NextToken, LogLikelihood, Generate, Attention})
@@ -110,7 +110,7 @@ class HFCausal:
         self._writer = engine.BatchRunner(settings.tokens_per_batch, self.device)
         self._prefix_runner = engine.BatchRunner(settings.tokens_per_batch, self.device, packed=self._packs)
         self._writer.computed = self._prefix_runner.computed = self.runner.computed
-        self._positions = getattr(self.model.config, "max_position_embeddings", None)
+        self._positions = position_limit(self.model)
         self._ends = end_ids(self.tokenizer, self.model.generation_config)
         self.share_prefix = settings.share_prefix
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rerank_ray.errors import ModelError
 
@@ -15,6 +16,14 @@ def first_position(model: PreTrainedModel) -> int:
     positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding_position = getattr(positions, "padding_idx", None)
     return 0 if padding_position is None else padding_position + 1
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions, padding's included, a batch may have; None where there is no end to them."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # XLNet, which has no such table, says -1.
+    limit = min(_rotated_alike(model), math.inf if positions is None or positions < 0 else positions)
+    return None if math.isinf(limit) else int(limit)
 
 
 def check_positions(model: PreTrainedModel, max_length: int, path: str) -> None:
@@ -35,13 +44,20 @@ def check_positions(model: PreTrainedModel, max_length: int, path: str) -> None:
 
 
 def check_causal(model: PreTrainedModel, name: str, instead: str) -> None:
-    """Raise `ModelError` for a decoder whose tokens see those on their right: they would see padding, where causal ones
-    need no mask for it, and what prompts share would not be the same in each.
+    """Raise `ModelError` for a model whose tokens see those on their right: they would see padding, where causal ones
+    need no mask for it, and what prompts share would not be the same in each. Encoders with a language model's head
+    (BERT's kind, which may be run as decoders, and XLNet) are such.
 
     Args:
         instead: what such a model can be.
     """
     config = model.config.get_text_config()
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if is_encoder or config.model_type == "xlnet":
+        raise ModelError(
+            f"{name}: the tokens of {config.model_type} see those on their right, and only a causal decoder's last "
+            f"token can be read here: {instead}"
+        )
     for key, looks_both_ways in (("is_causal", (False,)), ("use_bidirectional_attention", (True, "all"))):
         if getattr(config, key, None) in looks_both_ways:
             raise ModelError(

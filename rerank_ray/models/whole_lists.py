@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from rerank_ray.models.engine import BatchRunner, group_in_order
+from rerank_ray.models.engine import BatchRunner, TooLongError, group_in_order
 from rerank_ray.models.student import Encoded, Student
 
 _BATCHES_HELD = 32
@@ -17,10 +17,25 @@ ListScores = list[tuple[float, ...]]
 
 def in_parts(lists: Lists, runner: BatchRunner, score: Callable[[Lists, BatchRunner], ListScores]) -> ListScores:
     """What `score` gives, part by part: what is read of pairs is held for at most 32 batches of them, as long as one
-    list has no more."""
+    list has no more.
+
+    Raises:
+        TooLongError: beside what is held of one list not a pair of it fits the memory.
+    """
     tokens = [sum(len(e["input_ids"]) for e in pairs) for pairs in lists]
     parts = group_in_order(tokens, _BATCHES_HELD * runner.tokens_per_batch)
-    return [scores for part in parts for scores in score([lists[i] for i in part], runner)]
+    found: ListScores = []
+    while parts:
+        part, budget = parts.pop(0), runner.tokens_per_batch
+        try:
+            found += score([lists[i] for i in part], runner)
+        except TooLongError:
+            # It is what is held that leaves no room: beside less of it as many tokens fit as before.
+            runner.tokens_per_batch = budget
+            if len(part) == 1:
+                raise
+            parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+    return found
 
 
 class WholeLists:
@@ -28,6 +43,7 @@ class WholeLists:
 
     def __init__(self, student: Student) -> None:
         self.student = student
+        self._list_runner: BatchRunner | None = None
 
     def run(self, lists: Lists, runner: BatchRunner) -> ListScores:
         """Scores of each list's pairs; a list's do not depend on the other lists.
@@ -44,8 +60,9 @@ class WholeLists:
         vectors = [list(islice(read, len(of_list))) for of_list in lists]
         counts = [self.student.description.views * len(of_list) for of_list in lists]
         # Another runner, since what it counts are no tokens.
-        together = BatchRunner(runner.tokens_per_batch, next(self.student.parameters()).device)
-        return together.run(counts, lambda batch: self._score([vectors[i] for i in batch]))
+        if self._list_runner is None:
+            self._list_runner = BatchRunner(runner.tokens_per_batch, next(self.student.parameters()).device)
+        return self._list_runner.run(counts, lambda batch: self._score([vectors[i] for i in batch]))
 
     def _read(self, pairs: list[Encoded]) -> torch.Tensor:
         """Vectors [B, V, H]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from rerank_ray.calibrate_exit import _labelled, _measure, calibrate_exit
 from rerank_ray.distill.labels import LabelSet
 from rerank_ray.distill.targets import validation_ndcg
 from rerank_ray.errors import ConfigError, InputError, ModelError
+from rerank_ray.models import engine
 from rerank_ray.models.adaptive_exit import AdaptiveExit
 from rerank_ray.models.cross_encoder import CrossEncoder
-from rerank_ray.models.engine import BatchRunner, group_in_order
+from rerank_ray.models.engine import BatchRunner, TooLongError, group_in_order
 from rerank_ray.models.exit_margins import segments_of, settle
 from rerank_ray.models.student import Student, load_student
+from rerank_ray.models.whole_lists import in_parts
 from rerank_ray.parquet import read_rows
 from rerank_ray.ranking.rankers import Ranker
 from rerank_ray.ranking.scheduler import Outcome
@@ -128,6 +131,50 @@ def test_parts_hold_every_list_once_and_no_more_than_the_limit(lengths: list[lis
         assert len(part) == 1 or sum(sum(lengths[i]) for i in part) <= limit
 
 
+def test_lists_that_do_not_fit_together_are_halved():
+    """What is held of others leaves no room; the budget that shrank for it is what it was."""
+    lists = [[{"input_ids": [n]}] for n in range(7)]
+    runner = BatchRunner(16, torch.device("cpu"))
+    tried = []
+
+    def score(part, runner: BatchRunner) -> list[tuple[float, ...]]:
+        tried.append(len(part))
+        assert runner.tokens_per_batch == 16
+        if len(part) > 2:
+            runner.tokens_per_batch = 1
+            raise TooLongError("no room")
+        return [tuple(map(float, pairs[0]["input_ids"])) for pairs in part]
+
+    assert in_parts(lists, runner, score) == [(float(n),) for n in range(7)]
+    assert (tried, runner.tokens_per_batch) == ([7, 3, 1, 2, 4, 2, 2], 16)
+
+    def too_long(part, runner: BatchRunner) -> list[tuple[float, ...]]:
+        runner.tokens_per_batch = 1
+        raise TooLongError("no room")
+
+    with pytest.raises(TooLongError):
+        in_parts(lists[:1], runner, too_long)
+    assert runner.tokens_per_batch == 16
+
+
+def test_who_has_left_holds_no_memory(student: Student, monkeypatch: pytest.MonkeyPatch):
+    """Where some have left, the others' states are no part of a whole batch's."""
+    margins = margins_between(student, expected_scores(student))
+    calls = []
+
+    def segment(self, segment, lists, pairs, states, runner):
+        calls.append((len(pairs), states))
+        return own(self, segment, lists, pairs, states, runner)
+
+    own = AdaptiveExit._segment
+    monkeypatch.setattr(AdaptiveExit, "_segment", segment)
+    run(student, margins, 100_000)
+    shrunk = [states for (before, _), (after, states) in pairwise(calls) if after < before]
+    assert shrunk
+    for state in (state for states in shrunk for state in states.values()):
+        assert state.untyped_storage().nbytes() == state.nbytes
+
+
 def mix_up(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
@@ -208,6 +255,22 @@ def test_calibration_is_kept_by_the_ranker(calibrated: tuple[Path, str], capsys:
 
 def top_ten(outcome: Outcome) -> set[int]:
     return set(np.argsort(-np.array(outcome.scores.scores))[:10].tolist())
+
+
+def test_margins_are_found_on_scores_that_are_not_rounded(calibrated, tiny_bert, tmp_path, monkeypatch):
+    """As the student has them where it scores."""
+    stirred(start(tiny_bert, "linear", layers=(1, 2, 3))).save(tmp_path / "linear")
+    monkeypatch.setattr(engine, "pick_dtype", lambda *_: torch.bfloat16)
+    measured = []
+
+    def measure(*given):
+        measured.extend(_measure(*given))
+        return measured
+
+    monkeypatch.setattr("rerank_ray.calibrate_exit._measure", measure)
+    calibrate_exit(str(tmp_path / "linear"), calibrated[1], 0.2)
+    scores = torch.tensor(np.stack([by_layer for _, by_layer, _ in measured]))
+    assert (scores.bfloat16().to(scores.dtype) != scores).float().mean() > 0.9
 
 
 def test_calibration_holds_no_texts(calibrated: tuple[Path, str]):

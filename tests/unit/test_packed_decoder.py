@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.students import DOCUMENTS, QUERIES, start, stirred
-from fixtures.tiny_models import tiny_bert_folder, tiny_decoder_folder
+from fixtures.tiny_models import tiny_bert_folder, tiny_decoder_folder, tiny_llama_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config
 
 from rerank_ray.errors import ModelError
@@ -203,6 +203,37 @@ def test_long_rope_is_refused_where_a_batch_would_change_a_score(tmp_path: Path)
     assert HFCausal(HFCausalSettings(path=str(folder), max_length=64, dtype="float32")).run(
         [NextToken(prompt=PROMPTS[0], labels=("Yes", "No"))]
     )
+
+
+def test_padding_changes_no_rotation(tmp_path: Path):
+    """Behind what prompts share, too, it ends where LongRoPE would rotate a batch otherwise."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    folder = folder_of("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=64)
+    prompts = [
+        Prompt(parts=("The dog of alpha asks the cat of beta: ", ""), passages=(p * 80,)) for p in ("cat ", "beta ")
+    ]
+    values = []
+    for share_prefix in (True, False):
+        given = {"dtype": "float32", "share_prefix": share_prefix}
+        model = HFCausal(HFCausalSettings(path=str(folder), max_length=64, **given))
+        model._packs = model.runner._packed = model._prefix_runner._packed = False
+        answers = model.run([NextToken(prompt=p, labels=("Yes", "No")) for p in prompts])
+        assert all(60 < a.usage.prompt_tokens <= 64 for a in answers)
+        assert (sum(a.usage.cached_tokens for a in answers) > 0) == share_prefix
+        values.append([a.value for a in answers])
+    torch.testing.assert_close(torch.tensor(values[0]), torch.tensor(values[1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_an_encoder_with_a_language_models_head_is_refused(tmp_path: Path, kind: str):
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    own = {} if kind == "xlnet" else {"hidden_size": 32, "num_attention_heads": 4}
+    tokenizer = tiny_llama_tokenizer(chat=False)
+    config = CONFIG_MAPPING[kind](vocab_size=len(tokenizer), **sizes, **own)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"the tokens of {kind} see those on their right.* use kind: bi_encoder"):
+        backend(tmp_path)
 
 
 STUDENTS = {

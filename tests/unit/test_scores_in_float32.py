@@ -45,6 +45,27 @@ def test_scores_have_more_than_eight_bits(request: pytest.FixtureRequest, tmp_pa
     assert (rounded.bfloat16().float() != rounded).sum() > len(pairs) // 2
 
 
+def test_similarities_are_of_unrounded_products(tiny_bert: Path):
+    """Of bfloat16 states, as if these were float32."""
+    student = stirred(start(tiny_bert, "similarity", scale=4.0, interaction=2.0))
+    states = torch.randn(3, 20, student.backbone.config.hidden_size).bfloat16()
+    query = (torch.arange(20) < 6).long().expand(3, -1)
+    found, expected = (student._score(0, s, (query, 1 - query), torch.ones(3, 20)) for s in (states, states.float()))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_what_is_compiled_is_called(request: pytest.FixtureRequest, kind: str):
+    """A compiled module that a pass goes round is eager."""
+    base, given = STUDENTS[kind]
+    student = start(request.getfixturevalue(base), **given)
+    called = []
+    for stack in student.stacks:
+        stack.register_forward_pre_hook(lambda module, _: called.append(module))
+    student(**student.batch(student.encode(QUERIES, DOCUMENTS)))
+    assert set(called) == set(student.stacks)
+
+
 def test_a_heads_own_float32_is_the_product_of_unrounded_numbers():
     """Of the layer with one output alone: what is before it reads and gives the states' type."""
     head = nn.Sequential(nn.Linear(48, 24), nn.Linear(24, 1)).bfloat16()

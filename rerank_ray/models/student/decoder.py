@@ -78,6 +78,10 @@ class DecoderStudent(LinearStudent):
     def packs(self) -> bool:
         return packed_decoder.is_packable(self.model)
 
+    @property
+    def stacks(self) -> Sequence[nn.Module]:
+        return (self.model.base_model,)
+
     def make_packable(self) -> None:
         packed_decoder.make_packable(self.model, self.description.max_length)
 

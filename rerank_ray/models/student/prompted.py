@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rerank_ray.errors import ModelError
-from rerank_ray.models import packed_decoder
+from rerank_ray.models import engine, packed_decoder
 from rerank_ray.models.continuations import continuation_ids, label_ids
 from rerank_ray.models.output_layer import OutputLayer
 from rerank_ray.models.positions import check_causal
@@ -80,7 +80,7 @@ class PromptedStudent(Student):
 
     def forward(self, *, input_ids: torch.Tensor, attention_mask=None, **batch: torch.Tensor) -> torch.Tensor:
         if self.is_seq2seq:
-            begun = torch.tensor([self.begun], device=input_ids.device).expand(len(input_ids), -1)
+            begun = engine.moved(torch.tensor([self.begun]), input_ids.device).expand(len(input_ids), -1)
             inputs = {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
