@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     encoder = CrossEncoder(CrossEncoderSettings(path=options.student))
-    lists = trec_dl_lists(queries=96, depth=100)
+    lists = trec_dl_lists(queries=96, depth=100, years=(19, 21))
     calls = [Pair(query=r.query.text, text=c.contents) for r in lists for c in r.candidates][: options.pairs]
     parts = {f"{len(calls[::part])} pairs": calls[::part] for part in PARTS}
 

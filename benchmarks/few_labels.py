@@ -7,9 +7,10 @@ LABELS and CANDIDATES are the data of a label run and of an ingest run, which th
 a file below RERANK_RAY_DATA. After the TREC-DL pipeline: `runs/trec-dl/labels/data runs/trec-dl/dl19/data
 trec-dl/qrels.dl19-passage.txt --name few_labels_trec_dl`. Labels of synthetic queries are those of `rerank-ray
 synthesize configs/synthesize/smollm2.yaml`, labelled and combined as the Cranfield pipeline does, or of the pipeline
-configs/pipelines/trec-dl-synthetic.yaml. Every variant is a MiniLM student with the similarity head that sees the same
-number of pairs; the step is chosen on held-out training queries by agreement with the teacher (`held-out`), as a job
-does. The variant to use is the one that is best there: the last column is looked at afterwards.
+configs/pipelines/trec-dl-synthetic.yaml. Every variant is a MiniLM student with the similarity head that sees as many
+pairs a step as go into 64 without parting a list; the step is chosen on held-out training queries by agreement with the
+teacher (`held-out`), as a job does. The variant to use is the one that is best there: the last column is looked at
+afterwards.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--max-query-length", type=int, default=32)
     options = parser.parse_args()
+    if not 2 <= options.whole <= PAIRS:
+        parser.error(f"--whole {options.whole}: a step is {PAIRS} pairs, and takes whole lists of at least two")
     torch.set_num_threads(1)
+    longer_pairs = PAIRS // options.whole * options.whole
     longer = {"sampling": {"group_size": options.whole}, "queries_per_step": PAIRS // options.whole}
     variants = VARIANTS | {
         f"{options.whole} candidates a query": longer,
@@ -69,8 +73,9 @@ def main() -> None:
         publish(
             options.name,
             title=f"A hundred queries to learn from ({options.name})",
-            about=f"MiniLM students with the similarity head, {options.steps} steps of {PAIRS} pairs, one thread. The "
-            "variant to use is the one that is best on held-out queries.",
+            about=f"MiniLM students with the similarity head, {options.steps} steps of {PAIRS} pairs ({longer_pairs} "
+            f"in lists of {options.whole}), one thread. The variant to use is the one that is best on held-out "
+            "queries.",
             rows=rows,
         )
 

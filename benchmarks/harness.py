@@ -93,12 +93,14 @@ def _put_section(name: str, text: str) -> None:
     page.write_text(pattern.sub(lambda _: section, old) if found else f"{old.rstrip()}\n\n{section}\n")
 
 
-def trec_dl_lists(queries: int, depth: int) -> list[CandidateList]:
-    """The first queries of TREC-DL 2019 and then 2021, each with the first passages of BM25's list."""
+def trec_dl_lists(queries: int, depth: int, years: Sequence[int] = (19,)) -> list[CandidateList]:
+    """The first queries of TREC-DL 2019, or of several years, each with the first passages of BM25's list."""
     folder = os.environ.get("RERANK_RAY_DATA")
     if not folder:
         raise SystemExit("set RERANK_RAY_DATA to the folder that holds trec-dl/ (README: Collections)")
-    lists = [r for year in (19, 21) for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
+    lists = [r for year in years for r in read_hits(f"{folder}/trec-dl/bm25_dl{year}.json.gz", BadLines())]
+    if queries > len(lists):
+        raise SystemExit(f"{queries} queries: TREC-DL has {len(lists)} in 20{', 20'.join(map(str, years))}")
     return [replace(r, candidates=r.candidates[:depth]) for r in lists[:queries]]
 
 

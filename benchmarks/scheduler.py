@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    requests = trec_dl_lists(options.queries, options.depth)
+    requests = trec_dl_lists(options.queries, options.depth, years=(19, 21))
     chosen = {
         name: TypeAdapter(RankerSettings).validate_python({**said, "model": MODEL}) for name, said in METHODS.items()
     }

@@ -97,8 +97,8 @@ def _less_where_slow(console: Console) -> _Less | None:
     less = _Less()
     console.print(
         "This processor has no bfloat16 products, so models run in float32, several times slower: on "
-        f"{less.train_queries} training and {less.test_queries} test queries (elsewhere {_TRAIN_QUERIES} and "
-        f"{_TEST_QUERIES}) with {less.depth} candidates, cut shorter; --full does it all"
+        f"{less.train_queries} training and {less.test_queries} test queries (elsewhere up to {_TRAIN_QUERIES} "
+        f"and {_TEST_QUERIES}) with {less.depth} candidates, cut shorter; --full does it all"
     )
     return less
 

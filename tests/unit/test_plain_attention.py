@@ -117,9 +117,9 @@ def test_heads_that_share_keys(mask: torch.Tensor | None):
 
 
 @pytest.mark.parametrize("mask", [None, ALLOWED, BIAS], ids=["all", "padded", "biased"])
-@pytest.mark.parametrize("weights", [1, 20 * 20 * 4 * 8, 2**20])
+@pytest.mark.parametrize("weights", [1, 4 * 20 * 20 * 4 * 8, 2**20])
 def test_in_scoring_some_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch, mask, weights: int):
-    """One, as its weights take more than the cache has, two or all."""
+    """One, as its weights take more than the cache has, four and two, or all."""
     monkeypatch.setattr(plain_attention, "_WEIGHTS_IN_CACHE", weights)
     query, key, value = (torch.cat([x, x.flip(2), 2 * x]).detach() for x in inputs(torch.float64))
     mask = mask.double() if mask is BIAS else mask if mask is None else mask.repeat(3, 1, 1, 1)

@@ -46,7 +46,7 @@ def test_replaces_the_layers_that_it_serves_and_no_others():
         {
             "served": nn.Sequential(layer(), nn.GELU(), layer(bias=False)),
             "float32": layer(dtype=torch.float32),
-            "own": Own(8, 8).bfloat16(),
+            "own": Own(96, 80).bfloat16(),
             "tokens": nn.Embedding(80, 96).bfloat16(),
             "shared": layer(bias=False),
         }
