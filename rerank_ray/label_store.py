@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 import time
 import uuid
 from collections import OrderedDict
@@ -44,7 +45,7 @@ from rerank_ray.settings.jobs import StoreSettings
 # Calls whose values are numbers or text: attention and token embeddings are megabytes a call, and a list that is scored
 # as a whole would have to come again as a whole.
 STORED_CALLS = (NextToken, LogLikelihood, Generate, Pair, Embed)
-_READINGS = 5
+_READINGS = 6
 """Raised where the same call of a model comes to be read otherwise: answers from before are no answers then."""
 # What says how a model is run, fed and paid for, not what it answers.
 _NOT_IN_KEY = frozenset(
@@ -278,14 +279,11 @@ class StoredBackend:
             results[i] = answer
         missing = [i for i, result in enumerate(results) if result is None]
         if missing:
-            keeper = _Keeper(self._store, [digests.get(i) for i in missing])
-            told = (keeper.take,) if getattr(self._backend, "tells_each_answer", False) else ()
-            try:
+            with _Keeper(self._store, [digests.get(i) for i in missing]) as keeper:
+                told = (keeper.take,) if getattr(self._backend, "tells_each_answer", False) else ()
                 answered = self._backend.run([calls[i] for i in missing], *told)
                 for number, result in enumerate(answered):
                     keeper.take(number, result)
-            finally:
-                keeper.store()
             for i, result in zip(missing, answered, strict=True):
                 results[i] = result
         return results
@@ -301,26 +299,40 @@ class StoredBackend:
 
 
 class _Keeper:
-    """Puts one round's answers into a store: what has come every few seconds, for a process may be killed."""
+    """Stores one round's answers: every few seconds what has come, as the process may be killed, and the rest at the
+    end. In a thread of its own: a store far away would hold up those who wait for a server's other answers."""
 
     def __init__(self, store: LabelStore, digests: Sequence[bytes | None]) -> None:
         """Take the calls' digests, None of those that are not stored."""
         self._store, self._digests = store, dict(enumerate(digests))
         self._come: dict[bytes, Answer] = {}
-        self._stored = time.monotonic()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._store_now_and_then, daemon=True)
+
+    def __enter__(self) -> _Keeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._store_what_has_come()
 
     def take(self, number: int, result: Result) -> None:
         """Keep a call's result; one that was taken before is not taken again."""
         digest = self._digests.pop(number, None)
         if digest and _worth_keeping(result):
-            self._come[digest] = result
-            if time.monotonic() - self._stored > _STORE_EVERY_S:
-                self.store()
+            with self._lock:
+                self._come[digest] = result
 
-    def store(self) -> None:
-        """Store what has come since the last time."""
-        self._store.put(self._come)
-        self._come, self._stored = {}, time.monotonic()
+    def _store_now_and_then(self) -> None:
+        while not self._ended.wait(_STORE_EVERY_S):
+            self._store_what_has_come()
+
+    def _store_what_has_come(self) -> None:
+        with self._lock:
+            come, self._come = self._come, {}
+        self._store.put(come)
 
 
 def model_key(backend: Backend, settings: Settings) -> str:

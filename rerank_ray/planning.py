@@ -136,7 +136,10 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
         raise InputError(f"{settings.input}: has no rows to plan for: ingest candidates first")
     if not left:
         raise InputError(f"{settings.input}: no row is left to plan: {source.rows:,} rows, all of them in {run_uri}")
-    sampled = min(sample, left)
+    sampled, size = min(sample, left), share_out(left, settings.execution).batch
+    if size < sampled < left:
+        # Whole batches: a last one of a row would take as long as another where calls are waited for.
+        sampled -= sampled % size
     requests = _sample(source_uri, source, finished, sampled)
 
     from rerank_ray.models.engine import set_up_replica
@@ -152,7 +155,6 @@ def plan(settings: LabelSettings | RerankSettings, run_uri: str, *, sample: int)
     ready_seconds = time.perf_counter() - started
     meter.totals = _Totals()
     started = time.perf_counter()
-    size = share_out(left, settings.execution).batch
     outcomes = [o for i in range(0, len(requests), size) for o in loaded.rank(requests[i : i + size])]
     seconds = time.perf_counter() - started
     figures = meter.figures(seconds, sampled)

@@ -78,9 +78,10 @@ class AdaptiveExit:
         stages: list[list[Stage]] = [[] for _ in lists]
         inside = [np.arange(len(pairs)) for pairs in lists]
         states: dict[tuple[int, int], torch.Tensor] = {}
+        counts: list[int] = []
         for number, segment in enumerate(self.segments):
             pairs = [(i, int(j)) for i, places in enumerate(inside) for j in places]
-            self._scored[number] += len(pairs)
+            counts.append(len(pairs))
             scored, states = self._segment(segment, lists, pairs, states, runner)
             values = np.split(np.array(scored), np.cumsum([len(places) for places in inside])[:-1])
             for of_list, places, scores in zip(stages, inside, values, strict=True):
@@ -88,9 +89,8 @@ class AdaptiveExit:
             if number < len(self.margins):
                 margin = self.margins[number]
                 inside = [p[goes_on(scores, margin)] for p, scores in zip(inside, values, strict=True)]
-                left = [(i, int(j)) for i, places in enumerate(inside) for j in places]
-                # Copies, where some are gone: what is left of a batch would keep the memory of all of it.
-                states = {p: states[p].clone() if len(left) < len(pairs) else states[p] for p in left}
+                states = {(i, int(j)): states[i, int(j)] for i, places in enumerate(inside) for j in places}
+        self._scored = [before + count for before, count in zip(self._scored, counts, strict=True)]
         return [tuple(merged(of_list).tolist()) for of_list in stages]
 
     @torch.inference_mode()
@@ -104,7 +104,8 @@ class AdaptiveExit:
         def forward(batch: list[int]) -> list[tuple[float, torch.Tensor]]:
             held = [states[pairs[b]] for b in batch] if segment.first else None
             scores, ends = segment([encoded[b] for b in batch], held)
-            return [(score, end[: lengths[b]]) for score, end, b in zip(scores, ends, batch, strict=True)]
+            # Copies: who goes on would keep the memory of a whole batch.
+            return [(score, end[: lengths[b]].clone()) for score, end, b in zip(scores, ends, batch, strict=True)]
 
         outputs = runner.run(lengths, forward)
         return [score for score, _ in outputs], {pair: end for pair, (_, end) in zip(pairs, outputs, strict=True)}

@@ -52,7 +52,8 @@ def check_causal(model: PreTrainedModel, name: str, instead: str) -> None:
         instead: what such a model can be.
     """
     config = model.config.get_text_config()
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    runs_as_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not runs_as_decoder
     if is_encoder or config.model_type == "xlnet":
         raise ModelError(
             f"{name}: the tokens of {config.model_type} see those on their right, and only a causal decoder's last "

@@ -29,8 +29,8 @@ def shared_prefixes(sequences: Sequence[Sequence[int]]) -> list[Group]:
     Sorted sequences with a common prefix lie side by side, and the prefix of a stretch is the shortest between two
     neighbours. A stretch is one group, or is cut where neighbours have least in common, whichever leaves fewer tokens
     to compute: 64 queries that share a chat template become 64 groups that share their query as well. A stretch that
-    would save less than a sixteenth of its tokens is no group. The last token of a sequence is never part of a prefix:
-    a call's first logits stand there.
+    would save less than a sixteenth of its tokens is no group, and is not tried again without its longest. The last
+    token of a sequence is never part of a prefix: a call's first logits stand there.
     """
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
     common = [common_length(sequences[a][:-1], sequences[b][:-1]) for a, b in itertools.pairwise(order)]

@@ -43,7 +43,6 @@ class WholeLists:
 
     def __init__(self, student: Student) -> None:
         self.student = student
-        self._list_runner: BatchRunner | None = None
 
     def run(self, lists: Lists, runner: BatchRunner) -> ListScores:
         """Scores of each list's pairs; a list's do not depend on the other lists.
@@ -60,9 +59,8 @@ class WholeLists:
         vectors = [list(islice(read, len(of_list))) for of_list in lists]
         counts = [self.student.description.views * len(of_list) for of_list in lists]
         # Another runner, since what it counts are no tokens.
-        if self._list_runner is None:
-            self._list_runner = BatchRunner(runner.tokens_per_batch, next(self.student.parameters()).device)
-        return self._list_runner.run(counts, lambda batch: self._score([vectors[i] for i in batch]))
+        together = BatchRunner(runner.tokens_per_batch, next(self.student.parameters()).device)
+        return together.run(counts, lambda batch: self._score([vectors[i] for i in batch]))
 
     def _read(self, pairs: list[Encoded]) -> torch.Tensor:
         """Vectors [B, V, H]."""

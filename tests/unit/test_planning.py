@@ -103,12 +103,12 @@ def test_what_so_many_rows_take():
 
 
 def test_rows_alike_are_foreseen_exactly(source, tmp_path, clock):
-    """Of a quarter of the rows: 20 rows · 3 calls · 0.5 s; tokens as the whole input takes."""
-    seen = plan(job(source), str(tmp_path / "run"), sample=5)
+    """Of a fifth of the rows: 20 rows · 3 calls · 0.5 s; tokens as the whole input takes."""
+    seen = plan(job(source), str(tmp_path / "run"), sample=4)
     outcomes = Ranker(job(source).teacher).rank([make_list(f"q{n:02d}", SIZE) for n in range(20)])
     tokens = sum(o.usage.computed_tokens for o in outcomes)
     assert seen.work(20) == {"calls": 60.0, "tokens": tokens, "replica_seconds": pytest.approx(30.0)}
-    assert (seen.rows, seen.finished, seen.sampled, seen.failed) == (20, 0, 5, 0)
+    assert (seen.rows, seen.finished, seen.sampled, seen.failed) == (20, 0, 4, 0)
     assert (seen.tokens_error, seen.load_seconds, seen.seconds_beside) == (0.0, 7.0, pytest.approx(0.0))
 
 
@@ -256,7 +256,7 @@ def test_a_model_elsewhere_is_not_asked_for_a_count(source, tmp_path, monkeypatc
 
 
 def test_as_many_rows_side_by_side_as_in_the_job(source, tmp_path, monkeypatch):
-    """Its blocks are of two rows, however many a batch may have."""
+    """Its blocks are of three rows, however many a batch may have; of a sample of eight six are whole batches."""
     asked = []
 
     class Server(Fake):
@@ -265,9 +265,9 @@ def test_as_many_rows_side_by_side_as_in_the_job(source, tmp_path, monkeypatch):
             return super().run(calls)
 
     monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
-    execution = {"rows_per_batch": 8, "rows_per_block": 2}
-    plan(job(source, execution=execution), str(tmp_path / "run"), sample=8)
-    assert asked == [SIZE, *[2 * SIZE] * 4]
+    execution = {"rows_per_batch": 8, "rows_per_block": 3}
+    assert plan(job(source, execution=execution), str(tmp_path / "run"), sample=8).sampled == 6
+    assert asked == [SIZE, *[3 * SIZE] * 2]
 
 
 def test_time_without_tokens_is_the_rows(source, tmp_path, monkeypatch, clock):

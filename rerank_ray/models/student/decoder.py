@@ -26,12 +26,12 @@ class DecoderStudent(LinearStudent):
     """
 
     def __init__(self, description: StudentDescription, tokenizer, model: PreTrainedModel) -> None:
+        check_causal(model, type(model).__name__, "use head: bi_encoder")
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise ModelError(
                 f"{type(model).__name__}: a decoder's scalar head is a linear layer on its last token, called 'score', "
                 "as Llama's kind has it, and this one's is another: use head: yes_no, or another model"
             )
-        check_causal(model, type(model).__name__, "use head: bi_encoder")
         super().__init__(description, tokenizer, model)
         if len(self.layers) > 1 and final_norm(model) is None:
             raise ModelError(f"{type(model).__name__}: can't find its last norm: earlier layers can't have heads")

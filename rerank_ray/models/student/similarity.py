@@ -222,13 +222,9 @@ class SimilarityStudent(Student):
             words: mask [B, L] of tokens that are not special.
         """
         in_query, in_document = segments
-        words = in_query * words, in_document * words
         with torch.autocast(hidden.device.type, enabled=False):
-            # A training step's are of the states' type: its gradient is none the worse, and has half the numbers.
-            maxsim = _maxsim(
-                hidden if self.training else hidden.float(), *words, max_query_length=self.description.max_query_length
-            )
             hidden = hidden.float()
+            maxsim = _maxsim(hidden, in_query * words, in_document * words, self.description.max_query_length)
             query, document = _mean(hidden, in_query), _mean(hidden, in_document)
             cosine = nn.functional.cosine_similarity(query, document, dim=-1)
             similarity = cosine + self.interaction[i] * maxsim
@@ -279,14 +275,13 @@ def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _maxsim(
     hidden: torch.Tensor, in_query: torch.Tensor, in_document: torch.Tensor, max_query_length: int
 ) -> torch.Tensor:
-    """Mean [B], in float32, over the query's tokens of the highest cosine with a document's token, from hidden states
-    [B, L, H].
+    """Mean [B] over the query's tokens of the highest cosine with a document's token, from hidden states [B, L, H].
 
     The query stands within the first `max_query_length` tokens. Without a token on either side it is 0.
     """
     unit = nn.functional.normalize(hidden, dim=-1)
     cosines = unit[:, :max_query_length] @ unit.transpose(1, 2)
-    highest = cosines.masked_fill(in_document[:, None, :] == 0, -1.0).amax(-1).float()
+    highest = cosines.masked_fill(in_document[:, None, :] == 0, -1.0).amax(-1)
     weights = (in_query * in_document.any(-1, keepdim=True))[:, :max_query_length].to(highest.dtype)
     return (highest * weights).sum(-1) / weights.sum(-1).clamp(min=1.0)
 
