@@ -65,6 +65,20 @@ def clock(monkeypatch) -> None:
     monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Slow)
 
 
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many calls the model, which is elsewhere, was asked at a time."""
+    counts = []
+
+    class Server(Fake):
+        def run(self, calls):
+            counts.append(len(calls))
+            return super().run(calls)
+
+    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
+    return counts
+
+
 def job(source: str, *, model: dict | None = None, **content) -> LabelSettings:
     teacher = {"method": "yes_no", "model": {"kind": "fake", **(model or {})}}
     content = {"input": source, "teacher": teacher, "execution": {"rows_per_batch": 4}} | content
@@ -241,30 +255,14 @@ def test_the_sample_is_timed_as_a_replica_runs(source, tmp_path, monkeypatch):
     assert len(modes) == 1 + 8 // 4 + 1
 
 
-def test_a_model_elsewhere_is_not_asked_for_a_count(source, tmp_path, monkeypatch):
+def test_a_model_elsewhere_is_not_asked_for_a_count(source, tmp_path, asked):
     """Servers are paid for each call: one row warms them up, and none is asked to count operations."""
-    asked = []
-
-    class Server(Fake):
-        def run(self, calls):
-            asked.append(len(calls))
-            return super().run(calls)
-
-    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
     assert plan(job(source), str(tmp_path / "run"), sample=8).flops_per_token == 0
     assert sum(asked) == (1 + 8) * SIZE
 
 
-def test_as_many_rows_side_by_side_as_in_the_job(source, tmp_path, monkeypatch):
+def test_as_many_rows_side_by_side_as_in_the_job(source, tmp_path, asked):
     """Its blocks are of three rows, however many a batch may have; of a sample of eight six are whole batches."""
-    asked = []
-
-    class Server(Fake):
-        def run(self, calls):
-            asked.append(len(calls))
-            return super().run(calls)
-
-    monkeypatch.setattr("rerank_ray.ranking.rankers.load_backend", Server)
     execution = {"rows_per_batch": 8, "rows_per_block": 3}
     assert plan(job(source, execution=execution), str(tmp_path / "run"), sample=8).sampled == 6
     assert asked == [SIZE, *[3 * SIZE] * 2]
