@@ -14,7 +14,7 @@ from rerank_ray.models import engine
 from rerank_ray.models.acceleration import accelerate
 from rerank_ray.models.embedding_cache import EmbeddingCache
 from rerank_ray.models.loading import load, load_adapted, read_beside
-from rerank_ray.models.positions import check_positions
+from rerank_ray.models.positions import check_positions, position_limit
 from rerank_ray.models.protocol import Answer, Embed, Failure, Result
 from rerank_ray.models.resolve import ResolvedModel, resolve
 from rerank_ray.settings.models import BiEncoderSettings
@@ -48,7 +48,7 @@ class BiEncoder:
         self.model = model.to(self.device).eval()
         self.max_length = _max_lengths(student, min(settings.max_length, self.tokenizer.model_max_length))
         check_positions(self.model, max(self.max_length.values()), settings.path)
-        self._positions = getattr(self.model.config, "max_position_embeddings", None)
+        self._positions = position_limit(self.model)
         self.parameters = engine.count_parameters(self.model)
         accelerate(self.model, settings)
         self.runner = engine.BatchRunner(settings.tokens_per_batch, self.device)

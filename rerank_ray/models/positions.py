@@ -20,9 +20,7 @@ def first_position(model: PreTrainedModel) -> int:
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """How many positions, padding's included, a batch may have; None where there is no end to them."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    # XLNet, which has no such table, says -1.
-    limit = min(_rotated_alike(model), math.inf if positions is None or positions < 0 else positions)
+    limit = min(_rotated_alike(model), _numbered(model))
     return None if math.isinf(limit) else int(limit)
 
 
@@ -34,11 +32,7 @@ def check_positions(model: PreTrainedModel, max_length: int, path: str) -> None:
             f"{path}: max_length is {max_length}, but beyond {limit} tokens LongRoPE rotates the positions of a whole "
             f"batch otherwise, so that a score would hang on what it is computed with: set max_length to {limit}"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    # XLNet, which has no such table, says -1.
-    if positions is None or positions < 0:
-        return
-    limit = positions - first_position(model)
+    limit = _numbered(model) - first_position(model)
     if max_length > limit:
         raise ModelError(f"{path}: max_length is {max_length}, but the model ends at {limit} tokens")
 
@@ -65,6 +59,13 @@ def check_causal(model: PreTrainedModel, name: str, instead: str) -> None:
                 f"{name}: with {key}: {getattr(config, key)} in its config its tokens see those on their right, and "
                 f"only a causal decoder's last token can be read here: {instead}"
             )
+
+
+def _numbered(model: PreTrainedModel) -> float:
+    """How many positions the model has."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # XLNet, which has no such table, says -1.
+    return math.inf if positions is None or positions < 0 else positions
 
 
 def _rotated_alike(model: PreTrainedModel) -> float:

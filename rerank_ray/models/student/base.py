@@ -19,6 +19,7 @@ from rerank_ray.errors import ConfigError, ModelError
 from rerank_ray.models import engine
 from rerank_ray.models.acceleration import compiles_in_parts
 from rerank_ray.models.packing import make_packable
+from rerank_ray.models.positions import position_limit
 from rerank_ray.models.protocol import Prompt
 from rerank_ray.models.resolve import ResolvedModel
 from rerank_ray.models.student import lora
@@ -106,7 +107,7 @@ class Student(nn.Module):
     @property
     def positions(self) -> int | None:
         """The longest sequence that the position table holds; None when the student numbers positions itself."""
-        return getattr(self.pretrained.config, "max_position_embeddings", None)
+        return position_limit(self.pretrained)
 
     def encode(self, queries: Sequence[str], documents: Sequence[str]) -> list[Encoded]:
         """Tokenise pairs; the query is cut to `max_query_length`, the document to what `max_length` leaves."""
